@@ -1,0 +1,247 @@
+"""Every setting of a run: its type, its default (the paper's 90-epoch ViT-S/16) and its one-line meaning.
+
+The docstring under a field is its help text on the command line. The defaults reproduce *Better plain ViT
+baselines for ImageNet-1k* (arXiv 2205.01580); `dali_vit.recipes` states what other recipes change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that names the flag, file or value and the remedy."""
+
+
+def operational(default: Any) -> Any:
+    """A field that may change when a run is resumed, because the trained weights do not depend on it."""
+    return field(default=default, metadata={"operational": True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented."""
+
+    data: str | None = operational(None)
+    """Folder with train/<class>/* and val/<class>/*, or `demo`."""
+    resolution: int = 224
+    """Side of the square training and evaluation images, in pixels."""
+    minival: float = 0.01
+    """Share of the training images held out for decisions; the same images on every machine."""
+    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
+    """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
+    antialias: bool = True
+    """Low-pass filter when the crop is made smaller (big_vision: off; no measurable difference)."""
+    randaug_layers: int = 2
+    """RandAugment operations applied to each image; 0 switches RandAugment off."""
+    randaug_magnitude: float = 10.0
+    """Strength of the RandAugment operations, 0 to 10."""
+    randaug_contrast: Literal["paper", "mean"] = "paper"
+    """`paper`: contrast blends with a fixed grey, as the reference does; `mean`: with the image's mean."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    model: str = "S/16"
+    """VARIANT/PATCH of a plain ViT (Ti, S, B, L), or timm:NAME for any classifier of timm."""
+    pool: Literal["gap", "tok"] = "gap"
+    """Global average pooling, or the [cls] token."""
+    posemb: Literal["sincos2d", "learn"] = "sincos2d"
+    """Position embeddings: fixed 2-D sine-cosine, or learned."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """`mlp`: dense + tanh before the classifier; `linear`: the classifier alone."""
+    width: int | None = None
+    """Token width; overrides the variant's."""
+    depth: int | None = None
+    """Number of blocks; overrides the variant's."""
+    num_heads: int | None = None
+    """Attention heads; overrides the variant's."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP blocks; overrides the variant's."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Length, batch, optimiser, schedule, Mixup."""
+
+    epochs: float | None = 90.0
+    """Passes over the training images (steps = round(epochs x images / batch size)); excludes --steps."""
+    steps: int | None = None
+    """Training steps; excludes --epochs."""
+    batch_size: int = 1024
+    """Images per step over all GPUs."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW with decoupled weight decay, or SGD with momentum."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    """adamw: decay per step at peak, scaled by the schedule but not by lr; sgd: classical L2."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up from 0; the cosine to 0 follows."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Type Adam's first moment is kept in (big_vision: bfloat16; no measurable difference)."""
+    grad_clip_norm: float | None = 1.0
+    """Global gradient norm above which gradients are scaled down; None switches clipping off."""
+    label_smoothing: float = 0.0
+    """Share of each label spread over all classes."""
+    mixup_alpha: float = 0.2
+    """Mixup's Beta(alpha, alpha); 0 switches Mixup off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run is carried out; nothing here changes the trained weights except the seed."""
+
+    recipe: str = "s16-90ep"
+    """Recipe that supplies every default; the list is at the top of this help."""
+    name: str | None = operational(None)
+    """Name of the run's folder; default: the recipe's name."""
+    runs_dir: Path = field(default=Path("runs"), metadata={"operational": True})
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of the initial weights, the data order, the augmentation and Mixup."""
+    gpus: int | None = operational(None)
+    """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
+    threads: int | None = operational(None)
+    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = operational("auto")
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU."""
+    resume: bool = operational(True)
+    """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
+    log_every: int = operational(50)
+    """Steps between log lines and scalars."""
+    eval_every: float = operational(1.0)
+    """Epochs between evaluations on minival and val; 0: only at the end."""
+    checkpoint_every: int = operational(1000)
+    """Steps between checkpoints; one is also written after each evaluation and at the end."""
+    keep_checkpoints: int = operational(3)
+    """Newest checkpoints kept, beside the best."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved training run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.runs_dir / (self.run.name or self.run.recipe)
+
+
+_GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for a value no run can use, whatever the data and the machine."""
+    data, optim, run = config.data, config.optim, config.run
+    if (optim.epochs is None) == (optim.steps is None):
+        raise UserError("give exactly one of --epochs and --steps")
+    for flag, value in [("--epochs", optim.epochs), ("--steps", optim.steps)]:
+        if value is not None and value <= 0:
+            raise UserError(f"{flag} {value}: must be above 0")
+    for flag, value in [
+        ("--batch-size", optim.batch_size),
+        ("--resolution", data.resolution),
+        ("--log-every", run.log_every),
+        ("--checkpoint-every", run.checkpoint_every),
+        ("--keep-checkpoints", run.keep_checkpoints),
+    ]:
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    for flag, number in [
+        ("--lr", optim.lr),
+        ("--weight-decay", optim.weight_decay),
+        ("--warmup-steps", optim.warmup_steps),
+        ("--mixup-alpha", optim.mixup_alpha),
+        ("--randaug-layers", data.randaug_layers),
+        ("--eval-every", run.eval_every),
+        ("--seed", run.seed),
+    ]:
+        if not number >= 0:
+            raise UserError(f"{flag} {number}: must not be negative")
+    if optim.steps is not None and optim.warmup_steps >= optim.steps:
+        raise UserError(
+            f"--steps {optim.steps}: the warm-up alone takes {optim.warmup_steps}; add --warmup-steps"
+            f" {optim.steps // 10}"
+        )
+    if optim.lr == 0:
+        raise UserError("--lr 0: nothing would be learned; give a positive rate, such as 0.001")
+    if not 0 <= data.randaug_magnitude <= 10:
+        raise UserError(f"--randaug-magnitude {data.randaug_magnitude:g}: must be from 0 to 10")
+    if not 0 <= data.minival < 1:
+        raise UserError(f"--minival {data.minival:g}: must be a share from 0 to below 1")
+    if not 0 <= optim.label_smoothing < 1:
+        raise UserError(f"--label-smoothing {optim.label_smoothing:g}: must be from 0 to below 1")
+    if run.threads is not None and run.threads < 1:
+        raise UserError(f"--threads {run.threads}: must be at least 1")
+    name = run.name or run.recipe
+    if Path(name).name != name:
+        raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")
+
+
+def total_steps(optim: OptimConfig, num_images: int) -> int:
+    """Steps of the whole run; the stream is infinite, so epochs are not rounded down to full batches."""
+    if optim.steps is not None:
+        return optim.steps
+    assert optim.epochs is not None
+    return max(1, round(optim.epochs * num_images / optim.batch_size))
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as plain YAML/JSON values, one dictionary a group."""
+    groups = dataclasses.asdict(config)
+    return {
+        group: {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
+        for group, fields in groups.items()
+    }
+
+
+def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`; fields that are missing take their default, unknown ones raise UserError."""
+    resolved: dict[str, Any] = {}
+    for group, group_type in _GROUPS.items():
+        values = dict(groups.get(group, {}))
+        known = {f.name for f in dataclasses.fields(group_type)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"config has unknown fields ({', '.join(unknown)}): another version wrote it")
+        if "runs_dir" in values:
+            values["runs_dir"] = Path(values["runs_dir"])
+        resolved[group] = group_type(**values)
+    return Config(**resolved)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`field: old -> new` for every field that differs and would change the trained weights."""
+    lines = []
+    for group, group_type in _GROUPS.items():
+        for f in dataclasses.fields(group_type):
+            if f.metadata.get("operational"):
+                continue
+            before, after = (getattr(getattr(c, group), f.name) for c in (old, new))
+            if before != after:
+                lines.append(f"{f.name}: {before} -> {after}")
+    return lines

@@ -1,0 +1,77 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from dali_vit import config as configs
+from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"),
+    [
+        (90, 1_268_355, 1024, 111_477),  # 90 x 1,268,355 / 1024 = 111,476.5..., rounded
+        (300, 1_268_355, 1024, 371_588),
+        (90, 1_268_355, 4096, 27_869),
+        (0.5, 100, 10, 5),
+        (1, 3, 10, 1),  # at least one step
+    ],
+)
+def test_total_steps_counts_an_infinite_stream(epochs, images, batch, steps):
+    assert configs.total_steps(OptimConfig(epochs=epochs, batch_size=batch), images) == steps
+
+
+def test_steps_take_the_place_of_epochs():
+    assert configs.total_steps(OptimConfig(epochs=None, steps=77), 1000) == 77
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "message"),
+    [
+        ("optim", {"epochs": None}, "exactly one of --epochs and --steps"),
+        ("optim", {"steps": 20_000}, "exactly one of --epochs and --steps"),
+        ("optim", {"epochs": -1.0}, "--epochs -1"),
+        ("optim", {"batch_size": 0}, "--batch-size 0"),
+        ("optim", {"lr": 0.0}, "--lr 0"),
+        ("optim", {"lr": float("nan")}, "--lr nan"),
+        ("optim", {"epochs": None, "steps": 100}, "--warmup-steps 10"),
+        ("optim", {"mixup_alpha": -0.1}, "--mixup-alpha"),
+        ("optim", {"label_smoothing": 1.0}, "--label-smoothing"),
+        ("data", {"randaug_magnitude": 11.0}, "--randaug-magnitude 11"),
+        ("data", {"minival": 1.0}, "--minival 1"),
+        ("run", {"threads": 0}, "--threads 0"),
+        ("run", {"name": "a/b"}, "--name a/b"),
+        ("run", {"seed": -1}, "--seed -1"),
+    ],
+)
+def test_impossible_values_name_their_flag(group, changes, message):
+    config = Config()
+    config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **changes)})
+    with pytest.raises(UserError, match=message) as raised:
+        configs.validate(config)
+    assert "\n" not in str(raised.value)
+
+
+def test_yaml_round_trip_keeps_every_field():
+    config = Config(
+        DataConfig(data="x", resolution=64),
+        ModelConfig(model="B/32", width=96),
+        OptimConfig(epochs=None, steps=50, warmup_steps=5, grad_clip_norm=None),
+        RunConfig(name="n", seed=3),
+    )
+    assert configs.from_dict(yaml.safe_load(configs.to_yaml(config))) == config
+
+
+def test_unknown_field_of_another_version_is_refused():
+    with pytest.raises(UserError, match="bogus"):
+        configs.from_dict({"data": {"bogus": 1}})
+
+
+def test_differences_leave_out_what_does_not_change_the_weights():
+    old = Config()
+    new = dataclasses.replace(
+        old,
+        run=dataclasses.replace(old.run, threads=3, log_every=7, gpus=0, compile="off"),
+        optim=dataclasses.replace(old.optim, lr=2e-3),
+    )
+    assert configs.differences(old, new) == ["lr: 0.001 -> 0.002"]
