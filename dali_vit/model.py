@@ -1,0 +1,235 @@
+"""The plain ViT of *Better plain ViT baselines for ImageNet-1k*, assembled from timm, and timm's own classifiers.
+
+Every choice that differs from timm's defaults is big_vision's (models/vit.py): LayerNorm epsilon 1e-6, GELU in its
+tanh approximation, positions added before a [cls] token that has none of its own, tanh in the MLP head, and the
+initialisation of each tensor. Parameter names are timm's; only `pre_logits` (the MLP head's first layer) is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dali_vit.config import ModelConfig, UserError
+
+
+class Variant(NamedTuple):
+    """The four sizes that make a plain ViT."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+# big_vision, models/vit.py, decode_variant; the larger ones are of "Scaling Vision Transformers" (2106.04560).
+VARIANTS = {
+    "mu": Variant(32, 1, 128, 2),
+    "Ti": Variant(192, 12, 768, 3),
+    "S": Variant(384, 12, 1536, 6),
+    "M": Variant(512, 12, 2048, 8),
+    "B": Variant(768, 12, 3072, 12),
+    "L": Variant(1024, 24, 4096, 16),
+    "So400m": Variant(1152, 27, 4304, 16),
+    "H": Variant(1280, 32, 5120, 16),
+    "g": Variant(1408, 40, 6144, 16),
+    "G": Variant(1664, 48, 8192, 16),
+}
+TIMM_PREFIX = "timm:"
+LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
+TRUNCATED_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at 2 sigma (jax.nn.initializers)
+
+
+class PlainViT(VisionTransformer):
+    """timm's VisionTransformer with big_vision's optional MLP head: logits = head(tanh(pre_logits(pooled)))."""
+
+    def __init__(self, *, posemb: str, mlp_head: bool, **kwargs) -> None:
+        super().__init__(**kwargs, weight_init="skip")
+        self.pre_logits = nn.Linear(self.embed_dim, self.embed_dim) if mlp_head else None
+        if posemb == "sincos2d":
+            # A buffer: saved under timm's name, but neither trained nor decayed nor reduced over GPUs.
+            rows, columns = self.patch_embed.grid_size
+            del self.pos_embed
+            self.register_buffer("pos_embed", sincos2d(rows, columns, self.embed_dim))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pool(x)  # [N, width]
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))
+        return x if pre_logits else self.head(x)
+
+
+def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed: int = 0) -> nn.Module:
+    """A freshly initialised classifier on the CPU: [N, 3, resolution, resolution] in [-1, 1] to [N, num_classes].
+
+    The weights are a function of `seed` alone: torch's random state is neither used nor changed. Raises UserError
+    (a ValueError) for an unknown name and for sizes that do not fit together.
+    """
+    if config.model.startswith(TIMM_PREFIX):
+        return _create_timm(config, num_classes=num_classes, resolution=resolution, seed=seed)
+    variant, patch = resolve_variant(config)
+    if resolution % patch:
+        near = max(patch, round(resolution / patch) * patch)
+        raise UserError(f"--resolution {resolution}: not divisible by the patch of {config.model}; use {near}")
+    width, depth, mlp_dim, num_heads = variant
+    if width % num_heads:
+        raise UserError(f"--width {width}: not divisible by {num_heads} heads; change --width or --num-heads")
+    if config.posemb == "sincos2d" and (width % 4 or width < 8):
+        raise UserError(f"--width {width}: sincos2d positions need a multiple of 4 from 8 on; use --posemb learn")
+    with _random_state(seed):
+        model = PlainViT(
+            posemb=config.posemb,
+            mlp_head=config.head == "mlp",
+            img_size=resolution,
+            patch_size=patch,
+            num_classes=num_classes,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=(mlp_dim + 0.5) / width,  # timm takes int(width * ratio): the half outweighs rounding errors
+            class_token=config.pool == "tok",
+            no_embed_class=True,
+            global_pool="token" if config.pool == "tok" else "avg",
+            fc_norm=False,
+            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            act_layer=partial(nn.GELU, approximate="tanh"),
+        )
+        _initialise(model)
+    return model
+
+
+def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
+    """Sizes and patch side of a VARIANT/PATCH model, the config's overrides applied; UserError for other names."""
+    match = re.fullmatch(r"(\w+)/([1-9]\d*)", config.model)
+    if match is None or match[1] not in VARIANTS:
+        raise UserError(
+            f"--model {config.model}: no such model; give VARIANT/PATCH with a variant of {', '.join(VARIANTS)}"
+            f" (such as S/16), or {TIMM_PREFIX}NAME"
+        )
+    overrides = {name: getattr(config, name) for name in Variant._fields if getattr(config, name) is not None}
+    for name, value in overrides.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    return VARIANTS[match[1]]._replace(**overrides), int(match[2])
+
+
+def sincos2d(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions [1, rows * columns, width]: [sin x, cos x, sin y, cos y] (MoCo v3, recipe.md).
+
+    `width` must be a multiple of 4 and at least 8. Computed in float64, returned in float32.
+    """
+    quarter = width // 4
+    omega = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega  # [rows * columns, width / 4]
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of trainable values; fixed positions are not among them."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops_per_image(model: nn.Module, resolution: int) -> int:
+    """Floating-point operations of one image's forward pass, a multiply-add counted as two.
+
+    Counted by torch's FlopCounterMode on shapes alone: nothing is computed and the model is left as it is.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    images = torch.empty(2, 3, resolution, resolution, device="meta")  # two: batch norm refuses one
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, meta, (images,))
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _random_state(seed: int) -> Iterator[None]:
+    """Runs its body on a CPU random state of its own, so that what is drawn depends on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def _initialise(model: PlainViT) -> None:
+    """big_vision's initialisation (recipe.md, Model); LayerNorm starts at one and zero, as torch makes it."""
+    width = model.embed_dim
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) or name == "pre_logits":
+            _lecun_normal(layer)
+        elif isinstance(layer, nn.Linear):
+            # q, k and v are each width x width: drawn as one, the fused matrix would have smaller bounds.
+            for kernel in layer.weight.split(width) if name.endswith(".qkv") else [layer.weight]:
+                nn.init.xavier_uniform_(kernel)
+            nn.init.normal_(layer.bias, std=1e-6 if ".mlp." in name else 0.0)
+    nn.init.zeros_(model.get_parameter("head.weight"))
+    if model.cls_token is not None:
+        nn.init.zeros_(model.cls_token)
+    if isinstance(model.pos_embed, nn.Parameter):
+        nn.init.normal_(model.pos_embed, std=1 / math.sqrt(width))
+
+
+def _lecun_normal(layer: nn.Module) -> None:
+    """flax's default kernel: variance 1 / fan-in after truncation at 2 sigma; zero bias."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    assert layer.bias is not None
+    std = 1 / math.sqrt(layer.weight[0].numel()) / TRUNCATED_STD
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+
+
+def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
+    """A timm classifier with timm's initialisation, its input statistics applied to images in [-1, 1]."""
+    defaults = ModelConfig(model=config.model)
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(config, field.name)
+        if value != getattr(defaults, field.name):
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: has no effect on {config.model}; leave it out")
+    name = config.model.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"--model {config.model}: no such model in timm {timm.__version__}; {hint}")
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    native = pretrained_cfg.input_size[-1] if pretrained_cfg is not None else resolution
+    fixed = pretrained_cfg is not None and pretrained_cfg.fixed_input_size and native != resolution
+    arguments: dict[str, Any] = {"img_size": resolution} if fixed else {}
+    with _random_state(seed):
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+        except (AssertionError, TypeError, ValueError) as error:
+            if not fixed:
+                raise
+            raise UserError(f"--resolution {resolution}: {config.model} takes {native} only ({error})") from error
+    _rescale_input(model)
+    return model
+
+
+def _rescale_input(model: nn.Module) -> None:
+    """Makes a timm model take images in [-1, 1] in place of timm's (pixels / 255 - mean) / std."""
+    statistics: Any = model.pretrained_cfg
+    mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    # Not persistent: the state dict keeps exactly timm's names.
+    model.register_buffer("input_scale", 0.5 / std, persistent=False)
+    model.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
+    model.register_forward_pre_hook(_apply_input_scale)
+
+
+def _apply_input_scale(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    images, *rest = args
+    return (images * model.input_scale + model.input_shift, *rest)  # type: ignore[operator]

@@ -1,0 +1,167 @@
+"""Optimiser, schedule and gradient clipping, exactly the reference's (recipe.md, Optimiser; big_vision, optax.py).
+
+Nothing here reads a value back from the device: the learning rate and the step count live there as tensors, so
+that an update never waits for the GPU and can be captured in a CUDA graph (`set_lr` outside of it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+
+from dali_vit.config import OptimConfig, UserError
+
+
+def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """The factor in [0, 1] on the peak learning rate at `step` (from 0): linear warm-up, then cosine to 0.
+
+    Step 0 has 0 and `total_steps` would have 0 again. Raises UserError unless the warm-up ends before the run
+    does. Source: big_vision, utils.create_learning_rate_schedule.
+    """
+    if warmup_steps >= total_steps > 1:
+        raise UserError(f"--warmup-steps {warmup_steps}: must be below the run's {total_steps} steps")
+    if step < warmup_steps:
+        return float(np.float32(step) / np.float32(warmup_steps))
+    # In float32 like the reference: 1 + cos cancels towards the end, where float64 would differ by more than 1e-6.
+    progress = np.float32(step - warmup_steps) / np.float32(max(1, total_steps - warmup_steps))
+    cosine = np.float32(math.cos(np.float32(math.pi) * min(progress, np.float32(1))))
+    return float(np.float32(0.5) * (np.float32(1) + cosine))
+
+
+def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters in two lists: those that weight decay applies to, and the others.
+
+    Decayed are the kernels of dense and convolution layers; biases, norms, positions and [cls] are not.
+    """
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trainable if id(p) in kernels], [p for p in trainable if id(p) not in kernels]
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimiser of a model that is already on its device, at learning rate 0 until `set_lr`.
+
+    adamw: weight decay decoupled and scaled by the schedule but not by lr, hence weight_decay / lr in torch's
+    terms; sgd: momentum with classical decay, added to the gradient.
+    """
+    decayed, others = decay_groups(model)
+    device = (decayed + others)[0].device
+    decay = config.weight_decay / config.lr if config.optimizer == "adamw" else config.weight_decay
+    groups = [
+        {"params": params, "weight_decay": weight_decay, "lr": torch.zeros((), device=device)}
+        for params, weight_decay in [(decayed, decay), (others, 0.0)]
+        if params
+    ]
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "sgd":
+        if config.first_moment != "float32":
+            raise UserError(f"--first-moment {config.first_moment}: has no effect on sgd; leave it out")
+        return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+    if config.first_moment == "bfloat16":
+        return AdamWBFloat16Moment(groups, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group, in place on the device and without waiting for it."""
+    for group in optimizer.param_groups:
+        # A checkpoint read onto the CPU leaves the rate there.
+        group["lr"] = group["lr"].to(group["params"][0].device)
+        group["lr"].fill_(lr)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales all gradients by min(1, max_norm / norm) and returns their global L2 norm from before, a 0-d tensor.
+
+    None only measures. optax's formula: unlike torch's clip_grad_norm_ it adds no epsilon to the norm. A norm
+    that is not finite makes the gradients so, too.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0))
+    return norm
+
+
+def optimizer_step(optimizer: Optimizer, grad_clip_norm: float | None) -> Tensor:
+    """Clips the gradients, updates the parameters and clears the gradients; returns the norm before clipping.
+
+    With several GPUs the gradients must be averaged over them already. The learning rate is `set_lr`'s.
+    """
+    norm = clip_grad_norm((p for group in optimizer.param_groups for p in group["params"]), grad_clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class AdamWBFloat16Moment(Optimizer):
+    """AdamW with decoupled weight decay that keeps its first moment in bfloat16, as optax's scale_by_adam does.
+
+    The update uses the new moment before it is rounded. beta1 itself is rounded (0.9 to 0.8984375) where it
+    multiplies the old moment, because JAX gives a constant the type of the array; with 0.9 the losses of
+    reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. Options of a group: lr (a 0-d
+    tensor on the parameters' device), betas, eps, weight_decay.
+    """
+
+    def __init__(self, params: Any, *, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"betas": betas, "eps": eps})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            state["exp_avg"] = state["exp_avg"].bfloat16()  # torch has cast it to float32, which lost nothing
+            state["step"] = state["step"].to(p.device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, [p.grad for p in params if p.grad is not None], group)
+
+    def _update(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_([s["step"] for s in states], 1)
+        step = states[0]["step"]  # the same for all, as every parameter has a gradient at every step
+
+        moment = [m.float() for m in first]
+        torch._foreach_mul_(moment, torch.tensor(beta1, dtype=torch.bfloat16).item())
+        torch._foreach_add_(moment, gradients, alpha=1 - beta1)
+        torch._foreach_copy_(first, moment)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(moment, group["lr"] / (1 - beta1**step))
+        torch._foreach_div_(moment, denominator)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(params, moment)
+
+
+__all__ = [
+    "AdamWBFloat16Moment",
+    "clip_grad_norm",
+    "create_optimizer",
+    "decay_groups",
+    "lr_schedule",
+    "optimizer_step",
+    "set_lr",
+]

@@ -1,0 +1,82 @@
+"""One training step: the loss that is compiled as one graph (normalise, Mixup, forward), and the update around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_vit.config import Config
+from dali_vit.distributed import Group
+from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
+from dali_vit.optim import optimizer_step, set_lr
+
+Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+
+
+class TrainStep(nn.Module):
+    """Loss of a classifier on one batch as the loader hands it over; compile it, or wrap it for several GPUs.
+
+    `autocast` is the type of the matrix products (torch.bfloat16 on GPUs) or None for the parameters' own;
+    parameters, gradients and the loss stay float32 either way.
+    """
+
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        self.autocast = autocast
+
+    def forward(self, images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
+        """images [N, H, W, 3] uint8, labels [N] int64, lam 0-d float32, all on one device; loss 0-d float32."""
+        mixed = normalize_and_mix(images, lam)
+        with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            logits = self.model(mixed)
+        return mixup_cross_entropy(logits, labels, lam, self.label_smoothing)
+
+
+def build_update(
+    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
+) -> tuple[Update, str]:
+    """The function (images, labels, lambda, lr) -> (loss, gradient norm) that trains one step, and how it is
+    compiled, in words.
+
+    images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
+    nothing waits for them.
+    """
+    on_gpu = group.device.type == "cuda"
+    step: nn.Module = TrainStep(
+        model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
+    )
+    if group.world_size > 1:
+        step = DistributedDataParallel(
+            step,
+            device_ids=[group.device.index] if on_gpu else None,
+            broadcast_buffers=False,  # every rank builds the same ones
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+    mode = config.run.compile
+    if mode == "off":
+        compiled = "off (--compile off)"
+    elif mode == "auto" and not on_gpu:
+        compiled = "off (on the CPU it takes longer than it saves; --compile default switches it on)"
+    else:
+        mode = "default" if mode == "auto" else mode
+        compiled = f"torch.compile, {mode} mode"
+        step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
+
+    def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
+        # From pinned memory, so that the copy waits for nothing.
+        lam_tensor = torch.tensor(lam, dtype=torch.float32, pin_memory=on_gpu)
+        loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
+        loss.backward()
+        set_lr(optimizer, lr)
+        return loss.detach(), optimizer_step(optimizer, config.optim.grad_clip_norm)
+
+    return update, compiled
+
+
+__all__ = ["TrainStep", "build_update", "normalize"]
