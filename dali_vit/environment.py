@@ -1,0 +1,100 @@
+"""What a run ran on: versions, processors, GPUs, the state of the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "dali-vit",
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda120",
+    "timm",
+    "numpy",
+    "pillow",
+    "tensorboard",
+)
+
+
+def versions() -> dict[str, str]:
+    """Version of each package the results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def cpu_count() -> int:
+    """Cores this process may use, which a container or a scheduler may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def gpu_names() -> list[str]:
+    """Name and memory of each visible GPU."""
+    if not torch.cuda.is_available():
+        return []
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
+    return names
+
+
+def gpu_driver() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    try:
+        lines = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((word for word in lines[0].split() if word.count(".") >= 1 and word[0].isdigit()), None)
+
+
+def git_commit() -> str | None:
+    """Commit of the code and whether it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed copy may lie in another project's checkout
+        return git("rev-parse", "HEAD") + (" (changed)" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_environment() -> str:
+    """The environment as `name: value` lines, for env.txt."""
+    lines = {
+        "command": shlex.join(sys.argv),
+        "commit": git_commit() or "unknown",
+        **versions(),
+        "cuda (torch)": torch.version.cuda or "none",
+        "driver": gpu_driver() or "none",
+        "gpus": "; ".join(gpu_names()) or "none",
+        "cpu": f"{cpu_name()} x {cpu_count()}",
+        "platform": platform.platform(),
+        "host": platform.node(),
+    }
+    return "".join(f"{name}: {value}\n" for name, value in lines.items())

@@ -1,0 +1,404 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_vit import data
+from dali_vit.config import UserError
+from dali_vit.data import IMAGE_SUFFIXES, check_images, load_dataset, load_eval_folder, load_real_labels
+from pipelines.readers import FileList
+
+JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01"
+
+
+def make_files(root: Path, *names: str, content: bytes = JPEG) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def make_split(root: Path, split: str, classes: str, count: int) -> Path:
+    return make_files(root, *(f"{split}/{name}/{name}_{i:04d}.jpg" for name in classes.split() for i in range(count)))
+
+
+def relative(files: FileList | None, root: Path) -> list[str]:
+    assert files is not None
+    return [os.path.relpath(files.path(i), root) for i in range(len(files))]
+
+
+def fails(call, *words: str) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+# --- image folders
+
+
+def test_labels_are_places_of_sorted_folder_names(tmp_path):
+    make_files(tmp_path, "train/b/2.jpg", "train/b/1.jpg", "train/a/x.jpg", "train/Z/y.jpg", "train/10/z.jpg")
+    make_files(tmp_path, "val/Z/v.jpg", "val/b/v.jpg", "val/a/v.jpg", "val/10/v.jpg")
+    dataset = load_dataset(tmp_path, minival=0)
+    assert dataset.classes == ("10", "Z", "a", "b")
+    assert relative(dataset.train, tmp_path / "train") == ["10/z.jpg", "Z/y.jpg", "a/x.jpg", "b/1.jpg", "b/2.jpg"]
+    assert dataset.train.labels.tolist() == [0, 1, 2, 3, 3]
+    assert relative(dataset.val, tmp_path / "val") == ["10/v.jpg", "Z/v.jpg", "a/v.jpg", "b/v.jpg"]
+    assert dataset.val.labels.tolist() == [0, 1, 2, 3]
+    assert dataset.counts == {"train": 5, "val": 4}
+    assert (dataset.name, dataset.root) == (tmp_path.name, tmp_path)
+
+
+def test_images_are_known_by_suffix_in_any_case(tmp_path):
+    images = [f"a/x{s}" for s in IMAGE_SUFFIXES] + ["a/y.JPEG", "a/y.Png", "a/z.WEBP", "a/two words é.jpg"]
+    others = ["a/.DS_Store", "a/._y.jpg", "a/notes.txt", "a/x.gif", "a/nested/x.jpg", "readme.jpg", ".git/x.jpg"]
+    make_files(tmp_path / "train", *images, *others)
+    (tmp_path / "train/a/folder.jpg").mkdir()
+    assert relative(load_dataset(tmp_path, minival=0).train, tmp_path / "train") == sorted(images)
+
+
+def test_linked_classes_and_files_count(tmp_path):
+    make_files(tmp_path / "store", "a/1.jpg", "2.jpg")
+    (tmp_path / "set/train/b").mkdir(parents=True)
+    (tmp_path / "set/train/a").symlink_to(tmp_path / "store/a")
+    (tmp_path / "set/train/b/2.jpg").symlink_to(tmp_path / "store/2.jpg")
+    dataset = load_dataset(tmp_path / "set", minival=0)
+    assert relative(dataset.train, tmp_path / "set/train") == ["a/1.jpg", "b/2.jpg"]
+
+
+def test_order_does_not_depend_on_the_file_systems(tmp_path, monkeypatch):
+    make_split(make_split(tmp_path, "train", "a b c", 40), "val", "a b c", 7)
+    expected = load_dataset(tmp_path, minival=0.1)
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, folder):
+            with scandir(folder) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    shuffled = load_dataset(tmp_path, minival=0.1)
+    for name in ("train", "minival", "val"):
+        assert relative(shuffled.split(name), tmp_path) == relative(expected.split(name), tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_a_hundred_thousand_files_take_seconds(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    classes = [f"n{i:08d}" for i in range(1000)]
+    monkeypatch.setattr(data, "_scan", lambda _, *, folders: classes if folders else [f"{i}.JPEG" for i in range(100)])
+    start = time.perf_counter()
+    dataset = load_dataset(tmp_path)
+    assert time.perf_counter() - start < 10  # 0.2 s on one idle core
+    assert dataset.counts == {"train": 99_000, "minival": 1000}
+
+
+# --- minival
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 20), (0.1, 200), (0.0126, 25), (0.5, 1000), (0.999, 1998)])
+def test_minival_takes_exactly_its_share_and_every_image_is_in_one_split(tmp_path, share, count):
+    make_split(tmp_path, "train", "a b c d", 500)
+    dataset = load_dataset(tmp_path, minival=share)
+    train, minival = (relative(dataset.split(name), tmp_path) for name in ("train", "minival"))
+    assert len(minival) == count
+    assert sorted(train + minival) == [f"train/{c}/{c}_{i:04d}.jpg" for c in "abcd" for i in range(500)]
+    for files in (dataset.train, dataset.minival):
+        assert ["abcd"[label] for label in files.labels] == [p.split("/")[1] for p in relative(files, tmp_path)]
+
+
+def test_minival_depends_on_class_and_file_name_alone(tmp_path):
+    minivals = []
+    for name in ("one", "a longer name/two"):
+        make_split(tmp_path / name, "train", "a b", 100)
+        minivals.append(relative(load_dataset(tmp_path / name, minival=0.05).minival, tmp_path / name))
+    assert minivals[0] == minivals[1]
+    # Pinned: a change of the choice would put images trained on by earlier runs into their minival.
+    pinned = "a_0003 a_0038 a_0078 b_0035 b_0047 b_0056 b_0069 b_0073 b_0093 b_0096"
+    assert [Path(path).stem for path in minivals[0]] == pinned.split()
+
+
+def test_losing_a_file_moves_at_most_one_other_across(tmp_path):
+    make_split(tmp_path, "train", "a b c d", 250)
+    before = set(relative(load_dataset(tmp_path, minival=0.1).minival, tmp_path))
+    (tmp_path / "train/a/a_0003.jpg").unlink()
+    after = set(relative(load_dataset(tmp_path, minival=0.1).minival, tmp_path))
+    assert len(before) == len(after) == 100
+    assert len(before ^ after) <= 2
+
+
+def test_minival_is_random_over_the_whole_set(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    classes = [f"n{i:08d}" for i in range(50)]
+    monkeypatch.setattr(
+        data, "_scan", lambda _, *, folders: classes if folders else [f"{i:04d}.JPEG" for i in range(1000)]
+    )
+    minival = load_dataset(tmp_path, minival=0.1).minival
+    # Of 1,000 images a class each is drawn with p = 0.1: 100 +- 9.5. Chi-square of 49 degrees of freedom.
+    per_class = np.bincount(minival.labels, minlength=50)
+    assert 23.98 < np.sum((per_class - 100) ** 2 / 90) < 85.35  # 0.1 % at either end
+    number = np.array([int(Path(minival.path(i)).stem) for i in range(len(minival))])
+    per_place = np.bincount(number // 20, minlength=50)
+    assert 23.98 < np.sum((per_place - 100) ** 2 / 90) < 85.35
+
+
+def test_no_minival_when_its_share_is_none_or_rounds_to_none(tmp_path):
+    make_split(tmp_path, "train", "a b", 10)
+    for share in (0, 0.01):
+        dataset = load_dataset(tmp_path, minival=share)
+        assert dataset.minival is None
+        assert dataset.counts == {"train": 20}
+        fails(lambda d=dataset: d.split("minival"), "minival", "--minival")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 7, float("nan")])
+def test_minival_outside_its_range(tmp_path, share):
+    make_split(tmp_path, "train", "a b", 10)
+    fails(lambda: load_dataset(tmp_path, minival=share), "--minival", f"{share:g}")
+
+
+def test_minival_that_leaves_nothing_to_train_on(tmp_path):
+    make_split(tmp_path, "train", "a b", 1)
+    fails(lambda: load_dataset(tmp_path, minival=0.9), "--minival 0.9", "2 images", "lower it")
+
+
+# --- parts of a dataset
+
+
+def test_val_alone_is_enough_to_evaluate(tmp_path):
+    make_split(tmp_path, "val", "a b", 3)
+    dataset = load_dataset(tmp_path, split="val")
+    assert dataset.counts == {"val": 6}
+    assert dataset.classes == ("a", "b")
+    assert len(dataset.split("val")) == 6
+    fails(lambda: load_dataset(tmp_path), "has no train/")
+    fails(lambda: dataset.split("train"), "has no train/", "--split")
+
+
+def test_train_alone_is_enough_to_train(tmp_path):
+    make_split(tmp_path, "train", "a b", 100)
+    dataset = load_dataset(tmp_path)
+    assert dataset.counts == {"train": 198, "minival": 2}
+    fails(lambda: dataset.split("val"), str(tmp_path), "has no val/")
+    fails(lambda: load_dataset(tmp_path, split="val"), "has no val/")
+
+
+def test_one_split_reads_only_its_folder(tmp_path):
+    make_split(make_split(tmp_path, "train", "a b", 100), "val", "a b", 3)
+    assert load_dataset(tmp_path, split="val").counts == {"val": 6}
+    assert load_dataset(tmp_path, split="minival").counts == {"train": 198, "minival": 2}
+    (tmp_path / "train/a").rename(tmp_path / "train/c")
+    fails(lambda: load_dataset(tmp_path, split="val"), "differ in their classes")
+    assert load_dataset(tmp_path, split="train").classes == ("b", "c")
+
+
+def test_demo_is_made_and_indexed(tmp_path, monkeypatch):
+    folder = make_split(make_split(tmp_path / "demo-v1", "train", "a b", 100), "val", "a b", 3)
+    monkeypatch.setattr(data, "demo_folder", lambda: folder)
+    dataset = load_dataset("demo")
+    assert (dataset.name, dataset.root) == ("demo", folder)
+    assert dataset.counts == {"train": 198, "minival": 2, "val": 6}
+
+
+def test_home_and_relative_paths(tmp_path, monkeypatch):
+    make_split(tmp_path / "set", "train", "a", 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("~/set", "set", Path("set")):
+        assert load_dataset(path).train.path(0) == str(tmp_path / "set/train/a/a_0000.jpg")
+
+
+# --- mistakes
+
+
+def test_missing_folder(tmp_path):
+    fails(lambda: load_dataset(tmp_path / "none"), str(tmp_path / "none"), "no such folder", "train/<class>")
+
+
+def test_file_instead_of_a_folder(tmp_path):
+    make_files(tmp_path, "x.jpg")
+    fails(lambda: load_dataset(tmp_path / "x.jpg"), "x.jpg is a file")
+
+
+def test_empty_folder(tmp_path):
+    fails(lambda: load_dataset(tmp_path), f"{tmp_path} is empty")
+    (tmp_path / "train").mkdir()
+    fails(lambda: load_dataset(tmp_path), "train has no class folders", "train/<class>/")
+    make_files(tmp_path, "train/x.jpg")
+    fails(lambda: load_dataset(tmp_path), "images but no class folders")
+
+
+def test_the_split_itself_is_given(tmp_path):
+    make_split(make_split(tmp_path, "train", "a", 1), "val", "a", 1)
+    for split in ("train", "val"):
+        fails(lambda s=split: load_dataset(tmp_path / s), "has no train/", f"give its parent, {tmp_path}")
+
+
+def test_the_folder_above_is_given(tmp_path):
+    make_split(tmp_path / "imagenet", "train", "a", 1)
+    fails(lambda: load_dataset(tmp_path), "has no train/", f"did you mean {tmp_path / 'imagenet'}?")
+
+
+def test_class_folders_without_a_split(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong into train/")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classes_without_images(tmp_path, split):
+    make_split(make_split(tmp_path, "train", "a b c d e f", 2), "val", "a b c d e f", 2)
+    for name in "bcdf":
+        for path in (tmp_path / split / name).iterdir():
+            path.rename(path.with_suffix(".txt"))
+    fails(lambda: load_dataset(tmp_path), str(tmp_path / split), "(b, c, d and 1 more)")
+
+
+def test_classes_that_differ(tmp_path):
+    make_split(make_split(tmp_path, "train", "a b c d e f", 1), "val", "a z", 1)
+    message = fails(lambda: load_dataset(tmp_path), str(tmp_path), "differ in their classes")
+    assert "5 missing from val/ (b, c, d and 2 more); 1 missing from train/ (z)" in message
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    make_split(tmp_path, "train", "a b", 1)
+    scandir = os.scandir
+
+    def deny(folder):
+        if str(folder).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    fails(lambda: load_dataset(tmp_path), str(tmp_path / "train/b"), "cannot be listed (Permission denied)")
+
+
+# --- check_images
+
+
+def file_list(*paths: Path) -> FileList:
+    return FileList.from_paths([str(path) for path in paths], [0] * len(paths))
+
+
+def test_every_format_passes_the_check(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    formats = {"x.jpg": "JPEG", "x.png": "PNG", "x.webp": "WEBP", "x.bmp": "BMP", "x.tif": "TIFF", "x.ppm": "PPM"}
+    for name, image_format in formats.items():
+        image_module.new("RGB", (4, 3)).save(tmp_path / name, image_format)
+    image_module.new("RGB", (4, 3)).save(tmp_path / "png_named.jpg", "PNG")  # as one of ImageNet's
+    make_files(tmp_path, "x.jp2", content=b"\0\0\0\x0cjP  \r\n\x87\n")
+    check_images(file_list(*tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"), [(b"", "is an empty file"), (b"hello there", "is no image"), (b"GIF89a", "is no image")]
+)
+def test_what_is_no_image_is_named(tmp_path, content, fault):
+    make_split(tmp_path, "train", "a b", 50)
+    make_files(tmp_path, "train/a/a_0031.jpg", content=content)
+    files = load_dataset(tmp_path, minival=0).train
+    fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", "remove it")
+    make_files(tmp_path, "train/b/b_0007.jpg", "train/b/b_0008.jpg", content=content)
+    fails(lambda: check_images(files), "a_0031.jpg", "2 more of the 100 files looked at")
+
+
+def test_unreadable_file_is_named(tmp_path):
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "none")
+    fails(lambda: check_images(file_list(tmp_path / "dangling.jpg")), "dangling.jpg cannot be read (No such file")
+
+
+def test_check_looks_at_256_spread_files_of_many(monkeypatch):
+    looked_at: list[str] = []
+    monkeypatch.setattr(data, "_fault", looked_at.append)
+    check_images(FileList.from_paths([str(i) for i in range(4096)], [0] * 4096))
+    assert sorted(map(int, looked_at)) == list(range(4096))
+    looked_at.clear()
+    check_images(FileList.from_paths([str(i) for i in range(100_000)], [0] * 100_000))
+    places = np.sort(np.array([int(place) for place in looked_at]))
+    assert (len(places), places[0], places[-1]) == (256, 0, 99_999)
+    assert set(np.diff(places)) == {392, 393}
+
+
+# --- further evaluation sets
+
+
+def test_numeric_folders_are_class_indices(tmp_path):
+    make_files(tmp_path, "0/a.jpeg", "2/b.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg")
+    files = load_eval_folder(tmp_path, [f"n{i:08d}" for i in range(12)])
+    assert relative(files, tmp_path) == ["0/a.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg", "2/b.jpeg"]
+    assert files.labels.tolist() == [0, 10, 10, 11, 2]
+    assert files.labels.dtype == np.int64
+    fails(lambda: load_eval_folder(tmp_path, ["a"] * 11), "none of the model's 11 classes (11)")
+
+
+def test_named_folders_follow_the_models_classes(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "emu/1.jpg")
+    assert load_eval_folder(tmp_path, ["ape", "cat", "dog", "emu"]).labels.tolist() == [1, 3]
+    fails(lambda: load_eval_folder(tmp_path, ["ape", "cat"]), "none of the model's 2 classes (emu)")
+
+
+def test_classes_with_numeric_names_keep_their_order(tmp_path):
+    make_files(tmp_path, "2/1.jpg", "10/1.jpg")
+    files = load_eval_folder(tmp_path, ["0", "10", "2"])
+    assert dict(zip(relative(files, tmp_path), files.labels.tolist(), strict=True)) == {"10/1.jpg": 1, "2/1.jpg": 2}
+
+
+def test_missing_evaluation_folder(tmp_path):
+    fails(lambda: load_eval_folder(tmp_path / "v2", ["a"]), str(tmp_path / "v2"), "no such folder")
+
+
+def write_json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_real_labels_go_by_file_name_across_classes(tmp_path):
+    make_files(tmp_path, "val/b/val_0001.jpg", "val/a/val_0002.jpg", "val/b/val_0003.jpg", "val/a/val_0004.jpg")
+    val = load_dataset(tmp_path, split="val").val
+    real = write_json(tmp_path / "real.json", [[1], [], [1, 0, 7], [0, 1]])
+    assert [Path(val.path(i)).stem[-1] for i in range(4)] == ["2", "4", "1", "3"]
+    expected = [[-1, -1, -1], [0, 1, -1], [1, -1, -1], [1, 0, 7]]
+    np.testing.assert_array_equal(load_real_labels(real, val), np.array(expected, np.int64), strict=True)
+
+
+def test_real_labels_of_repeated_file_names_go_by_path(tmp_path):
+    make_files(tmp_path, "val/a/1.jpg", "val/a/2.jpg", "val/b/1.jpg")
+    val = load_dataset(tmp_path, split="val").val
+    real = write_json(tmp_path / "real.json", [[3], [4], [5]])
+    assert load_real_labels(real, val).tolist() == [[3], [4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ({"a": [1]}, "is not a list of label lists"),
+        ([1, 2], "is not a list of label lists"),
+        ([["cat"], [1]], "is not a list of label lists"),
+        ([[-1], [1]], "is not a list of label lists"),
+        ([[1]], "labels for 1 images but val has 2"),
+    ],
+)
+def test_real_file_of_another_layout(tmp_path, content, fault):
+    make_split(tmp_path, "val", "a b", 1)
+    val = load_dataset(tmp_path, split="val").val
+    fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val), "real.json", fault)
+
+
+def test_real_file_that_is_no_json(tmp_path):
+    val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
+    make_files(tmp_path, "real.json")
+    fails(lambda: load_real_labels(tmp_path / "real.json", val), "real.json cannot be read as JSON")
+    fails(lambda: load_real_labels(tmp_path / "none.json", val), "none.json cannot be read as JSON")
