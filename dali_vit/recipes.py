@@ -92,10 +92,10 @@ def resnet50(config: Config) -> Config:
 
 def demo(config: Config) -> Config:
     """A small ViT on a dataset drawn on first use: minutes on two CPU cores."""
-    config = _set(config, "data", data="demo", resolution=64, randaug_magnitude=2.0)
-    config = _set(config, "model", model="Ti/8", width=128, depth=4, num_heads=4, mlp_dim=256)
-    config = _set(config, "optim", epochs=30.0, batch_size=64, warmup_steps=100, mixup_alpha=0.0)
-    return _set(config, "run", log_every=20, checkpoint_every=200, eval_every=5.0)
+    config = _set(config, "data", data="demo", resolution=48, randaug_magnitude=2.0)
+    config = _set(config, "model", model="Ti/8", width=128, depth=3, num_heads=4, mlp_dim=512)
+    config = _set(config, "optim", batch_size=128, lr=2e-3, warmup_steps=30, mixup_alpha=0.0)
+    return _set(config, "run", log_every=10, checkpoint_every=100, eval_every=4.0)
 
 
 _ROWS: dict[str, Callable[[Config], Config]] = {
@@ -118,7 +118,7 @@ def _build(variant: Callable[[Config], Config], epochs: float) -> Config:
 RECIPES: dict[str, tuple[Callable[[], Config], str]] = {
     name: (partial(_build, variant, epochs), str(variant.__doc__))
     for name, variant, epochs in [
-        ("demo", demo, 30.0),
+        ("demo", demo, 20.0),
         *[(f"s16-{e}ep{suffix}", row, float(e)) for e in (90, 150, 300) for suffix, row in _ROWS.items()],
         *[(name, variant, 90.0) for name, variant in _OTHERS.items()],
     ]

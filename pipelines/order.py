@@ -94,13 +94,9 @@ class TrainOrder:
         range of counters. Values are multiples of 2^-24.
         """
         blocks = -(-count // 8)  # a Philox counter yields four 64-bit words, that is eight numbers
-        philox = np.random.Philox(
-            key=_uniforms_key(self.seed),
-            counter=self._first_position(step) * blocks,
-        )
-        words = philox.random_raw(self.local_batch_size * blocks * 4).view(np.uint32)
-        words = words.reshape(self.local_batch_size, blocks * 8)[:, :count]
-        return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+        counter = self._first_position(step) * blocks
+        generator = np.random.Generator(np.random.Philox(key=_uniforms_key(self.seed), counter=counter))
+        return generator.random((self.local_batch_size, blocks * 8), np.float32)[:, :count]
 
 
 @dataclass(frozen=True)

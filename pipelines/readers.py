@@ -20,7 +20,7 @@ class BatchInfo(Protocol):
     iteration: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FileList:
     """Image files and their labels, held compactly: 20 bytes a file besides the path's own.
 
@@ -50,6 +50,9 @@ class FileList:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def __repr__(self) -> str:
+        return f"FileList of {len(self)} files"
+
     def encoded_paths(self, indices: np.ndarray) -> list[np.ndarray]:
         """Paths as bytes, uint8 views of the buffer (what DALI's io.file.read takes)."""
         starts = self.starts[indices]
@@ -72,26 +75,30 @@ class FileList:
 
 @dataclass(frozen=True)
 class TrainSource:
-    """The callable of the training graph: iteration -> (paths, labels, uniforms) of that step.
+    """The callable of the training graph: iteration -> (paths, labels, uniforms, ...) of that step.
 
-    It keeps nothing between calls, so a pipeline can be built at any step: iteration 0 is start_step.
+    It keeps nothing between calls, so a pipeline can be built at any step: iteration 0 is start_step. The
+    uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
+    graph would cost more than drawing them.
     """
 
     samples: FileList
     order: TrainOrder
-    num_uniforms: int
+    counts: Sequence[int]
     start_step: int = 0
 
-    def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray, *tuple[np.ndarray, ...]]:
         step = self.start_step + info.iteration
         indices = self.order.indices(step)
-        uniforms = self.order.uniforms(step, self.num_uniforms)
-        return self.samples.encoded_paths(indices), self.samples.labels[indices], uniforms
+        uniforms = self.order.uniforms(step, sum(self.counts))
+        groups = np.split(uniforms, np.cumsum(self.counts)[:-1], axis=1)
+        paths = self.samples.encoded_paths(indices)
+        return paths, self.samples.labels[indices], *map(np.ascontiguousarray, groups)
 
 
 @dataclass(frozen=True)
 class EvalSource:
-    """The callable of the evaluation graph: iteration -> (paths, labels), over and over.
+    """The callable of the evaluation graph: iteration -> (paths, labels), StopIteration after the last batch.
 
     Padding repeats the first file and is labelled -1.
     """
@@ -100,7 +107,9 @@ class EvalSource:
     order: EvalOrder
 
     def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray]:
-        indices = self.order.indices(info.iteration % self.order.num_batches)
+        if info.iteration >= self.order.num_batches:
+            raise StopIteration
+        indices = self.order.indices(info.iteration)
         padded = indices < 0
         indices = np.where(padded, 0, indices)
         return self.samples.encoded_paths(indices), np.where(padded, -1, self.samples.labels[indices])

@@ -101,5 +101,5 @@ def test_description_states_the_papers_accuracy(name, accuracy):
 
 
 def test_unknown_recipe_names_a_near_one():
-    with pytest.raises(UserError, match="--recipe s16-90epp.*did you mean s16-90ep"):
+    with pytest.raises(UserError, match=r"--recipe s16-90epp.*did you mean s16-90ep"):
         recipes.get("s16-90epp")

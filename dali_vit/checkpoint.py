@@ -1,0 +1,276 @@
+"""Checkpoints on disk. A run's folder holds
+
+    checkpoints/step_000001234/
+        model.safetensors   parameters and buffers, float32, named as in timm; its metadata says how to build it
+        trainer.pt          optimiser state and random states; loaded with weights_only
+        checkpoint.json     format, step, config, class names, loader state, metrics, SHA-256 of the other files
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a folder named step_*
+is complete. Nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
+
+FORMAT = 1
+BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been found complete."""
+
+    path: Path
+    step: int
+    config: Config
+    classes: tuple[str, ...]
+    loader: dict[str, Any]
+    metrics: dict[str, float]
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        return _read_safetensors(self.path / "model.safetensors")[0]
+
+    def trainer_state(self) -> dict[str, Any]:
+        """`optimizer` and `rng` as they were saved; UserError for a file that holds anything but plain data."""
+        try:
+            return torch.load(self.path / "trainer.pt", map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self.path / 'trainer.pt'}: refused ({str(error).splitlines()[0]})") from error
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready for inference and what its file says of it."""
+
+    model: torch.nn.Module
+    config: ModelConfig
+    resolution: int
+    classes: tuple[str, ...] | None
+    step: int | None
+
+
+def save(
+    run_dir: Path,
+    *,
+    step: int,
+    config: Config,
+    classes: tuple[str, ...],
+    model_state: Mapping[str, torch.Tensor],
+    trainer_state: Mapping[str, Any],
+    loader_state: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> Path:
+    """Writes the checkpoint of a step and removes what is no longer to be kept; returns its folder."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:09d}"
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    for stale in folder.glob(".tmp-*"):  # of processes that were killed while writing
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir()
+    save_model(temporary / "model.safetensors", model_state, config.model, config.data.resolution, classes, step)
+    torch.save(dict(trainer_state), temporary / "trainer.pt")
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "config": to_dict(config),
+        "classes": list(classes),
+        "loader": dict(loader_state),
+        "metrics": dict(metrics),
+        "sha256": {name: _sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
+    }
+    (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for file in temporary.iterdir():
+        _flush(file)
+    _flush(temporary)
+    if final.exists():  # the same step, written before an interruption: replace it by a whole one
+        os.replace(final, folder / f".tmp-old-{final.name}")
+    os.replace(temporary, final)
+    _flush(folder)
+    shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
+    _prune(folder, config.run.keep_checkpoints)
+    return final
+
+
+def save_model(
+    path: Path,
+    state: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    resolution: int,
+    classes: tuple[str, ...] | None,
+    step: int | None,
+) -> None:
+    """Writes weights as one .safetensors file that `open_model` can build the model from."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    description = {
+        "format": FORMAT,
+        "model": to_dict(Config(model=config))["model"],
+        "resolution": resolution,
+        "classes": list(classes) if classes is not None else None,
+        "step": step,
+    }
+    save_file(tensors, path, metadata={"dali_vit": json.dumps(description)})
+
+
+def newest(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; damaged ones are named in the log and passed over.
+
+    None where the run has no checkpoint; UserError where it has some and all are damaged.
+    """
+    folders = _step_folders(run_dir / "checkpoints")
+    for folder in reversed(folders):
+        try:
+            return read(folder)
+        except UserError as error:
+            log.warning("%s; trying the one before", error)
+    if folders:
+        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move the folder away to start over")
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a step_* folder; UserError where it is damaged, foreign or of another format."""
+    try:
+        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise UserError(f"{folder}: checkpoint format {record['format']}, this version reads {FORMAT}")
+        for name, digest in record["sha256"].items():
+            if _sha256(folder / name) != digest:
+                raise UserError(f"{folder / name}: damaged (its checksum differs); use an older checkpoint")
+        return Checkpoint(
+            path=folder,
+            step=record["step"],
+            config=from_dict(record["config"]),
+            classes=tuple(record["classes"]),
+            loader=record["loader"],
+            metrics=record["metrics"],
+        )
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({error}); use an older checkpoint") from error
+
+
+def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
+    """The model of a run folder (its newest checkpoint), a checkpoint, a .safetensors or a big_vision .npz.
+
+    The model is in eval mode, float32, and maps [N, 3, H, W] in [-1, 1] to logits. With `resolution` it is
+    built for images of that size, its position embeddings resampled. UserError names what cannot be read.
+    """
+    from dali_vit import big_vision  # here, because it is needed for one kind of file only
+    from dali_vit.model import create_model
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such file or folder")
+    if path.suffix == ".npz":
+        try:
+            return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    file = _model_file(path)
+    try:
+        state, metadata = _read_safetensors(file)
+        description = json.loads(metadata["dali_vit"])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: not written by dali-vit (no description of the model inside)") from error
+    config = from_dict({"model": description["model"]}).model
+    classes = description["classes"]
+    native = description["resolution"]
+    num_classes = len(classes) if classes else big_vision.num_classes(state)
+    try:
+        model = create_model(config, num_classes=num_classes, resolution=resolution or native)
+        if resolution not in (None, native):
+            state = big_vision.resample_positions(state, model)
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: its weights do not fit the model it describes: {reason}") from error
+    return OpenedModel(
+        model.eval(), config, resolution or native, tuple(classes) if classes else None, description["step"]
+    )
+
+
+def load_model(path: str | Path) -> torch.nn.Module:
+    """The model alone, as `open_model` gives it: eval mode, float32, [N, 3, H, W] in [-1, 1] to logits."""
+    return open_model(path).model
+
+
+def _model_file(path: Path) -> Path:
+    """The .safetensors file that a path given by the user means."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"--checkpoint {path}: not a checkpoint; give a run folder, a step_* folder,"
+                " a .safetensors file or a big_vision .npz"
+            )
+        return path
+    if (path / "checkpoint.json").exists() or (path / "model.safetensors").exists():
+        return read(path).path / "model.safetensors"
+    checkpoint = newest(path)
+    if checkpoint is None:
+        raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
+    return checkpoint.path / "model.safetensors"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name))
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints and the best one."""
+    folders = _step_folders(folder)
+    scores: dict[Path, float] = {}
+    for step_folder in folders:
+        try:
+            metrics = json.loads((step_folder / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: it is no candidate for the best, and goes when its turn comes
+        score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
+        if score is not None:
+            scores[step_folder] = score
+    best = max(scores, key=lambda f: (scores[f], f.name)) if scores else None
+    for step_folder in folders[:-keep]:
+        if step_folder != best:
+            shutil.rmtree(step_folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Makes a file, or a folder's list of names, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""The command line: the only module that prints or exits.
+
+Exit codes: 0 done; 2 the user can mend it (one line on stderr); 1 a defect of ours (traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dali_vit import recipes
+from dali_vit.config import Config, UserError, to_yaml
+
+PROGRAM = "dali-vit"
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Accuracy of a checkpoint on a labelled set."""
+
+    checkpoint: Path
+    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    data: str
+    """Folder with val/<class>/* (or train/<class>/* for the other splits), or `demo`."""
+    gpus: int | None = None
+    """GPUs to use; 0: the CPU; default: all, else the CPU."""
+    split: Literal["val", "minival", "train"] = "val"
+    """Which images."""
+    minival: float = 0.01
+    """Share of the training images that is minival."""
+    v2: bool = False
+    """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
+    real: Path | None = None
+    """ReaL's real.json: also report accuracy against its labels."""
+    batch_size: int = 256
+    """Images per step and process."""
+    resolution: int | None = None
+    """Side of the images; default: the checkpoint's. Position embeddings are resampled."""
+    threads: int | None = None
+    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """The likeliest classes of image files."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    checkpoint: Path
+    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    top: int = 5
+    """Classes to name per image."""
+    gpus: int | None = None
+    """1: a GPU; 0: the CPU; default: a GPU where there is one."""
+    json: bool = False
+    """Print one JSON array instead of a table."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """What this machine has and what it will be used for."""
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """A big_vision .npz checkpoint as .safetensors, or the converse."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """IN: .npz, or a checkpoint of ours."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """OUT: .safetensors or .npz; must not exist."""
+    resolution: int | None = None
+    """Resample the position embeddings for images of this side."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `dali-vit`; exits with the code the module's docstring gives."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", 0))
+    _set_up_logging(rank)
+    try:
+        code = _dispatch(argv)
+    except UserError as error:
+        if rank == 0:
+            print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
+        code = 0
+    sys.exit(code)
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "convert": _convert,
+        "doctor": _doctor,
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("dali-vit"))
+        return 0
+    if argv[0] not in commands:
+        raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+def _overview() -> str:
+    return f"""usage: {PROGRAM} COMMAND [OPTIONS]
+
+Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
+
+  {PROGRAM} train --recipe demo             a ViT on the built-in dataset, in minutes
+  {PROGRAM} train --data PATH --gpus 8      the paper's ViT-S/16 on ImageNet-1k, 90 epochs
+  {PROGRAM} eval --checkpoint C --data PATH
+  {PROGRAM} predict --checkpoint C IMAGE...
+  {PROGRAM} convert IN.npz OUT.safetensors
+  {PROGRAM} doctor                          what this machine has and what it will be used for
+
+`{PROGRAM} COMMAND --help` lists a command's options."""
+
+
+def _train(argv: list[str]) -> int:
+    config, print_config = _parse_train(argv)
+    if print_config:
+        from dali_vit.config import validate
+
+        validate(config)
+        print(to_yaml(config), end="")
+        return 0
+    from dali_vit import distributed, train
+
+    if not distributed.is_worker():
+        processes = distributed.resolve_gpus(config.run.gpus)
+        if processes > 1:
+            train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
+            return distributed.launch(processes, ["train", *argv])
+    with distributed.connect(config.run.gpus) as group:
+        train.train(config, group)
+    return 0
+
+
+def _parse_train(argv: list[str]) -> tuple[Config, bool]:
+    """The resolved Config and whether it is only to be printed."""
+    argv = list(argv)
+    print_config = "--print-config" in argv
+    if print_config:
+        argv.remove("--print-config")
+    names = [re.split("[= ]", " ".join(argv[i : i + 2]))[1] for i, a in enumerate(argv) if a.startswith("--recipe")]
+    defaults = recipes.get(names[-1] if names else Config().run.recipe)
+    given = {argument.split("=")[0] for argument in argv}
+    if {"--epochs", "--steps"} <= given:
+        raise UserError("--epochs and --steps: give one of them, not both")
+    if "--steps" in given:
+        defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
+    config: Config = _parse(
+        Config,
+        argv,
+        "train",
+        default=defaults,
+        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
+        "--print-config prints the resolved settings instead.\n\n"
+        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
+    )
+    return config, print_config
+
+
+def _eval(argv: list[str]) -> int:
+    arguments: EvalArguments = _parse(EvalArguments, argv, "eval")
+    from dali_vit import distributed, inference
+
+    if not distributed.is_worker():
+        processes = distributed.resolve_gpus(arguments.gpus)
+        if processes > 1:
+            return distributed.launch(processes, ["eval", *argv])
+    with distributed.connect(arguments.gpus) as group:
+        metrics = inference.evaluate_checkpoint(
+            arguments.checkpoint,
+            arguments.data,
+            group,
+            split=arguments.split,
+            minival=arguments.minival,
+            v2=arguments.v2,
+            real=arguments.real,
+            batch_size=arguments.batch_size,
+            resolution=arguments.resolution,
+            threads=arguments.threads,
+        )
+        if group.is_main:
+            if arguments.json:
+                print(json.dumps(metrics))
+            else:
+                for name, value in metrics.items():
+                    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+                    print(f"{name:<14} {shown}")
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
+    arguments: PredictArguments = _parse(PredictArguments, argv, "predict")
+    if not arguments.images:
+        raise UserError("IMAGE: missing; name at least one image file")
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: must be at least 1")
+    from dali_vit import distributed, inference
+
+    with distributed.connect(arguments.gpus) as group:
+        predictions = inference.predict(arguments.checkpoint, arguments.images, group.device, top=arguments.top)
+    if arguments.json:
+        print(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
+        return 0
+    for path, found in predictions:
+        print(path)
+        for prediction in found:
+            print(f"  {100 * prediction['probability']:6.2f} %  {prediction['class']}")
+    return 0
+
+
+def _convert(argv: list[str]) -> int:
+    arguments: ConvertArguments = _parse(ConvertArguments, argv, "convert")
+    from dali_vit import inference
+
+    print(inference.convert(arguments.source, arguments.target, arguments.resolution))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    _parse(DoctorArguments, argv, "doctor")
+    from dali_vit import doctor
+
+    print(doctor.report())
+    return 0
+
+
+def _parse(
+    arguments: type, argv: list[str], command: str, *, default: Any = None, description: str | None = None
+) -> Any:
+    """Parses a command's flags with tyro; a mistake becomes a UserError of one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"{PROGRAM} {command}",
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as exit_request:
+        if exit_request.code in (0, None):
+            raise
+        raise UserError(_one_line(captured.getvalue(), command)) from None
+
+
+def _one_line(box: str, command: str) -> str:
+    """The message inside the box that tyro draws around an error, without the help that follows a ruler in it."""
+    message: list[str] = []
+    for line in box.splitlines()[1:]:  # the first is the box's title
+        text = line.strip("│ ")
+        if text.strip("─-╰╯"):
+            message.append(text)
+        elif message:  # without UTF-8 a ruler comes before the message, too
+            break
+    return f"{' '.join(message)} (`{PROGRAM} {command} --help` lists the options)"
+
+
+def _set_up_logging(rank: int) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("dali_vit")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.propagate = False

@@ -1,0 +1,69 @@
+"""`dali-vit doctor`: what this machine has and what it will be used for."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dali_vit import data, environment
+from dali_vit.config import Config, DataConfig, OptimConfig
+from dali_vit.distributed import Group
+from dali_vit.metrics import peak_flops
+
+
+def report() -> str:
+    """The machine, one `name  value` line each, and a verdict on each part of a run."""
+    rows: list[tuple[str, str]] = list(environment.versions().items())
+    rows.append(("cpu", f"{environment.cpu_name()}, {environment.cpu_count()} cores usable"))
+    rows.append(("driver", environment.gpu_driver() or "none"))
+    gpus = environment.gpu_names()
+    for index, name in enumerate(gpus):
+        device = torch.device("cuda", index)
+        peak = peak_flops(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        known = f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "peak unknown, so no MFU"
+        rows.append((f"gpu {index}", f"{name}, compute capability {capability}, {known}"))
+    if not gpus:
+        rows.append(("gpus", f"none: {_why_no_gpu()}"))
+    threads = max(1, environment.cpu_count() // max(1, len(gpus)))
+    if gpus:
+        rows.append(("training", f"{len(gpus)} processes, bf16 autocast, torch.compile"))
+    else:
+        rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
+    where = "on the GPU" if gpus else "on the CPU"
+    fault = _input_fault(torch.device("cuda", 0) if gpus else torch.device("cpu"))
+    state = f"fails: {fault}" if fault else "works"
+    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {state}"))
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        rows.append(("compiler", "none: torch.compile on the CPU needs g++"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _input_fault(device: torch.device) -> str | None:
+    """What goes wrong when the training graph reads one JPEG on a device; None if nothing does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.jpg"
+        Image.new("RGB", (96, 64)).save(path)
+        files = data.FileList.from_paths([str(path)], [0])
+        config = Config(data=DataConfig(resolution=32), optim=OptimConfig(batch_size=1))
+        dataset = data.Dataset("doctor", path.parent, ("image",), files, None, None)
+        try:
+            loader = data.train_loader(dataset, config, Group(0, 1, 0, 1, device))
+            next(loader)
+            loader.close()
+        except (RuntimeError, ValueError) as error:
+            return " ".join(str(error).split())[:200]
+    return None
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if environment.gpu_driver() is None:
+        return "no NVIDIA driver"
+    return "torch sees none; check CUDA_VISIBLE_DEVICES and the driver's version"

@@ -1,0 +1,134 @@
+"""What is done with a finished model: accuracy on a labelled set, predictions for files, conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dali_vit import big_vision, checkpoint
+from dali_vit import data as datasets
+from dali_vit.config import UserError
+from dali_vit.distributed import Group
+from dali_vit.evaluate import evaluate
+from dali_vit.model import num_parameters
+from dali_vit.step import normalize
+
+
+def evaluate_checkpoint(
+    path: Path,
+    data: str,
+    group: Group,
+    *,
+    split: str = "val",
+    minival: float = 0.01,
+    v2: bool = False,
+    real: Path | None = None,
+    batch_size: int = 256,
+    resolution: int | None = None,
+    threads: int | None = None,
+) -> dict[str, float]:
+    """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
+
+    Collective over the group; every image counts once. With `v2` the classes are DATA's own folders and the
+    scalars are `v2/*`. UserError names what does not fit.
+    """
+    opened = checkpoint.open_model(path, resolution)
+    if v2:
+        if opened.classes is None:
+            files = datasets.load_eval_folder(data, tuple(map(str, range(_num_outputs(opened)))))
+        else:
+            files = datasets.load_eval_folder(data, opened.classes)
+        split = "v2"
+    else:
+        dataset = datasets.load_dataset(data, minival=minival, split=split)
+        _check_classes(data, dataset.classes, opened)
+        files = dataset.split(split)
+    datasets.check_images(files)
+    model = opened.model.to(group.device)
+    threads = threads or datasets.default_threads(group)
+
+    def run(files: datasets.FileList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
+        batches = datasets.eval_loader(
+            files, batch_size=batch_size, resolution=opened.resolution, group=group, threads=threads
+        )
+        try:
+            return evaluate(model, batches, group.device, acceptable)
+        finally:
+            batches.close()
+
+    metrics = {f"{split}/{name}": value for name, value in run(files).items()}
+    if real is not None:
+        acceptable = torch.from_numpy(datasets.load_real_labels(real, files))
+        result = run(datasets.with_labels(files, np.arange(len(files))), acceptable)
+        metrics |= {f"real/{name}": value for name, value in result.items()}
+    return metrics
+
+
+def predict(
+    path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5
+) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """For each image file its `top` likeliest classes: `class`, `index` and `probability` in [0, 1]."""
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{image}: no such image file")
+    opened = checkpoint.open_model(path)
+    files = datasets.FileList.from_paths([str(image) for image in images], np.arange(len(images)))
+    datasets.check_images(files)
+    group = Group(0, 1, 0, 1, device)
+    batches = datasets.eval_loader(
+        files,
+        batch_size=min(len(files), 64),
+        resolution=opened.resolution,
+        group=group,
+        threads=datasets.default_threads(group),
+    )
+    model = opened.model.to(device)
+    found: list[tuple[Path, list[dict[str, Any]]]] = []
+    with torch.inference_mode():
+        for pixels, rows in batches:
+            probabilities = model(normalize(pixels)).float().softmax(dim=1)
+            values, indices = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+            for row, value, index in zip(rows.tolist(), values.tolist(), indices.tolist(), strict=True):
+                if row >= 0:
+                    ranked = zip(index, value, strict=True)
+                    found.append((images[row], [_prediction(opened, i, p) for i, p in ranked]))
+    batches.close()
+    return found
+
+
+def convert(source: Path, target: Path, resolution: int | None = None) -> str:
+    """Converts big_vision's .npz to .safetensors or back; returns one line that says what was written."""
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another name or remove it")
+    if target.suffix not in (".safetensors", ".npz"):
+        raise UserError(f"{target}: the name must end in .safetensors or .npz")
+    opened = checkpoint.open_model(source, resolution)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".npz":
+        big_vision.save_npz(target, big_vision.to_big_vision(opened.model))
+    else:
+        checkpoint.save_model(
+            target, opened.model.state_dict(), opened.config, opened.resolution, opened.classes, opened.step
+        )
+    parameters = num_parameters(opened.model)
+    return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters"
+
+
+def _num_outputs(opened: checkpoint.OpenedModel) -> int:
+    return int(getattr(opened.model, "num_classes", 0))
+
+
+def _check_classes(data: str, classes: tuple[str, ...], opened: checkpoint.OpenedModel) -> None:
+    if opened.classes is not None and opened.classes != classes:
+        raise UserError(f"--data {data}: its classes differ from those the checkpoint was trained on")
+    if len(classes) != _num_outputs(opened):
+        raise UserError(f"--data {data}: has {len(classes)} classes, the checkpoint {_num_outputs(opened)}")
+
+
+def _prediction(opened: checkpoint.OpenedModel, index: int, probability: float) -> dict[str, Any]:
+    name = opened.classes[index] if opened.classes else str(index)
+    return {"class": name, "index": index, "probability": probability}

@@ -1,0 +1,146 @@
+"""What a run reports: scalars to TensorBoard and metrics.jsonl, and how fast it goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+# Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). First match wins.
+_PEAK_BF16 = [
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("GH200", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 150e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU in FLOP/s; None where it is not known (and on the CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_BF16 if part in name), None)
+
+
+class StepTimer:
+    """Wall time of the steps since the last reading, and the part of it spent waiting for data.
+
+    On a GPU the wait is read off the training stream: the time between the end of one step's kernels and the
+    moment the next batch is ready for the stream. While the host runs ahead of the GPU that is zero, however
+    long the host itself stood in the loader. Nothing is synchronised before `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window; call it after anything that is not a step (evaluation, checkpoint)."""
+        self._synchronize()
+        self.steps = 0
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waited = 0.0
+        self._start = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Put around fetching a batch, once a step."""
+        self.steps += 1
+        if self.device.type == "cuda":
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+            yield
+            events[1].record()
+            self._waits.append(events)
+        else:
+            start = time.perf_counter()
+            yield
+            self._waited += time.perf_counter() - start
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of the window and seconds of data wait in it."""
+        self._synchronize()
+        seconds = time.perf_counter() - self._start
+        waited = self._waited + sum(a.elapsed_time(b) for a, b in self._waits) / 1e3
+        return seconds, min(waited, seconds)
+
+
+class MetricLog:
+    """The run's scalars, images and texts: TensorBoard events and `metrics.jsonl` in the run's folder.
+
+    `start_step` is the step the run goes on from: what an interrupted run logged past it is dropped from both,
+    because those steps run again.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._writer = SummaryWriter(str(run_dir), purge_step=start_step or None)
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_lines_past(path, start_step)
+        self._lines = path.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        # JSON has no NaN or infinity: they become null.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        self._lines.flush()
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """One image, uint8 [H, W, 3]."""
+        self._writer.add_image(name, image, step, dataformats="HWC")
+        self._writer.flush()
+
+    def text(self, name: str, text: str) -> None:
+        """A block of preformatted text."""
+        self._writer.add_text(name, f"```\n{text}\n```")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._lines.close()
+
+
+def _drop_lines_past(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # a line cut short by a crash
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as `1:02:03`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,107 @@
+"""How a run describes itself to people: the opening summary, the progress line, the sample grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from dali_vit.config import Config, ModelConfig
+from dali_vit.data import Dataset
+from dali_vit.distributed import Group
+from dali_vit.metrics import duration, peak_flops
+
+
+def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
+    if config.model.startswith("timm:"):
+        kind = config.model
+    else:
+        kind = f"ViT-{config.model} {config.pool}, {config.posemb}, {config.head} head"
+    return f"{kind}, {parameters / 1e6:.1f} M parameters, {forward_flops / 1e9:.2f} GFLOP at {resolution} px"
+
+
+def summary(
+    config: Config,
+    dataset: Dataset,
+    group: Group,
+    *,
+    model: str,
+    compiled: str,
+    total_steps: int,
+    start_step: int,
+    threads: int,
+) -> str:
+    """What will be trained, on what and for how long: one `name  value` line each."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
+    on_gpu = group.device.type == "cuda"
+    device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
+    aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
+    rows = {
+        "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
+        "data": f"{dataset.root}: {counts} images, {len(dataset.classes)} classes",
+        "input": f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'},"
+        f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {threads} threads",
+        "model": model,
+        "devices": f"{group.world_size} x {device}, {'bf16 autocast' if on_gpu else 'float32'}",
+        "compile": compiled,
+        "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
+        f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",
+    }
+    if start_step:
+        rows["resuming"] = f"after step {start_step:,}"
+    return "\n".join(f"{name:<9} {value}" for name, value in rows.items())
+
+
+def speed(
+    steps: int, seconds: float, waited: float, *, batch_size: int, train_flops: float, group: Group
+) -> dict[str, float]:
+    """The `perf/` and `memory/` scalars of a window of steps.
+
+    train_flops: FLOP of forward and backward per image. MFU and memory are given on GPUs only.
+    """
+    rate = steps * batch_size / seconds
+    scalars = {
+        "perf/images_per_sec": rate,
+        "perf/images_per_sec_per_gpu": rate / group.world_size,
+        "perf/step_ms": 1e3 * seconds / steps,
+        "perf/data_wait_pct": 100 * waited / seconds,
+    }
+    peak = peak_flops(group.device)
+    if peak is not None:
+        scalars["perf/mfu_pct"] = 100 * rate * train_flops / (peak * group.world_size)
+    if group.device.type == "cuda":
+        scalars["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(group.device) / 2**30
+    return scalars
+
+
+def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, float], eta: float) -> str:
+    parts = [
+        f"step {step:>{len(str(total))}}/{total}",
+        f"epoch {epoch:.2f}",
+        f"loss {scalars['train/loss']:.4f}",
+        f"lr {scalars['train/lr']:.2e}",
+        f"{scalars['perf/images_per_sec']:,.0f} img/s",
+        f"data wait {scalars['perf/data_wait_pct']:.1f} %",
+    ]
+    if "perf/mfu_pct" in scalars:
+        parts.append(f"MFU {scalars['perf/mfu_pct']:.1f} %")
+    return " | ".join([*parts, f"ETA {duration(eta)}"])
+
+
+def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    parts = []
+    for split in sorted({name.split("/")[0] for name in metrics}):
+        values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+        parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {values['loss']:.4f}")
+    return f"step {step:>{len(str(total))}}/{total} | " + " | ".join(parts)
+
+
+def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:
+    """The first images of a batch side by side, uint8 [N, S, S, 3] -> [rows*S, columns*S, 3]."""
+    images = images[: columns * rows].cpu()
+    columns = min(columns, len(images))
+    rows = len(images) // columns
+    _, height, width, channels = images.shape
+    grid = images[: rows * columns].reshape(rows, columns, height, width, channels)
+    return grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels).numpy()

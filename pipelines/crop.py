@@ -1,0 +1,218 @@
+"""Random crops: which window of an image to take, and how it is decoded and resized.
+
+Windows are computed on the CPU from the size in the image's header, before anything is decoded, so that only
+the window needs decoding. All coordinates are in pixels, rows before columns.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from nvidia.dali import fn, types
+from nvidia.dali import math as dali_math
+from nvidia.dali.data_node import DataNode
+
+__all__ = [
+    "NUM_UNIFORMS",
+    "SAMPLERS",
+    "Decoder",
+    "decode",
+    "decode_window",
+    "image_size",
+    "sample_window_tensorflow",
+    "sample_window_torchvision",
+]
+
+Uniforms = tuple[DataNode, DataNode, DataNode]
+
+# Per sampler, how many uniforms in [0, 1) its three inputs hold: two per attempt, and two for the position.
+# A sampler takes all attempts at once, as vectors: an operator costs about the same for 1 number as for 100.
+NUM_UNIFORMS: dict[str, tuple[int, int, int]] = {"tensorflow": (100, 100, 2), "torchvision": (10, 10, 2)}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How image files are decoded. All but fast_idct only concerns the GPU."""
+
+    fast_idct: bool = True
+    """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves
+    the distance to the reference (reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
+    region: Literal["window", "full"] = "window"
+    """Decode the crop window alone, or the full image and let the resize pick the window."""
+    fancy_upsampling: bool = False
+    """Interpolate chroma as libjpeg-turbo does, instead of repeating it."""
+    hw_decoder_load: float = 0.65
+    """Share of the baseline JPEGs given to the hardware decoder, where there is one."""
+    preallocate_width_hint: int = 0
+    """Width of the largest image in pixels, for the hardware decoder's buffers; 0 grows them as needed."""
+    preallocate_height_hint: int = 0
+    """Height of the largest image in pixels, likewise."""
+    hybrid_huffman_threshold: int = 1_000_000
+    """Pixels from which on nvJPEG shares Huffman decoding between CPU and GPU."""
+    device_memory_padding: int = 16 * 2**20
+    """Bytes of device memory reserved per decoding thread."""
+    host_memory_padding: int = 8 * 2**20
+    """Bytes of pinned memory reserved per decoding thread."""
+
+
+def _options(decoder: Decoder, device: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "device": "mixed" if device == "gpu" else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # the reference ignores EXIF
+        "use_fast_idct": decoder.fast_idct,
+    }
+    if device == "gpu":
+        options |= {
+            "jpeg_fancy_upsampling": decoder.fancy_upsampling,
+            "hw_decoder_load": decoder.hw_decoder_load,
+            "preallocate_width_hint": decoder.preallocate_width_hint,
+            "preallocate_height_hint": decoder.preallocate_height_hint,
+            "hybrid_huffman_threshold": decoder.hybrid_huffman_threshold,
+            "device_memory_padding": decoder.device_memory_padding,
+            "host_memory_padding": decoder.host_memory_padding,
+        }
+    return options
+
+
+def image_size(encoded: DataNode) -> DataNode:
+    """Height and width of encoded images, float32 [2] on the CPU, whole numbers."""
+    return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.FLOAT)[0:2]
+
+
+def decode(encoded: DataNode, *, device: str, decoder: Decoder) -> DataNode:
+    """Whole images, uint8 [H, W, 3] RGB on the device."""
+    return fn.decoders.image(encoded, **_options(decoder, device))
+
+
+def decode_window(
+    encoded: DataNode,
+    start: DataNode,
+    window: DataNode,
+    mirror: DataNode | None,
+    *,
+    size: int,
+    antialias: bool,
+    device: str,
+    decoder: Decoder,
+) -> DataNode:
+    """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
+
+    start is (top, left) and window (height, width), float32 [2] on the CPU. Where mirror (a boolean scalar on
+    the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it.
+    """
+    # A negative extent asks DALI's resize for a flipped image; it rounds 1 pixel in 1,000 the other way.
+    width = size if mirror is None else size - mirror * (2.0 * size)
+    options: dict[str, Any] = {"resize_y": size, "resize_x": width, "interp_type": types.INTERP_LINEAR}
+    if decoder.region == "full":
+        images = decode(encoded, device=device, decoder=decoder)
+        options |= {"roi_start": start, "roi_end": start + window}
+    else:
+        images = fn.decoders.image_slice(
+            encoded,
+            start,
+            window,
+            normalized_anchor=False,
+            normalized_shape=False,
+            axis_names="HW",
+            **_options(decoder, device),
+        )
+    return fn.resize(images, antialias=antialias, **options)
+
+
+def _round(x: DataNode) -> DataNode:
+    return dali_math.floor(x + 0.5)
+
+
+def _any_valid(
+    height: DataNode, width: DataNode, valid: DataNode, attempts: int, otherwise: DataNode
+) -> tuple[DataNode, DataNode]:
+    """(height, width) [2] of a valid attempt or `otherwise` [2] if there is none, and its number, 0 if none.
+
+    Attempts are exchangeable, so the last valid one is distributed as the first, which rejection sampling takes.
+    """
+    numbers = types.Constant(np.arange(1, attempts + 1, dtype=np.int32), device="cpu")
+    number = fn.reductions.max(valid * numbers)
+    windows = fn.cat(fn.stack(otherwise), fn.stack(height, width, axis=1))  # [1 + attempts, 2]
+    return windows[number], number
+
+
+def sample_window_tensorflow(
+    size: DataNode,
+    uniforms: Uniforms,
+    *,
+    area_range: tuple[float, float] = (0.05, 1.0),
+    ratio_range: tuple[float, float] = (0.75, 1.33),
+) -> tuple[DataNode, DataNode]:
+    """Inception crop as tf.image.sample_distorted_bounding_box draws it, in float32.
+
+    size is (height, width), float32 [2]; uniforms hold [attempts] for the aspect ratio (width / height, drawn
+    linearly), [attempts] for the height and [2] for the position. Returns (top, left) and (height, width),
+    float32 [2], whole numbers. Where all attempts fail the whole image is taken. Everything is on the CPU.
+    Held to reference/crop_windows.npz.
+    """
+    ratio_uniform, height_uniform, position_uniform = uniforms
+    height, width = size[0], size[1]
+    area = height * width
+    smallest = area * area_range[0]
+
+    ratio = ratio_uniform * (ratio_range[1] - ratio_range[0]) + ratio_range[0]
+    h_max = dali_math.min((width + 0.5) / ratio, height)  # so that round(h * ratio) <= width
+    if area_range[1] < 1.0:  # no window inside the image is larger than the image
+        largest = area * area_range[1]
+        h_max = dali_math.min(h_max, dali_math.sqrt(largest / ratio) + 0.5)
+    h_max = dali_math.floor(h_max)
+    h_min = dali_math.min(_round(dali_math.sqrt(smallest / ratio)), h_max)
+    h = h_min + dali_math.floor(height_uniform * (h_max - h_min + 1.0))
+    # Rounding the width may have left the range of areas by one row.
+    w = _round(h * ratio)
+    h = h + (h * w < smallest)
+    w = _round(h * ratio)
+    if area_range[1] < 1.0:
+        h = h - (h * w > largest)
+        w = _round(h * ratio)
+    valid = (h * w >= smallest) & (h <= height) & (w <= width)
+    if area_range[1] < 1.0:
+        valid = valid & (h * w <= largest)
+
+    window, _ = _any_valid(h, w, valid, NUM_UNIFORMS["tensorflow"][0], otherwise=size)
+    return dali_math.floor((size - window) * position_uniform), window
+
+
+def sample_window_torchvision(
+    size: DataNode,
+    uniforms: Uniforms,
+    *,
+    area_range: tuple[float, float] = (0.05, 1.0),
+    ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[DataNode, DataNode]:
+    """Crop as torchvision's RandomResizedCrop draws it: area uniform, aspect ratio log-uniform.
+
+    size is (height, width), float32 [2]; uniforms hold [attempts] for the area, [attempts] for the ratio and
+    [2] for the position. Returns (top, left) and (height, width), float32 [2], whole numbers. Where all attempts
+    fail the largest central window of an allowed ratio is taken. Everything is on the CPU.
+    """
+    area_uniform, ratio_uniform, position_uniform = uniforms
+    height, width = size[0], size[1]
+
+    area = (area_uniform * (area_range[1] - area_range[0]) + area_range[0]) * (height * width)
+    log_low, log_high = math.log(ratio_range[0]), math.log(ratio_range[1])
+    ratio = dali_math.exp(ratio_uniform * (log_high - log_low) + log_low)
+    h, w = _round(dali_math.sqrt(area / ratio)), _round(dali_math.sqrt(area * ratio))
+    valid = (h > 0) & (w > 0) & (h <= height) & (w <= width)
+
+    largest = fn.stack(
+        dali_math.min(height, _round(width / ratio_range[0])),
+        dali_math.min(width, _round(height * ratio_range[1])),
+    )
+    window, number = _any_valid(h, w, valid, NUM_UNIFORMS["torchvision"][0], otherwise=largest)
+    free = size - window
+    centre = 0.5 - 2.0**-20  # floor(centre * (free + 1)) is free // 2
+    position = (number > 0) * (position_uniform - centre) + centre
+    return dali_math.min(dali_math.floor(position * (free + 1.0)), free), window
+
+
+SAMPLERS = {"tensorflow": sample_window_tensorflow, "torchvision": sample_window_torchvision}

@@ -1,0 +1,125 @@
+"""The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nvidia.dali import Pipeline, fn, pipeline_def
+
+from pipelines import crop
+from pipelines.crop import Decoder
+from pipelines.order import TrainOrder
+from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, rand_augment
+from pipelines.readers import FileList, TrainSource
+
+__all__ = ["Augment", "Decoder", "train_pipeline"]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What the training graph does to an image. The defaults are the paper's, but for antialiasing."""
+
+    crop: Literal["tensorflow", "torchvision"] = "tensorflow"
+    """Whose distribution of random windows: TensorFlow's (the paper's) or torchvision's."""
+    area_range: tuple[float, float] = (0.05, 1.0)
+    """Smallest and largest area of a window, as shares of the image."""
+    ratio_range: tuple[float, float] | None = None
+    """Smallest and largest aspect ratio (width / height) of a window; by default the sampler's own,
+    (0.75, 1.33) for tensorflow and (3/4, 4/3) for torchvision."""
+    antialias: bool = True
+    """Low-pass filter where a window is scaled down. The paper did without; it makes no difference to accuracy."""
+    flip: bool = True
+    """Mirror an image horizontally with probability 1/2."""
+    randaug_layers: int = 2
+    """RandAugment operations per image; 0 turns it off."""
+    randaug_magnitude: float = 10
+    """Strength of the RandAugment operations, of at most 10."""
+    randaug_contrast: Literal["paper", "mean"] = "paper"
+    """What RandAugment's contrast blends towards: a constant grey as in the paper, or the image's mean."""
+
+    def __post_init__(self) -> None:
+        if self.crop not in crop.SAMPLERS:
+            raise ValueError(f"crop is {self.crop!r}: choose from {', '.join(crop.SAMPLERS)}")
+        low, high = self.area_range
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"area_range is {self.area_range}: it must be rising and within (0, 1]")
+        if self.ratio_range and not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+            raise ValueError(f"ratio_range is {self.ratio_range}: it must be rising and above 0")
+        if self.randaug_layers < 0:
+            raise ValueError(f"randaug_layers is {self.randaug_layers}: it must be 0 (off) or more")
+        if not 0 <= self.randaug_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(f"randaug_magnitude is {self.randaug_magnitude}: it must be within [0, {MAX_MAGNITUDE}]")
+        if self.randaug_contrast not in ("paper", "mean"):
+            raise ValueError(f"randaug_contrast is {self.randaug_contrast!r}: choose paper or mean")
+
+
+@pipeline_def(enable_conditionals=True)
+def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
+    paths, labels, *uniforms = fn.external_source(
+        source, num_outputs=2 + len(source.counts), batch=True, batch_info=True
+    )
+    encoded = fn.io.file.read(paths)
+    size = crop.image_size(encoded)
+
+    ranges: dict[str, Any] = {"area_range": augment.area_range}
+    if augment.ratio_range is not None:
+        ranges["ratio_range"] = augment.ratio_range
+    start, window = crop.SAMPLERS[augment.crop](size, tuple(uniforms[:3]), **ranges)
+    mirror = uniforms[3] < 0.5 if augment.flip else None
+    images = crop.decode_window(
+        encoded,
+        start,
+        window,
+        mirror,
+        size=image_size,
+        antialias=augment.antialias,
+        device=device,
+        decoder=decoder,
+    )
+    if augment.randaug_layers > 0:
+        images = rand_augment(
+            images,
+            uniforms[-1],
+            image_size=image_size,
+            layers=augment.randaug_layers,
+            magnitude=augment.randaug_magnitude,
+            contrast=augment.randaug_contrast,
+        )
+    return images, labels.gpu() if device == "gpu" else labels
+
+
+def train_pipeline(
+    samples: FileList,
+    order: TrainOrder,
+    *,
+    image_size: int,
+    augment: Augment,
+    decoder: Decoder,
+    device_id: int | None,
+    num_threads: int,
+    start_step: int = 0,
+    prefetch_queue_depth: int = 2,
+) -> Pipeline:
+    """The training pipeline, not built yet: run k gives step start_step + k, without end.
+
+    It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
+    images uint8 [b, image_size, image_size, 3] and labels int64 [b] with b = order.local_batch_size. All its
+    randomness comes from `order`: it holds no state.
+    """
+    counts = [*crop.NUM_UNIFORMS[augment.crop]]
+    if augment.flip:
+        counts.append(1)
+    if augment.randaug_layers > 0:
+        counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
+    return _train_graph(
+        TrainSource(samples, order, counts, start_step),
+        image_size,
+        augment,
+        decoder,
+        "cpu" if device_id is None else "gpu",
+        batch_size=order.local_batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch_queue_depth,
+    )

@@ -1,0 +1,75 @@
+"""Small data sets and settings that a run of a second can be made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from dali_vit.distributed import Group
+
+CLASSES = ("ant", "bee", "cat", "dog")
+TRAIN_PER_CLASS, VAL_PER_CLASS = 15, 7
+
+TINY_MODEL = ["--model", "Ti/8", "--width", "32", "--depth", "1", "--num-heads", "2", "--mlp-dim", "64"]
+TINY = [*TINY_MODEL, "--resolution", "32", "--batch-size", "8", "--warmup-steps", "2", "--randaug-magnitude", "2"]
+
+
+def write_image_folder(root: Path, train: int = TRAIN_PER_CLASS, val: int = VAL_PER_CLASS) -> Path:
+    """JPEGs of 40 to 90 pixels a side, noise around a brightness that tells the class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(40, 90, 2)
+                pixels = rng.integers(0, 100, (height, width, 3)) + 50 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def cpu() -> Group:
+    import torch
+
+    return Group(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def tiny_config(image_folder: Path, tmp_path: Path) -> Config:
+    """12 steps of batch 8 on the image folder, a transformer of one block, a checkpoint every 5 steps."""
+    return Config(
+        DataConfig(data=str(image_folder), resolution=32, minival=0.1, randaug_magnitude=2.0),
+        ModelConfig(model="Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64),
+        OptimConfig(epochs=None, steps=12, batch_size=8, warmup_steps=2),
+        RunConfig(name="tiny", runs_dir=tmp_path, gpus=0, threads=1, log_every=1, eval_every=0, checkpoint_every=5),
+    )
+
+
+def environment() -> dict[str, str]:
+    """Environment of a process under test: no launcher's variables, one thread a process."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def dali_vit(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs `dali-vit ARGUMENTS` to its end."""
+    command = [sys.executable, "-m", "dali_vit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

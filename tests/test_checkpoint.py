@@ -1,0 +1,155 @@
+"""Checkpoints are whole or absent, are found by themselves when damaged, and run nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_vit import checkpoint
+from dali_vit.config import Config, ModelConfig, RunConfig, UserError
+from dali_vit.model import create_model
+
+CLASSES = ("ant", "bee", "cat")
+CONFIG = Config(
+    model=ModelConfig(model="Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64),
+    run=RunConfig(name="run", keep_checkpoints=2),
+)
+CONFIG = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, resolution=32))
+
+
+def save(run_dir: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
+    model = create_model(CONFIG.model, num_classes=len(CLASSES), resolution=32, seed=step)
+    return checkpoint.save(
+        run_dir,
+        step=step,
+        config=CONFIG,
+        classes=CLASSES,
+        model_state=model.state_dict(),
+        trainer_state={"optimizer": {"state": {0: {"exp_avg": torch.full((2,), float(step))}}}, "rng": []},
+        loader_state={"step": step},
+        metrics=metrics or {},
+    )
+
+
+def test_round_trip(tmp_path):
+    save(tmp_path, 7, {"val/top1": 50.0})
+    found = checkpoint.newest(tmp_path)
+    assert (found.step, found.classes, found.loader, found.metrics) == (7, CLASSES, {"step": 7}, {"val/top1": 50.0})
+    assert found.config == CONFIG
+    assert torch.equal(found.trainer_state()["optimizer"]["state"][0]["exp_avg"], torch.tensor([7.0, 7.0]))
+    expected = create_model(CONFIG.model, num_classes=3, resolution=32, seed=7)
+    opened = checkpoint.open_model(tmp_path)
+    assert (opened.classes, opened.resolution, opened.step) == (CLASSES, 32, 7)
+    assert not opened.model.training
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(opened.model(images), expected.eval()(images))
+
+
+def test_every_way_to_name_a_checkpoint_opens_the_same_model(tmp_path):
+    folder = save(tmp_path, 3)
+    states = [checkpoint.load_model(path).state_dict() for path in (tmp_path, folder, folder / "model.safetensors")]
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in states[1:]), name
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path):
+    for step, top1 in [(1, 10.0), (2, 90.0), (3, 20.0), (4, 30.0), (5, 40.0)]:
+        save(tmp_path, step, {"minival/top1": top1, "val/top1": 100 - top1})
+    kept = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_000000002", "step_000000004", "step_000000005"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, file, damage, caplog):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / file
+    content = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:100] + bytes([content[100] ^ 0xFF]) + content[101:])
+    with caplog.at_level("WARNING", logger="dali_vit"):
+        assert checkpoint.newest(tmp_path).step == 1
+    assert "step_000000002" in caplog.text
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
+    path = save(tmp_path, 1) / "trainer.pt"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.newest(tmp_path)
+    assert path.parent.is_dir()
+
+
+def test_what_a_crash_left_behind_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoints/step_000000001", tmp_path / "checkpoints/.tmp-step_000000002-99")
+    assert checkpoint.newest(tmp_path).step == 1
+    save(tmp_path, 3)
+    assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+
+
+def test_another_format_is_refused_by_its_number(tmp_path):
+    folder = save(tmp_path, 1)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**record, "format": 99}))
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        checkpoint.read(folder)
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    folder = save(tmp_path, 1)
+    target = tmp_path / "exploded"
+    with (folder / "trainer.pt").open("wb") as file:
+        torch.save({"optimizer": Bomb(target), "rng": []}, file)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    record["sha256"]["trainer.pt"] = checkpoint._sha256(folder / "trainer.pt")
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="trainer.pt: refused"):
+        checkpoint.read(folder).trainer_state()
+    assert not target.exists()
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.open_model(tmp_path / "bomb.pt")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "not a readable"), (b"\x00" * 64, "not a readable"), (None, "no description of the model")],
+)
+def test_foreign_safetensors_are_named(tmp_path, content, message):
+    path = tmp_path / "foreign.safetensors"
+    if content is None:
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"foreign.safetensors: .*{message}"):
+        checkpoint.open_model(path)
+
+
+def test_missing_and_empty_paths_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.open_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.open_model(tmp_path)

@@ -1,0 +1,228 @@
+"""The command line from outside: what it prints, with what code it exits, what it leaves on the disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+from PIL import Image
+
+from dali_vit import cli
+from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, write_image_folder
+
+FLAGS = [
+    *("--antialias", "--batch-size", "--beta1", "--beta2", "--checkpoint-every", "--compile"),
+    *("--crop", "--data", "--depth", "--epochs", "--eps", "--eval-every"),
+    *("--first-moment", "--gpus", "--grad-clip-norm", "--head", "--keep-checkpoints", "--label-smoothing"),
+    *("--log-every", "--lr", "--minival", "--mixup-alpha", "--mlp-dim", "--model"),
+    *("--momentum", "--name", "--no-antialias", "--no-resume", "--num-heads", "--optimizer"),
+    *("--pool", "--posemb", "--print-config", "--randaug-contrast", "--randaug-layers", "--randaug-magnitude"),
+    *("--recipe", "--resolution", "--resume", "--runs-dir", "--seed", "--steps"),
+    *("--threads", "--warmup-steps", "--weight-decay", "--width"),
+]
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    """Calls the command line in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+def test_the_flags_of_train_are_frozen(capsys):
+    code, out, _ = run("train", "--help", capsys=capsys)
+    assert code == 0
+    words = {word.strip(",.│ ") for word in out.split()}
+    assert {w for w in words if w.startswith("--") and w.strip("-")} - {"--help"} == set(FLAGS)
+
+
+def test_help_lists_every_recipe_with_its_line(capsys):
+    from dali_vit import recipes
+
+    _, out, _ = run("train", "--help", capsys=capsys)
+    for line in recipes.describe().splitlines():
+        assert line.strip() in out
+
+
+def test_print_config_resolves_recipe_and_flags_without_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("train", "--recipe", "b32-90ep", "--lr", "0.002", "--print-config", capsys=capsys)
+    config = yaml.safe_load(out)
+    assert code == 0
+    assert (config["model"]["model"], config["optim"]["lr"], config["optim"]["epochs"]) == ("B/32", 0.002, 90.0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", [["--recipe=s16-300ep"], ["--recipe", "s16-300ep"]])
+def test_both_spellings_of_recipe(form, capsys):
+    _, out, _ = run("train", *form, "--print-config", capsys=capsys)
+    assert yaml.safe_load(out)["optim"]["epochs"] == 300.0
+
+
+def test_steps_replace_the_recipes_epochs(capsys):
+    _, out, _ = run("train", "--steps", "20000", "--print-config", capsys=capsys)
+    optim = yaml.safe_load(out)["optim"]
+    assert (optim["steps"], optim["epochs"]) == (20_000, None)
+
+
+def good(image_folder, tmp_path) -> list[str]:
+    return ["train", "--data", str(image_folder), "--runs-dir", str(tmp_path / "runs"), "--gpus", "0", *TINY]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--recipe", "nonsense"], ["--recipe nonsense"]),
+        (["--epocs", "3"], ["--epocs"]),
+        (["--epochs", "many"], ["--epochs"]),
+        (["--epochs", "1", "--steps", "5"], ["--epochs", "--steps"]),
+        (["--model", "XL/16"], ["--model XL/16", "S/16"]),
+        (["--model", "timm:resnet5000"], ["timm:resnet5000"]),
+        (["--resolution", "33"], ["--resolution 33", "32"]),
+        (["--gpus", "64"], ["--gpus 64", "--gpus"]),
+        (["--data", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--steps", "1"], ["--warmup-steps"]),
+        (["--crop", "center"], ["--crop"]),
+    ],
+)
+def test_a_mistake_is_one_line_code_2_and_nothing_written(flags, words, image_folder, tmp_path, capsys):
+    code, out, err = run(*good(image_folder, tmp_path), *flags, capsys=capsys)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("dali-vit: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_is_asked_for(capsys):
+    code, _, err = run("train", capsys=capsys)
+    assert code == 2
+    assert "--data" in err
+
+
+def test_unknown_command(capsys):
+    code, _, err = run("trian", capsys=capsys)
+    assert (code, "trian" in err, "train" in err) == (2, True, True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), ["train"]),
+        (lambda root: [f.unlink() for f in (root / "train" / "bee").iterdir()], ["bee"]),
+        (lambda root: shutil.rmtree(root / "val" / "cat"), ["cat", "val"]),
+        (lambda root: (root / "train" / "ant" / "x.jpg").write_text("no image"), ["ant/x.jpg"]),
+        (lambda root: (root / "val" / "dog" / "x.png").write_bytes(b""), ["dog/x.png"]),
+    ],
+)
+def test_a_faulty_data_folder_is_named(damage, words, tmp_path, capsys):
+    root = write_image_folder(tmp_path / "data", train=4, val=2)
+    damage(root)
+    code, _, err = run(*good(root, tmp_path), capsys=capsys)
+    assert code == 2
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(240)
+def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
+    command = [*good(image_folder, tmp_path), "--name", "run", "--steps", "12", "--log-every", "3", "--minival", "0.1"]
+    command += ["--eval-every", "0"]
+    code, out, err = run(*command, capsys=capsys)
+    assert code == 0, err
+    run_dir = tmp_path / "runs" / "run"
+    assert "step 12/12" in out
+    assert "data wait" in out
+    assert "ETA" in out
+
+    # The folder of the run, as design.md lists it.
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["steps"] == 12
+    assert "torch: " in (run_dir / "env.txt").read_text()
+    assert Image.open(run_dir / "samples" / "train.png").size == (8 * 32, 32)
+    assert [f.name for f in (run_dir / "checkpoints").iterdir()] == ["step_000000012"]
+    metrics = read_metrics(run_dir)
+    logged = [m for m in metrics if "train/loss" in m]
+    assert [m["step"] for m in logged] == [3, 6, 9, 12]
+    assert {
+        *("train/loss", "train/lr", "train/grad_norm", "perf/images_per_sec", "perf/images_per_sec_per_gpu"),
+        *("perf/step_ms", "perf/data_wait_pct"),
+    } <= set(logged[0])
+    assert {"val/top1", "val/top5", "val/loss", "minival/top1"} <= set(metrics[-1])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [3, 6, 9, 12]
+    assert events.Scalars("val/top1")[-1].value == pytest.approx(metrics[-1]["val/top1"])
+    assert "samples/train" in events.Tags()["images"]
+
+    # eval agrees with the trainer's own evaluation and counts every image once.
+    code, out, err = run(
+        *("eval", "--checkpoint", str(run_dir), "--data", str(image_folder), "--gpus", "0", "--batch-size", "5"),
+        "--json",
+        capsys=capsys,
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["val/count"] == VAL_PER_CLASS * len(CLASSES)
+    assert result["val/top1"] == metrics[-1]["val/top1"]
+    assert result["val/loss"] == pytest.approx(metrics[-1]["val/loss"], abs=1e-4)
+
+    # predict names classes with probabilities.
+    pictures = [str(image_folder / "val" / name / "000.jpg") for name in CLASSES]
+    code, out, err = run(
+        "predict", "--checkpoint", str(run_dir), *pictures, "--gpus", "0", "--top", "4", "--json", capsys=capsys
+    )
+    assert code == 0, err
+    predictions = json.loads(out)
+    assert [p["image"] for p in predictions] == pictures
+    for prediction in predictions:
+        assert sorted(p["class"] for p in prediction["predictions"]) == sorted(CLASSES)
+        assert sum(p["probability"] for p in prediction["predictions"]) == pytest.approx(1, abs=1e-5)
+
+    # Other settings for the same run are refused with the fields that differ, and nothing changes.
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    code, _, err = run(*command, "--lr", "0.5", "--seed", "3", capsys=capsys)
+    assert code == 2
+    assert "lr: 0.001 -> 0.5" in err
+    assert "seed: 0 -> 3" in err
+    code, _, err = run(*command, "--no-resume", capsys=capsys)
+    assert (code, "--no-resume" in err) == (2, True)
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.timeout(120)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(image_folder, tmp_path, capsys):
+    command = [*good(image_folder, tmp_path), "--name", "nan", "--steps", "40", "--log-every", "5"]
+    code, _, err = run(*command, "--lr", "1e30", "--grad-clip-norm", "None", "--checkpoint-every", "2", capsys=capsys)
+    assert code == 2
+    assert "not finite between steps" in err
+    assert err.count("\n") == 1
+    from dali_vit import checkpoint
+
+    kept = checkpoint.newest(tmp_path / "runs" / "nan")
+    assert kept is None or all(t.isfinite().all() for t in kept.model_state().values())
+
+
+@pytest.mark.timeout(60)
+def test_predict_names_a_missing_image(tmp_path, capsys):
+    code, _, err = run("predict", "--checkpoint", str(tmp_path), str(tmp_path / "no.jpg"), capsys=capsys)
+    assert code == 2
+    assert "no.jpg" in err
+
+
+@pytest.mark.timeout(60)
+def test_doctor_says_what_works():
+    result = dali_vit("doctor")
+    assert result.returncode == 0, result.stderr
+    assert "torch" in result.stdout
+    assert "DALI decodes and augments" in result.stdout
+    assert "works" in result.stdout

@@ -1,0 +1,51 @@
+import math
+
+import pytest
+import torch
+
+from dali_vit.evaluate import evaluate
+
+
+class FromPixels(torch.nn.Module):
+    """Logits read off the picture: the first pixel's red, green, blue and three constants, times 10."""
+
+    def forward(self, images):  # [N, 3, H, W] in [-1, 1]
+        pixel = images[:, :, 0, 0]
+        return 10 * torch.cat([pixel, torch.full((len(images), 3), -1.0)], dim=1)
+
+
+def picture(winner: int) -> torch.Tensor:
+    image = torch.zeros(4, 4, 3, dtype=torch.uint8)
+    image[0, 0, winner] = 255
+    return image
+
+
+def batches():
+    # Winners 0 1 2 0 and padding; labels 0 1 0 5 -1.
+    yield torch.stack([picture(0), picture(1), picture(2)]), torch.tensor([0, 1, 0])
+    yield torch.stack([picture(0), picture(0)]), torch.tensor([5, -1])
+
+
+def test_counts_by_hand():
+    result = evaluate(FromPixels(), batches(), torch.device("cpu"))
+    # Logits are +10 once and -10 five times. Right: 2 of 4. The label 0 of the third image is among the first
+    # five whatever the tie; label 5 is the last of the tied ones.
+    right = math.log(1 + 5 * math.exp(-20))
+    assert result["count"] == 4
+    assert result["top1"] == 50.0
+    assert result["loss"] == pytest.approx((2 * right + 2 * (20 + right)) / 4, rel=1e-6)
+    assert result["top5"] in (75.0, 100.0)
+
+
+def test_acceptable_labels_by_hand():
+    # Rows of the images: {0, 2}, {0}, none, {2}; winners 0 1 2 0 -> right, wrong, left out, wrong.
+    acceptable = torch.tensor([[0, 2], [0, -1], [-1, -1], [2, -1]])
+    pictures = torch.stack([picture(w) for w in (0, 1, 2, 0, 0)])
+    result = evaluate(FromPixels(), [(pictures, torch.tensor([0, 1, 2, 3, -1]))], torch.device("cpu"), acceptable)
+    assert result == {"top1": pytest.approx(100 / 3), "count": 3}
+
+
+def test_model_returns_to_its_mode():
+    model = FromPixels().train()
+    evaluate(model, batches(), torch.device("cpu"))
+    assert model.training

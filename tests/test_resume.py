@@ -1,0 +1,93 @@
+"""Processes that are killed and started again end with the very bits of one that was not."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_vit import checkpoint
+from tests.conftest import TINY, dali_vit, environment, read_metrics
+
+STEPS, EPOCH_STEPS = 90, 54 / 8  # 60 images less 6 of minival, batch 8
+KILLED_PAST = (random.Random(1).randrange(1, 6), *sorted(random.Random(2).sample(range(12, 70), 2)))
+
+
+def command(image_folder: Path, runs_dir: Path) -> list[str]:
+    return [
+        *("train", "--data", str(image_folder), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
+        *("--steps", str(STEPS), "--minival", "0.1", "--threads", "1", "--log-every", "1"),
+        *("--checkpoint-every", "4", "--eval-every", "3"),
+    ]
+
+
+def run_and_kill(arguments: list[str], run_dir: Path, past_step: int) -> int:
+    """Starts a run, SIGKILLs it as soon as it has logged a step past `past_step`; returns the last logged step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dali_vit", *arguments], stdout=subprocess.DEVNULL, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended before it was killed"
+            if (run_dir / "metrics.jsonl").exists():
+                lines = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+                if lines and lines > past_step:
+                    break
+            time.sleep(0.001)
+        else:
+            pytest.fail(f"step {past_step} was not reached")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    return max((line["step"] for line in read_metrics(run_dir)), default=0)
+
+
+@pytest.mark.timeout(300)
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(image_folder, tmp_path):
+    whole = dali_vit(*command(image_folder, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    arguments, run_dir = command(image_folder, tmp_path / "killed"), tmp_path / "killed" / "run"
+    killed_at = [run_and_kill(arguments, run_dir, past) for past in KILLED_PAST]
+    assert killed_at[0] < EPOCH_STEPS * 2 < killed_at[-1] < STEPS
+    last = dali_vit(*arguments)
+    assert last.returncode == 0, last.stderr
+
+    expected, actual = (checkpoint.newest(tmp_path / name / "run") for name in ("whole", "killed"))
+    assert expected.step == actual.step == STEPS
+    assert expected.metrics == actual.metrics
+    for name, tensor in expected.model_state().items():
+        assert torch.equal(tensor, actual.model_state()[name]), name
+    for group in (0, 1):
+        assert (
+            expected.trainer_state()["optimizer"]["param_groups"][group]["lr"]
+            == (actual.trainer_state()["optimizer"]["param_groups"][group]["lr"])
+        )
+    for index, state in expected.trainer_state()["optimizer"]["state"].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, actual.trainer_state()["optimizer"]["state"][index][key]), (index, key)
+
+    # The log reads as if nothing had happened: each step once, the same losses.
+    losses = [
+        [(m["step"], m["train/loss"]) for m in read_metrics(tmp_path / name / "run") if "train/loss" in m]
+        for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.timeout(120)
+def test_a_finished_run_is_left_as_it_is(image_folder, tmp_path):
+    arguments = [*command(image_folder, tmp_path), "--steps", "5"]
+    assert dali_vit(*arguments).returncode == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = dali_vit(*arguments)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
