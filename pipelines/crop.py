@@ -35,7 +35,7 @@ NUM_UNIFORMS: dict[str, tuple[int, int, int]] = {"tensorflow": (100, 100, 2), "t
 
 @dataclass(frozen=True)
 class Decoder:
-    """How image files are decoded. All but fast_idct only concerns the GPU."""
+    """How image files are decoded. On the CPU only fast_idct and region matter."""
 
     fast_idct: bool = True
     """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves

@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     record = json.loads((folder / "checkpoint.json").read_text())
     record["sha256"]["trainer.pt"] = checkpoint._sha256(folder / "trainer.pt")
     (folder / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="trainer.pt: refused"):
+    with pytest.raises(UserError, match=r"trainer\.pt: refused"):
         checkpoint.read(folder).trainer_state()
     assert not target.exists()
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(target)))

@@ -1,0 +1,156 @@
+"""The same graphs on a GPU: what the CPU gives, on the device, and safe to hold on to."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.crop import Decoder
+from pipelines.loader import DecodeError, EvalLoader, TrainLoader
+from pipelines.readers import FileList
+from pipelines.train import Augment
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.timeout(300),
+]
+
+NUM_FILES = 40
+CROP_ONLY = Augment(randaug_layers=0)
+SHARED: dict[str, Any] = {"rank": 0, "world_size": 1, "num_threads": 2}
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Smooth noise: what nvJPEG and libjpeg-turbo decode alike, unlike white noise."""
+    coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FileList:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(NUM_FILES):
+        path = folder / f"{i}.JPEG"
+        # One in four is of a kind that the hardware decoder does not take.
+        kinds: list[dict[str, Any]] = [{}, {"subsampling": 0}, {}, {"progressive": True}]
+        photograph(rng, *rng.integers(100, 500, 2)).save(path, "JPEG", quality=90, **kinds[i % 4])
+        paths.append(str(path))
+    return FileList.from_paths(paths, np.arange(NUM_FILES))
+
+
+def train_loader(files: FileList, device: str, **options: Any) -> TrainLoader:
+    defaults: dict[str, Any] = {"batch_size": 16, "image_size": 96, "seed": 0, "augment": CROP_ONLY, "device": device}
+    return TrainLoader(files, **(SHARED | defaults | options))
+
+
+@pytest.mark.parametrize("crop", ["tensorflow", "torchvision"])
+@pytest.mark.parametrize("region", ["window", "full"])
+def test_training_images_are_those_of_the_cpu(files: FileList, crop: Any, region: Any) -> None:
+    options = {"augment": Augment(crop=crop, randaug_layers=0), "decoder": Decoder(region=region)}
+    on_gpu, on_cpu = (train_loader(files, device, **options) for device in ("cuda", "cpu"))
+    for _ in range(4):
+        (images, labels), (expected_images, expected_labels) = next(on_gpu), next(on_cpu)
+        assert images.device == labels.device == torch.device("cuda", torch.cuda.current_device())
+        assert torch.equal(labels.cpu(), expected_labels)
+        error = (images.cpu().float() - expected_images).abs().mean(dim=(1, 2, 3))
+        assert error.max() < 3  # levels; another window or a flip would cost 30
+
+
+def test_randaugment_is_that_of_the_cpu(files: FileList) -> None:
+    on_gpu, on_cpu = (train_loader(files, device, augment=Augment()) for device in ("cuda", "cpu"))
+    errors = torch.cat([(next(on_gpu)[0].cpu().float() - next(on_cpu)[0]).abs().mean(dim=(1, 2, 3)) for _ in range(8)])
+    # A difference of a level or two before equalize, posterize or solarize is a large one afterwards.
+    assert errors.median() < 3
+    assert (errors < 12).float().mean() > 0.9
+
+
+def test_evaluation_images_are_those_of_the_cpu(files: FileList) -> None:
+    on_gpu, on_cpu = (EvalLoader(files, batch_size=16, image_size=96, device=d, **SHARED) for d in ("cuda", "cpu"))
+    for _ in range(2):
+        counted = []
+        for (images, labels), (expected_images, expected_labels) in zip(on_gpu, on_cpu, strict=True):
+            assert torch.equal(labels.cpu(), expected_labels)
+            assert (images.cpu().float() - expected_images).abs().mean(dim=(1, 2, 3)).max() < 3
+            counted += labels[labels >= 0].tolist()
+        assert counted == list(range(NUM_FILES))
+
+
+def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList) -> None:
+    full = train_loader(files, "cuda", augment=Augment())
+    batches = [next(full) for _ in range(6)]
+    resumed = train_loader(files, "cuda", augment=Augment(), start_step=3)
+    for step in range(3, 6):
+        images, labels = next(resumed)
+        assert torch.equal(images, batches[step][0])
+        assert torch.equal(labels, batches[step][1])
+
+
+def test_batches_stay_valid_while_kernels_still_read_them(files: FileList) -> None:
+    """The host runs ahead of slow kernels, dropping each batch at once: no later batch may overwrite it."""
+    weights = torch.randn(4096, 4096, device="cuda")
+    sums = []
+    loader = train_loader(files, "cuda")
+    for _ in range(40):
+        images, _ = next(loader)
+        for _ in range(20):
+            weights = torch.nn.functional.normalize(weights @ weights)  # keeps the stream busy
+        sums.append(images.long().sum() + (0 * weights[0, 0]).long())
+        del images
+    again = train_loader(files, "cuda")
+    expected = []
+    for _ in range(40):
+        images, _ = next(again)
+        torch.cuda.synchronize()
+        expected.append(int(images.long().sum()))
+    assert [int(s) for s in sums] == expected
+
+
+def test_batches_can_be_kept(files: FileList) -> None:
+    loader = train_loader(files, "cuda")
+    kept = [(images, images.clone()) for images, _ in (next(loader) for _ in range(20))]
+    loader.close()
+    torch.cuda.synchronize()
+    assert all(torch.equal(images, copy) for images, copy in kept)
+    assert len({images.data_ptr() for images, _ in kept}) == 20
+
+
+def test_every_format_of_imagenet_decodes(tmp_path: Path) -> None:
+    image = photograph(np.random.default_rng(0), 112, 160)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    formats: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (image, "PNG", {}),
+        (image.convert("L"), "JPEG", {"quality": 95}),
+        (image.convert("CMYK"), "JPEG", {"quality": 95}),
+        (image, "JPEG", {"quality": 95, "exif": rotated}),
+        (image, "WEBP", {"quality": 95}),
+    ]
+    paths, expected = [], []
+    for i, (source, name, options) in enumerate(formats):
+        stream = io.BytesIO()
+        source.save(stream, name, **options)
+        paths.append(tmp_path / f"{i}.JPEG")
+        paths[-1].write_bytes(stream.getvalue())
+        expected.append(np.asarray(Image.open(stream).convert("RGB"))[7:105, 31:129])
+    files = FileList.from_paths(list(map(str, paths)), range(len(paths)))
+    images, _ = next(iter(EvalLoader(files, batch_size=len(paths), image_size=98, device="cuda", **SHARED)))
+    assert np.abs(images.cpu().numpy().astype(int) - np.array(expected)).mean(axis=(1, 2, 3)).max() < 3
+
+
+def test_a_bad_file_is_named(files: FileList, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.JPEG"
+    bad.write_bytes(Path(files.path(0)).read_bytes()[:1000])
+    paths = [files.path(i) for i in range(1, 16)] + [str(bad)]
+    loader = train_loader(FileList.from_paths(paths, range(16)), "cuda")
+    with pytest.raises(DecodeError) as error:
+        next(loader)
+    assert error.value.paths == [str(bad)]
