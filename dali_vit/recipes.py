@@ -92,10 +92,10 @@ def resnet50(config: Config) -> Config:
 
 def demo(config: Config) -> Config:
     """A small ViT on a dataset drawn on first use: minutes on two CPU cores."""
-    config = _set(config, "data", data="demo", resolution=48, randaug_magnitude=2.0)
-    config = _set(config, "model", model="Ti/8", width=128, depth=3, num_heads=4, mlp_dim=512)
-    config = _set(config, "optim", batch_size=128, lr=2e-3, warmup_steps=30, mixup_alpha=0.0)
-    return _set(config, "run", log_every=10, checkpoint_every=100, eval_every=4.0)
+    config = _set(config, "data", data="demo", resolution=64, randaug_layers=1, randaug_magnitude=2.0)
+    config = _set(config, "model", model="Ti/8", width=96, depth=3, num_heads=3, mlp_dim=384)
+    config = _set(config, "optim", batch_size=64, lr=2e-3, warmup_steps=60, mixup_alpha=0.0)
+    return _set(config, "run", log_every=20, checkpoint_every=200, eval_every=5.0)
 
 
 _ROWS: dict[str, Callable[[Config], Config]] = {
