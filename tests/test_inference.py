@@ -1,0 +1,176 @@
+"""eval, predict and convert on small made-up sets, with a model whose answers are known: it names the colour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dali_vit import big_vision, checkpoint
+from dali_vit.config import ModelConfig
+from dali_vit.model import create_model
+from tests.test_cli import run
+
+RED, GREEN, BLUE = (250, 5, 5), (5, 250, 5), (5, 5, 250)
+CONFIG = ModelConfig(
+    model="Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64, posemb="learn", head="linear", pool="gap"
+)
+
+
+def colour_model(num_classes: int) -> torch.nn.Module:
+    """A ViT that gives class 0 to red, 1 to green and 2 to blue images: tokens carry their patch's mean colour."""
+    model = create_model(CONFIG, num_classes=num_classes, resolution=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm.weight.fill_(1)
+        for channel in range(3):
+            model.patch_embed.proj.weight[channel, channel].fill_(1 / 64)
+            model.head.weight[channel, channel] = 1
+        model.head.bias[3:] = -100
+    return model
+
+
+def save(path: Path, num_classes: int, classes: tuple[str, ...] | None) -> Path:
+    model = colour_model(num_classes)
+    checkpoint.save_model(path, model.state_dict(), CONFIG, 32, classes, None)
+    return path
+
+
+def paint(folder: Path, *colours: tuple[int, int, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for colour in colours:
+        number = len(list(folder.parent.rglob("*.png")))
+        Image.new("RGB", (40, 36), colour).save(folder / f"ILSVRC2012_val_{number:08d}.png")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    paint(tmp_path / "data/val/a", RED, RED, GREEN)  # files 0, 1, 2
+    paint(tmp_path / "data/val/b", GREEN, GREEN)  # files 3, 4
+    paint(tmp_path / "data/val/c", BLUE, RED)  # files 5, 6
+    return tmp_path / "data"
+
+
+def evaluate(*arguments: str | Path, capsys) -> dict[str, float]:
+    code, out, err = run("eval", *map(str, arguments), "--gpus", "0", "--json", capsys=capsys)
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("batch_size", ["2", "7", "64"])
+def test_val_counts_by_hand(data, tmp_path, batch_size, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    result = evaluate("--checkpoint", model, "--data", data, "--batch-size", batch_size, capsys=capsys)
+    assert result["val/count"] == 7
+    assert result["val/top1"] == pytest.approx(100 * 5 / 7)
+    assert result["val/top5"] == 100
+
+
+@pytest.mark.timeout(60)
+def test_real_counts_by_hand(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    # Predictions are 0 0 1 1 1 2 0: right, wrong, right, left out, right, wrong, right.
+    (tmp_path / "real.json").write_text(json.dumps([[0], [1, 2], [0, 1], [], [1], [0], [2, 0]]))
+    result = evaluate(
+        "--checkpoint", model, "--data", data, "--real", tmp_path / "real.json", "--batch-size", "4", capsys=capsys
+    )
+    assert result["real/count"] == 6
+    assert result["real/top1"] == pytest.approx(100 * 4 / 6)
+    assert result["val/count"] == 7
+
+
+@pytest.mark.timeout(60)
+def test_imagenet_v2_folders_are_class_indices(tmp_path, capsys):
+    # As strings, 10 and 11 sort before 2.
+    for name, colours in {"0": [RED], "1": [GREEN, RED], "2": [BLUE, BLUE], "10": [RED], "11": [BLUE]}.items():
+        paint(tmp_path / "v2" / name, *colours)
+    for classes in (None, tuple(f"n{i:08d}" for i in range(12))):
+        model = save(tmp_path / f"m{classes is None}.safetensors", 12, classes)
+        result = evaluate("--checkpoint", model, "--data", tmp_path / "v2", "--v2", capsys=capsys)
+        assert result["v2/count"] == 7
+        assert result["v2/top1"] == pytest.approx(100 * 4 / 7)
+
+
+@pytest.mark.timeout(60)
+def test_minival_and_train_are_counted_apart(tmp_path, capsys):
+    for name, colour in (("a", RED), ("b", GREEN), ("c", BLUE)):
+        paint(tmp_path / "data/train" / name, *[colour] * 20)
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    for split, count in (("minival", 6), ("train", 54)):
+        result = evaluate(
+            "--checkpoint", model, "--data", tmp_path / "data", "--split", split, "--minival", "0.1", capsys=capsys
+        )
+        assert (result[f"{split}/count"], result[f"{split}/top1"]) == (count, 100)
+
+
+@pytest.mark.timeout(60)
+def test_other_classes_than_the_models_are_refused(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("x", "y", "z"))
+    code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "classes differ" in err
+    model = save(tmp_path / "m4.safetensors", 4, None)
+    code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
+    assert code == 2
+    assert "3 classes, the checkpoint 4" in err
+
+
+@pytest.mark.timeout(60)
+def test_predict_table_names_the_colour(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    pictures = [str(p) for p in sorted((data / "val/c").iterdir())]
+    code, out, err = run("predict", *pictures, "--checkpoint", str(model), "--top", "1", "--gpus", "0", capsys=capsys)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[-1] for line in lines] == [pictures[0], "sapphire", pictures[1], "ruby"]
+
+
+@pytest.mark.timeout(120)
+def test_convert_there_and_back_is_bit_exact(tmp_path, capsys):
+    model = create_model(CONFIG, num_classes=5, resolution=32, seed=3)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    big_vision.save_npz(tmp_path / "a.npz", big_vision.to_big_vision(model))
+    steps = [("a.npz", "b.safetensors"), ("b.safetensors", "c.npz")]
+    for source, target in steps:
+        code, out, err = run("convert", str(tmp_path / source), str(tmp_path / target), capsys=capsys)
+        assert code == 0, err
+        assert target in out
+    expected, actual = np.load(tmp_path / "a.npz"), np.load(tmp_path / "c.npz")
+    assert sorted(expected.files) == sorted(actual.files)
+    for name in expected.files:
+        assert np.array_equal(expected[name], actual[name]), name
+    state = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    # Every --checkpoint takes either file.
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        logits = [checkpoint.load_model(tmp_path / name)(images) for name in ("a.npz", "b.safetensors", "c.npz")]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.timeout(60)
+def test_convert_resamples_positions_and_overwrites_nothing(tmp_path, capsys):
+    model = create_model(CONFIG, num_classes=5, resolution=32, seed=3)
+    big_vision.save_npz(tmp_path / "a.npz", big_vision.to_big_vision(model))
+    arguments = ["convert", str(tmp_path / "a.npz"), str(tmp_path / "b.safetensors")]
+    assert run(*arguments, "--resolution", "64", capsys=capsys)[0] == 0
+    opened = checkpoint.open_model(tmp_path / "b.safetensors")
+    assert opened.resolution == 64
+    assert opened.model.pos_embed.shape == (1, 64, 32)
+    code, _, err = run(*arguments, capsys=capsys)
+    assert (code, "exists" in err) == (2, True)
+    for source, words in [("missing.npz", "no such file"), ("cut.npz", "cut.npz")]:
+        (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:500])
+        code, _, err = run("convert", str(tmp_path / source), str(tmp_path / "d.safetensors"), capsys=capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert words in err
+    assert not (tmp_path / "d.safetensors").exists()
