@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Measures how fast images are loaded and trained on, apart and together, and says which limits.
+
+    tools/bench_throughput.py --data PATH --gpus 1                      loader, step, and both together
+    tools/bench_throughput.py --data PATH --gpus 0 --mode loader --compare    beside torchvision and timm
+    tools/bench_throughput.py --data PATH --mode loader --sweep         the loader's best settings here
+
+The stages are the trainer's own, under any recipe; the same commands run on GPUs and on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from benchmark import compare, modes, report, sweep
+from benchmark.windows import Measurement
+
+from dali_vit import distributed, recipes, train
+from dali_vit.config import Config, DataConfig, ModelConfig, UserError, to_dict
+from dali_vit.environment import cpu_count, describe_environment
+from dali_vit.metrics import peak_flops
+from dali_vit.model import flops_per_image
+from pipelines.loader import DecodeError
+
+PROGRAM = "bench_throughput.py"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and on what."""
+
+    recipe: str = "s16-90ep"
+    """Recipe that supplies the settings; `dali-vit train --help` lists them."""
+    mode: Literal["loader", "model", "joint", "all"] = "all"
+    """The training graph alone, the step alone on a batch in memory, both as in training, or all three."""
+    batch_size: int | None = None
+    """Images per step over all GPUs; default: the recipe's."""
+    gpus: int | None = None
+    """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
+    threads: int | None = None
+    """DALI's CPU threads per process, and worker processes of the loaders compared with; default: the machine's
+    cores divided by its processes."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    seconds: float = 10.0
+    """Time measured for each mode, each round of --compare and each trial of --sweep; warming up comes on top."""
+    compare: bool = False
+    """Also measure torchvision's and timm's loaders, in rounds that alternate with ours."""
+    sweep: bool = False
+    """Also try settings of the loader, and name the best."""
+    profile: int = 0
+    """Also write a trace of this many steps of training, for TensorBoard or Perfetto."""
+    profile_dir: Path = Path("runs/profile")
+    """Folder of the trace."""
+    json: Path | None = None
+    """File to write the results to."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All flags."""
+
+    bench: Options
+    data: DataConfig
+    model: ModelConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exits with 0; 2 for what the user can mend (one line on stderr); 1 for a defect of ours (traceback)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(argv)
+    except (UserError, DecodeError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _main(argv: list[str]) -> int:
+    options, config = parse(argv)
+    if not distributed.is_worker():
+        processes = distributed.resolve_gpus(options.gpus)
+        if processes > 1:
+            train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
+            return _launch(processes, argv)
+    with distributed.connect(options.gpus) as group:
+        benchmark(options, config, group)
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[Options, Config]:
+    """The options, and the run they are about: the recipe with what the flags change; UserError for a mistake."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", nargs="?", default=Options.recipe)
+    recipe = recipes.get(str(early.parse_known_args(argv)[0].recipe))
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            arguments = tyro.cli(
+                Arguments,
+                args=argv,
+                prog=PROGRAM,
+                description=__doc__,
+                default=Arguments(Options(), recipe.data, recipe.model),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as request:
+        if request.code in (0, None):
+            raise
+        box = [line.strip("│╭╮╰╯─ \t") for line in captured.getvalue().splitlines()[1:]]
+        message = " ".join(box[: box.index("")] if "" in box else box)
+        raise UserError(f"{message} (--help lists the flags)") from None
+    options = arguments.bench
+    if options.seconds <= 0:
+        raise UserError(f"--seconds {options.seconds:g}: must be above 0")
+    if options.profile < 0:
+        raise UserError(f"--profile {options.profile}: must not be negative")
+    if options.json is not None and not os.access(options.json.parent, os.W_OK):
+        raise UserError(f"--json {options.json}: cannot be written; name a file in a folder that is there")
+    optim = dataclasses.replace(
+        recipe.optim,
+        batch_size=recipe.optim.batch_size if options.batch_size is None else options.batch_size,
+        # Not by epochs: a data set for benchmarks may end before the recipe's warm-up does.
+        epochs=None,
+        steps=recipe.optim.warmup_steps + 1_000_000,
+    )
+    config = Config(
+        data=arguments.data,
+        model=arguments.model,
+        optim=optim,
+        run=dataclasses.replace(
+            recipe.run,
+            seed=options.seed,
+            gpus=options.gpus,
+            threads=options.threads,
+            compile=options.compile,
+            # The trainer's checks look into the run's folder, which must not be one of the user's runs.
+            name="benchmark",
+            runs_dir=options.profile_dir,
+        ),
+    )
+    return options, config
+
+
+def _launch(processes: int, argv: list[str]) -> int:
+    """This program once for each GPU, under torch's launcher; its exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the launcher's own default, without its warning
+    return subprocess.run([*launcher, __file__, *argv], env=environment, check=False).returncode
+
+
+def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
+    """Measures, prints and writes what the options ask for; returns what the JSON file holds. Collective."""
+    plan = train.plan(config, group.world_size)
+    dataset, seconds = plan.dataset, options.seconds
+    environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
+    load, cores = os.getloadavg()[0], cpu_count()
+    environment |= {"load average before": f"{load:.2f}", "torch threads": str(torch.get_num_threads())}
+    measured_options = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(options).items()}
+    result: dict[str, Any] = {
+        "environment": environment,
+        "config": {**to_dict(config), "benchmark": measured_options, "world_size": group.world_size},
+    }
+
+    def say(text: str) -> None:
+        if group.is_main:
+            print(text, flush=True)
+
+    say(
+        f"{dataset.root}: {dataset.counts['train']:,} images; {config.optim.batch_size} a batch at"
+        f" {config.data.resolution} px; {group.world_size} x {group.device.type}, {environment['cpu']} cores"
+    )
+    if load > cores / 4 and group.is_main:
+        print(f"others use this machine (load {load:.1f} on {cores} cores): expect low, uneven rates", file=sys.stderr)
+    if options.compare:  # first, as it forks processes
+        result["compare"] = compare.compare(config, dataset, group, seconds)
+        say(f"\n{report.comparison(result['compare'])}")
+    if options.sweep:
+        say("\nsweep, setting by setting:")
+        trials, best = sweep.sweep(config, dataset, group, seconds, lambda *tried: say(report.trial(*tried)))
+        result["sweep"] = sweep.to_json(trials, best)
+        say(f"\n{report.sweep_table(trials, best)}")
+
+    wanted = ("loader", "model", "joint") if options.mode == "all" else (options.mode,)
+    train_flops = 3 * flops_per_image(plan.model, config.data.resolution)  # the backward pass costs twice the forward
+    measured: dict[str, Measurement] = {}
+    say(f"\n{report.HEADER}")
+
+    def add(mode: str, measurement: Measurement) -> None:
+        measured[mode] = measurement
+        result[mode] = measurement.to_json()
+        say(report.row(mode, measurement))
+
+    if "loader" in wanted:
+        add("loader", modes.measure_loader(config, dataset, group, seconds))
+    if wanted != ("loader",) or options.profile:
+        train_on, compiled = modes.training_step(config, plan, group)
+        result["config"]["compiled"] = compiled
+    if "model" in wanted:
+        add("model", modes.measure_model(train_on, config, dataset, group, seconds))
+    if "joint" in wanted:
+        add("joint", modes.measure_joint(train_on, config, dataset, group, seconds))
+        result["stall_fraction"] = measured["joint"].wait_fraction
+    trained = measured.get("joint") or measured.get("model")
+    if trained:
+        peak = peak_flops(group.device)
+        rate = trained.images_per_sec / group.world_size
+        result["mfu"] = rate * train_flops / peak if peak else None
+    if options.mode == "all":
+        loader, model, joint = (measured[mode].images_per_sec for mode in wanted)
+        result["joint_to_model"] = joint / model
+        say(report.details(result))
+        say(report.verdict(loader, model, joint, result["stall_fraction"]))
+    else:
+        say(report.single(options.mode, measured[options.mode]))
+
+    if options.profile:
+        trace = modes.profile_joint(train_on, config, dataset, group, steps=options.profile, folder=options.profile_dir)
+        say(f"trace of {options.profile} steps: {trace}")
+    if options.json is not None and group.is_main:
+        report.write_json(options.json, result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What tools/bench_throughput.py measures, one module a question."""

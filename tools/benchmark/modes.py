@@ -1,0 +1,116 @@
+"""The stages of training apart and together: the loader alone, the step alone, and the trainer's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmark.windows import Measurement, measure, warm_up
+from dali_vit import data as datasets
+from dali_vit.config import Config
+from dali_vit.distributed import Group, barrier
+from dali_vit.metrics import StepTimer
+from dali_vit.mixup import sample_lambda
+from dali_vit.optim import create_optimizer, lr_schedule
+from dali_vit.step import build_update
+from dali_vit.train import Plan, Window
+
+TrainOn = Callable[[Tensor, Tensor], None]
+
+
+def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, str]:
+    """What the trainer does with a batch, as a function of (images, labels), and how it is compiled, in words.
+
+    images uint8 [N, S, S, 3] and labels int64 [N] are on the group's device.
+    """
+    model = plan.model.to(group.device)
+    optimizer = create_optimizer(model, config.optim)
+    update, compiled = build_update(config, model, optimizer, group)
+    model.train()
+    window, steps = Window(group, 0), count()
+
+    def train_on(images: Tensor, labels: Tensor) -> None:
+        step = next(steps)
+        lr = config.optim.lr * lr_schedule(step, total_steps=plan.total_steps, warmup_steps=config.optim.warmup_steps)
+        lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
+        window.add(*update(images, labels, lam, lr))
+
+    return train_on, compiled
+
+
+def measure_loader(config: Config, dataset: datasets.Dataset, group: Group, seconds: float) -> Measurement:
+    """The training graph alone: batches are taken as fast as they come and dropped."""
+    loader = datasets.train_loader(dataset, config, group)
+    try:
+        return measure(
+            lambda: next(loader),
+            StepTimer(group.device),
+            images=config.optim.batch_size,
+            seconds=seconds,
+            group=group,
+        )
+    finally:
+        loader.close()
+
+
+def measure_model(
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
+) -> Measurement:
+    """The training step alone, on one real batch that stays on the device."""
+    loader = datasets.train_loader(dataset, config, group)
+    images, labels = next(loader)
+    loader.close()
+    return measure(
+        lambda: train_on(images, labels),
+        StepTimer(group.device),
+        images=config.optim.batch_size,
+        seconds=seconds,
+        group=group,
+    )
+
+
+def measure_joint(
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
+) -> Measurement:
+    """The trainer's loop between two log lines: a new batch for every step."""
+    loader = datasets.train_loader(dataset, config, group)
+    timer = StepTimer(group.device)
+
+    def step() -> None:
+        with timer.waiting():
+            images, labels = next(loader)
+        train_on(images, labels)
+
+    try:
+        return measure(step, timer, images=config.optim.batch_size, seconds=seconds, group=group)
+    finally:
+        loader.close()
+
+
+def profile_joint(
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, *, steps: int, folder: Path
+) -> Path:
+    """Writes the trace of some steps of the trainer's loop, one file a rank, and returns this rank's.
+
+    TensorBoard's profiler plugin and https://ui.perfetto.dev open it.
+    """
+    loader = datasets.train_loader(dataset, config, group)
+    warm_up(lambda: train_on(*next(loader)), group)
+    with torch.profiler.profile() as profiler:
+        for number in range(steps):
+            with torch.profiler.record_function(f"step {number}"):
+                with torch.profiler.record_function("data"):
+                    images, labels = next(loader)
+                train_on(images, labels)
+        if group.device.type == "cuda":
+            torch.cuda.synchronize(group.device)
+    loader.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"rank{group.rank}.pt.trace.json"
+    profiler.export_chrome_trace(str(trace))
+    barrier()
+    return trace

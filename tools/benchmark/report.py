@@ -1,0 +1,105 @@
+"""What a benchmark says: its tables, one sentence on what limits training, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmark import compare
+from benchmark.sweep import Settings, Trial
+from benchmark.windows import Measurement
+
+# The goal of performance.md's joint rate, as a share of the step alone; from there on the loader is out of the way.
+UNHINDERED = 0.97
+
+HEADER = f"{'':<7} {'images/s':>10} {'min':>10} {'max':>10} {'spread':>10} {'worst batch':>14}"
+
+
+def row(mode: str, measurement: Measurement) -> str:
+    """A line under HEADER; spread is the interquartile range of the windows."""
+    values = measurement.to_json()
+    rates = " ".join(f"{values[key]:>10,.0f}" for key in ("images_per_sec", "min", "max", "spread"))
+    return f"{mode:<7} {rates} {measurement.worst_batch_ms:>11,.1f} ms"
+
+
+def details(result: Mapping[str, Any]) -> str:
+    """What else was measured in mode `all`, in percent."""
+    mfu = "" if result["mfu"] is None else f", MFU {100 * result['mfu']:.1f} %"
+    share, stall = result["joint_to_model"], result["stall_fraction"]
+    return f"joint / model {100 * share:.1f} %, data wait {100 * stall:.1f} %{mfu}"
+
+
+def verdict(loader: float, model: float, joint: float, stall: float) -> str:
+    """Which stage limits training and by how much.
+
+    The three rates are in images/s; stall is the measured share of the joint time spent waiting for data.
+    """
+    waits = f"training waits for data {100 * stall:.0f} % of the time"
+    if loader < model:
+        return f"The loader limits: {loader:,.0f} images/s against {model:,.0f} of the step; {waits}."
+    share = joint / model
+    if share >= UNHINDERED:
+        return (
+            f"The step limits: {model:,.0f} images/s against {loader:,.0f} of the loader; training runs at"
+            f" {100 * share:.0f} % of the step alone and {waits.removeprefix('training ')}."
+        )
+    return (
+        f"Loader and step compete for the processors: {joint:,.0f} images/s together, {100 * share:.0f} % of the step"
+        f" alone ({model:,.0f}), although the loader alone reaches {loader:,.0f}; {waits}."
+    )
+
+
+def single(mode: str, measurement: Measurement) -> str:
+    """The sentence for one mode alone, of which no limit follows."""
+    subject = {"loader": "The loader alone reaches", "model": "The step alone reaches", "joint": "Training reaches"}
+    waits = f" and waits for data {100 * measurement.wait_fraction:.0f} % of the time" if mode == "joint" else ""
+    return f"{subject[mode]} {measurement.images_per_sec:,.0f} images/s{waits}; --mode all says which stage limits."
+
+
+def comparison(result: Mapping[str, Any]) -> str:
+    """The loaders, fastest first, and the ratio."""
+    loaders: Mapping[str, Any] = result["loaders"]
+    lines = [f"{'':<26} {'images/s':>10}   by round"]
+    for name, values in sorted(loaders.items(), key=lambda item: -item[1]["images_per_sec"]):
+        rounds = " ".join(f"{rate:,.0f}" for rate in values["rounds"])
+        lines.append(f"{name:<26} {values['images_per_sec']:>10,.0f}   {rounds}")
+    decode = result["torchvision_decode"]
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratios"])
+    return "\n".join(
+        [
+            *lines,
+            f"{compare.OURS} loads {result['ratio']:.2f} times as fast as the best of the others ({ratios} by round);"
+            f" torchvision decodes faster with {decode}; {result['workers']} worker processes each.",
+        ]
+    )
+
+
+def trial(tried: Trial, baseline: Settings) -> str:
+    """A trial of a sweep on one line."""
+    settings = tried.settings.differences(baseline) or "as it is"
+    other = "" if tried.same_images else "   (other pixels)"
+    rate, worst = tried.measurement.images_per_sec, tried.measurement.worst_batch_ms
+    return f"{rate:>10,.0f} {worst:>11,.1f} ms   {settings}{other}"
+
+
+def sweep_table(trials: list[Trial], best: Trial) -> str:
+    """The trials of a sweep, fastest first, and the best."""
+    baseline = trials[0].settings
+    lines = [f"{'images/s':>10} {'worst batch':>14}   settings"]
+    lines += [trial(tried, baseline) for tried in sorted(trials, key=lambda t: -t.measurement.images_per_sec)]
+    settings = best.settings.differences(baseline)
+    gain = best.measurement.images_per_sec / trials[0].measurement.images_per_sec
+    found = (
+        f"{settings}, {gain:.2f} times the rate of the settings as they are" if settings else "the settings as they are"
+    )
+    return "\n".join([*lines, f"Best: {found}."])
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes the file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,162 @@
+"""Which settings of the loader are fastest on this machine and these files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmark.windows import Measurement, measure
+from dali_vit import data as datasets
+from dali_vit.config import Config
+from dali_vit.distributed import Group
+from dali_vit.metrics import StepTimer
+from pipelines.loader import TrainLoader
+from pipelines.train import Augment, Decoder
+
+# Rates closer than this are taken as equal, and the worst batch decides: windows of a second differ by as much.
+EQUAL_RATES = 0.02
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a sweep varies."""
+
+    threads: int
+    prefetch: int
+    antialias: bool
+    decoder: Decoder
+
+    def differences(self, other: Settings) -> str:
+        """The settings that differ from another's, as `name value`."""
+        return ", ".join(f"{key} {value}" for key, value in self.flat().items() if value != other.flat()[key])
+
+    def flat(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return fields | fields.pop("decoder")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of the loader and what it reached."""
+
+    settings: Settings
+    measurement: Measurement
+    same_images: bool
+    """Whether the images are those of the run's own settings; only then may the setting be named the best."""
+
+
+def sweep(
+    config: Config,
+    dataset: datasets.Dataset,
+    group: Group,
+    seconds: float,
+    show: Callable[[Trial, Settings], None],
+) -> tuple[list[Trial], Trial]:
+    """Tries the settings one after the other, each on top of the best so far; all trials, and the best one.
+
+    `show` is called with each trial as it ends and with the settings the sweep began with. Collective.
+    """
+    baseline = Settings(datasets.num_threads(config, group), 2, config.data.antialias, Decoder())
+    trials: list[Trial] = []
+
+    def run(settings: Settings, same_images: bool) -> Trial:
+        loader = _loader(settings, config, dataset, group)
+        try:
+            measurement = measure(
+                lambda: next(loader),
+                StepTimer(group.device),
+                images=config.optim.batch_size,
+                seconds=seconds,
+                group=group,
+            )
+        finally:
+            loader.close()
+        trials.append(Trial(settings, measurement, same_images))
+        show(trials[-1], baseline)
+        return trials[-1]
+
+    best = run(baseline, True)
+    for changes in _changes(baseline, on_gpu=group.device.type == "cuda"):
+        alternatives = [change(best.settings) for change in changes]
+        best = choose([best, *(run(settings, True) for settings in alternatives if settings != best.settings)])
+    for settings in _other_images(best.settings):
+        run(settings, False)
+    return trials, best
+
+
+def choose(trials: list[Trial]) -> Trial:
+    """The trial with the shortest worst batch among those as fast as the fastest."""
+    fastest = max(trial.measurement.images_per_sec for trial in trials)
+    equal = [trial for trial in trials if trial.measurement.images_per_sec >= (1 - EQUAL_RATES) * fastest]
+    return min(equal, key=lambda trial: trial.measurement.worst_batch_ms)
+
+
+def to_json(trials: list[Trial], best: Trial) -> dict[str, Any]:
+    """All trials, fastest first, and the settings of the best."""
+    rows = [
+        {
+            "settings": trial.settings.flat(),
+            "same_images": trial.same_images,
+            "images_per_sec": trial.measurement.images_per_sec,
+            "worst_batch_ms": trial.measurement.worst_batch_ms,
+        }
+        for trial in sorted(trials, key=lambda trial: -trial.measurement.images_per_sec)
+    ]
+    return {"trials": rows, "best": best.settings.flat()}
+
+
+def _changes(baseline: Settings, *, on_gpu: bool) -> list[list[Callable[[Settings], Settings]]]:
+    """Per setting, its values to try, as changes to other settings; those that matter most come first."""
+
+    def decoder(**values: Any) -> Callable[[Settings], Settings]:
+        return lambda settings: replace(settings, decoder=replace(settings.decoder, **values))
+
+    threads = baseline.threads
+    counts = sorted({max(1, threads // 2), threads, threads + max(1, threads // 2), 2 * threads})
+    changes: list[list[Callable[[Settings], Settings]]] = [
+        [lambda settings, n=n: replace(settings, threads=n) for n in counts],  # type: ignore[misc]
+        [decoder(region=region) for region in ("window", "full")],
+    ]
+    if on_gpu:
+        changes += [
+            [decoder(hw_decoder_load=load) for load in (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)],
+            # What DALI's ImageNet examples preallocate: the largest sides of its images.
+            [decoder(preallocate_width_hint=w, preallocate_height_hint=h) for w, h in ((0, 0), (5980, 6430))],
+            [decoder(hybrid_huffman_threshold=pixels) for pixels in (10_000, 100_000, 1_000_000, 10_000_000)],
+        ]
+    # Never 1: with nothing worked ahead, training waits for every batch, which the loader alone does not show.
+    changes.append([lambda settings, n=n: replace(settings, prefetch=n) for n in (2, 3, 4)])  # type: ignore[misc]
+    return changes
+
+
+def _other_images(settings: Settings) -> list[Settings]:
+    """Settings that give other pixels: what they cost, not what to choose."""
+    decoder = settings.decoder
+    return [
+        replace(settings, antialias=not settings.antialias),
+        replace(settings, decoder=replace(decoder, fast_idct=not decoder.fast_idct)),
+    ]
+
+
+def _loader(settings: Settings, config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
+    data = config.data
+    return TrainLoader(
+        dataset.split("train"),
+        batch_size=config.optim.batch_size,
+        image_size=data.resolution,
+        seed=config.run.seed,
+        rank=group.rank,
+        world_size=group.world_size,
+        device=group.device,
+        num_threads=settings.threads,
+        augment=Augment(
+            crop=data.crop,
+            antialias=settings.antialias,
+            randaug_layers=data.randaug_layers,
+            randaug_magnitude=data.randaug_magnitude,
+            randaug_contrast=data.randaug_contrast,
+        ),
+        decoder=settings.decoder,
+        prefetch=settings.prefetch,
+    )
