@@ -79,13 +79,37 @@ def save(
     loader_state: Mapping[str, Any],
     metrics: Mapping[str, float],
 ) -> Path:
-    """Writes the checkpoint of a step and removes what is no longer to be kept; returns its folder."""
+    """Writes the checkpoint of a step and removes what is no longer to be kept; returns its folder.
+
+    OSError, with nothing half-written left behind and the older checkpoints untouched, where the disk refuses.
+    """
     folder = run_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{step:09d}"
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     for stale in folder.glob(".tmp-*"):  # of processes that were killed while writing
         shutil.rmtree(stale, ignore_errors=True)
+    try:
+        return _write(
+            folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state, metrics
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final}: {str(error).splitlines()[0]}") from error
+
+
+def _write(
+    folder: Path,
+    final: Path,
+    temporary: Path,
+    step: int,
+    config: Config,
+    classes: tuple[str, ...],
+    model_state: Mapping[str, torch.Tensor],
+    trainer_state: Mapping[str, Any],
+    loader_state: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> Path:
     temporary.mkdir()
     save_model(temporary / "model.safetensors", model_state, config.model, config.data.resolution, classes, step)
     torch.save(dict(trainer_state), temporary / "trainer.pt")

@@ -1,6 +1,7 @@
 """The command line: the only module that prints or exits.
 
-Exit codes: 0 done; 2 the user can mend it (one line on stderr); 1 a defect of ours (traceback).
+Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
+checkpoint, to be started again; 1 a defect of ours (traceback).
 """
 
 from __future__ import annotations
@@ -150,15 +151,23 @@ def _train(argv: list[str]) -> int:
         validate(config)
         print(to_yaml(config), end="")
         return 0
-    from dali_vit import distributed, train
+    from dali_vit import distributed, runfolder, train
+    from dali_vit.stopping import REQUEUE, Interrupted
 
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(config.run.gpus)
         if processes > 1:
             train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
-            return distributed.launch(processes, ["train", *argv])
-    with distributed.connect(config.run.gpus) as group:
-        train.train(config, group)
+            return distributed.launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
+    try:
+        with distributed.connect(config.run.gpus) as group:
+            prepared = train.plan(config, group.world_size)
+            with runfolder.locked(config) if group.is_main else contextlib.nullcontext():
+                train.train(config, group, prepared)
+    except Interrupted as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{PROGRAM}: {stopped}", file=sys.stderr)
+        return REQUEUE
     return 0
 
 
@@ -194,7 +203,7 @@ def _eval(argv: list[str]) -> int:
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(arguments.gpus)
         if processes > 1:
-            return distributed.launch(processes, ["eval", *argv])
+            return distributed.launch(processes, ["eval", *argv], max_restarts=0)
     with distributed.connect(arguments.gpus) as group:
         metrics = inference.evaluate_checkpoint(
             arguments.checkpoint,

@@ -131,6 +131,16 @@ class RunConfig:
     """Steps between checkpoints; one is also written after each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
     """Newest checkpoints kept, beside the best."""
+    max_hours: float | None = operational(None)
+    """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
+    max_restarts: int = operational(3)
+    """How often --gpus starts the processes again, from the last checkpoint, after one has died."""
+    max_skipped_steps: int = operational(10)
+    """Steps left out for a gradient that is not finite before the run stops."""
+    hang_timeout: float = operational(600.0)
+    """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
+    profile: int = operational(0)
+    """Steps to record with torch's profiler, into the run's folder, after the first 10; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,10 @@ def validate(config: Config) -> None:
         ("--randaug-layers", data.randaug_layers),
         ("--eval-every", run.eval_every),
         ("--seed", run.seed),
+        ("--max-restarts", run.max_restarts),
+        ("--max-skipped-steps", run.max_skipped_steps),
+        ("--hang-timeout", run.hang_timeout),
+        ("--profile", run.profile),
     ]:
         if not number >= 0:
             raise UserError(f"{flag} {number}: must not be negative")
@@ -191,6 +205,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--minival {data.minival:g}: must be a share from 0 to below 1")
     if not 0 <= optim.label_smoothing < 1:
         raise UserError(f"--label-smoothing {optim.label_smoothing:g}: must be from 0 to below 1")
+    if run.max_hours is not None and not run.max_hours > 0:
+        raise UserError(f"--max-hours {run.max_hours:g}: must be above 0")
     if run.threads is not None and run.threads < 1:
         raise UserError(f"--threads {run.threads}: must be at least 1")
     name = run.name or run.recipe

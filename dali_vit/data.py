@@ -288,8 +288,10 @@ def default_threads(group: Group) -> int:
     return max(1, cpu_count() // group.local_world_size)
 
 
-def train_loader(dataset: Dataset, config: Config, group: Group, *, start_step: int = 0) -> TrainLoader:
-    """The training stream of this process from a step on, as the config has it."""
+def train_loader(
+    dataset: Dataset, config: Config, group: Group, *, start_step: int = 0, bad_samples: Sequence[int] = ()
+) -> TrainLoader:
+    """The training stream of this process from a step on, as the config has it; `bad_samples` are left out."""
     data = config.data
     return TrainLoader(
         dataset.split("train"),

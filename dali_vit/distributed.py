@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +18,11 @@ import torch
 import torch.distributed as dist
 
 from dali_vit.config import UserError
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,33 @@ class Group:
 
 def is_worker() -> bool:
     """Whether a launcher (torchrun, srun, our own) started this process as one of a group."""
+    _adopt_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _adopt_slurm() -> None:
+    """Under srun, sets the variables that torchrun would, from SLURM's."""
+    slurm = os.environ
+    if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    if "MASTER_ADDR" not in slurm:
+        hosts = ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]]
+        try:
+            found = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError("srun: scontrol is not usable here; set MASTER_ADDR to the first node's name") from error
+        os.environ["MASTER_ADDR"] = found[0]
+    # Jobs that share a node must not share a port.
+    os.environ.setdefault("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000))
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
+    os.environ["LOCAL_WORLD_SIZE"] = slurm["SLURM_STEP_TASKS_PER_NODE"].split("(")[0]
+
+
+def _follow_launcher() -> None:
+    """Asks the kernel for a SIGTERM when the launcher dies: an orphan would go on writing to the run's folder."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def resolve_gpus(gpus: int | None) -> int:
@@ -49,18 +85,37 @@ def resolve_gpus(gpus: int | None) -> int:
     return gpus
 
 
-def launch(num_processes: int, argv: Sequence[str]) -> int:
-    """Runs `dali-vit ARGV` in worker processes under torch's launcher; returns the exit code."""
+def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int:
+    """Runs `dali-vit ARGV` in worker processes under torch's elastic launcher; returns the exit code.
+
+    When a worker dies (killed, out of memory, an exception) all are started again, up to `max_restarts` times:
+    they go on from the last checkpoint. A mistake of the user (exit code 2) or a stop that was asked for (75) is
+    not tried again.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
-    try:
-        main(["--standalone", f"--nproc-per-node={num_processes}", "-m", "dali_vit", *argv])
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
+    for attempt in range(max_restarts + 1):
+        try:
+            # Restarts are ours, because torch's would also repeat a mistake of the user.
+            main(["--standalone", f"--nproc-per-node={num_processes}", "-m", "dali_vit", *argv])
+            return 0
+        except SignalException:
+            return REQUEUE
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode in (2, REQUEUE):
+                return failure.exitcode
+            cause = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            log.error("rank %d (process %d) failed first, with %s", rank, failure.pid, cause)
+            if attempt == max_restarts:
+                log.error("given up after %d restarts (--max-restarts)", max_restarts)
+                return 1
+            log.error("restart %d of %d, from the last checkpoint", attempt + 1, max_restarts)
+    raise AssertionError
 
 
 @contextmanager
@@ -72,9 +127,10 @@ def connect(gpus: int | None) -> Iterator[Group]:
             torch.cuda.set_device(device)
         yield Group(0, 1, 0, 1, device)
         return
+    _follow_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = gpus != 0 and torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dali_vit.distributed import Group, sum_over_ranks
+
 # Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). First match wins.
 _PEAK_BF16 = [
     ("B200", 2250e12),
@@ -86,6 +88,38 @@ class StepTimer:
         seconds = time.perf_counter() - self._start
         waited = self._waited + sum(a.elapsed_time(b) for a, b in self._waits) / 1e3
         return seconds, min(waited, seconds)
+
+
+class Window:
+    """Loss and gradient norm of the steps since the last log line, summed on the device.
+
+    Steps whose gradient norm is not finite, which the optimiser leaves out, are counted and not summed.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=group.device)  # loss, norm, steps taken
+        self._world_size = group.world_size
+        self._steps = 0
+        self.skipped = 0
+        """Steps left out, up to the last reading."""
+        self.healthy = True
+        """Whether the last step read was taken."""
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        taken = torch.isfinite(grad_norm)
+        values = torch.stack([loss, grad_norm, torch.ones_like(loss)])
+        self._sums += torch.where(taken, values, 0.0)
+        self._last = taken
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """Means over the ranks and the steps taken, NaN where none was; empties the window. Collective."""
+        loss, grad_norm, taken = (sum_over_ranks(self._sums) / self._world_size).tolist()
+        self.skipped += self._steps - round(taken)
+        self.healthy = bool(self._last)
+        self._sums.zero_()
+        self._steps = 0
+        return (loss / taken, grad_norm / taken) if taken else (math.nan, math.nan)
 
 
 class MetricLog:

@@ -93,9 +93,12 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 def optimizer_step(optimizer: Optimizer, grad_clip_norm: float | None) -> Tensor:
     """Clips the gradients, updates the parameters and clears the gradients; returns the norm before clipping.
 
-    With several GPUs the gradients must be averaged over them already. The learning rate is `set_lr`'s.
+    With several GPUs the gradients must be averaged over them already. The learning rate is `set_lr`'s. Where the
+    norm is not finite the update is left out: parameters and optimiser state stay as they are.
     """
     norm = clip_grad_norm((p for group in optimizer.param_groups for p in group["params"]), grad_clip_norm)
+    # What GradScaler sets, too: fused optimisers then decide on the device whether to update.
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -138,6 +141,8 @@ class AdamWBFloat16Moment(Optimizer):
         states = [self.state[p] for p in params]
         first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         beta1, beta2 = group["betas"]
+        changed = [*params, *first, *second, *[s["step"] for s in states]]
+        before = [t.clone() for t in changed]
         torch._foreach_add_([s["step"] for s in states], 1)
         step = states[0]["step"]  # the same for all, as every parameter has a gradient at every step
 
@@ -154,6 +159,10 @@ class AdamWBFloat16Moment(Optimizer):
         torch._foreach_div_(moment, denominator)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(params, moment)
+        left_out = getattr(self, "found_inf", torch.zeros((), device=params[0].device)).bool()
+        torch._foreach_copy_(
+            changed, [torch.where(left_out, old, new) for old, new in zip(before, changed, strict=True)]
+        )
 
 
 __all__ = [

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.metrics import duration, peak_flops
+
+log = logging.getLogger(__name__)
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
@@ -29,7 +33,7 @@ def summary(
     model: str,
     compiled: str,
     total_steps: int,
-    start_step: int,
+    checkpoint: Checkpoint | None,
     threads: int,
 ) -> str:
     """What will be trained, on what and for how long: one `name  value` line each."""
@@ -48,8 +52,15 @@ def summary(
         "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
         f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",
     }
-    if start_step:
-        rows["resuming"] = f"after step {start_step:,}"
+    if checkpoint is not None:
+        rows["resuming"] = f"after step {checkpoint.step:,}"
+        before = checkpoint.loader.get("world_size", group.world_size)
+        if before != group.world_size:
+            rows["resuming"] += (
+                f", with {group.world_size} processes instead of {before}: batch size and data order stay,"
+                f" {config.optim.batch_size // group.world_size} images a process instead of"
+                f" {config.optim.batch_size // before}"
+            )
     return "\n".join(f"{name:<9} {value}" for name, value in rows.items())
 
 
@@ -73,6 +84,25 @@ def speed(
     if group.device.type == "cuda":
         scalars["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(group.device) / 2**30
     return scalars
+
+
+class StarvationWarning:
+    """Says once, after the first window, that training waits for data, and what helps."""
+
+    LIMIT = 10.0  # percent of wall time
+
+    def __init__(self) -> None:
+        self._windows, self._said = 0, False
+
+    def check(self, data_wait_pct: float) -> None:
+        self._windows += 1
+        if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
+            self._said = True
+            log.warning(
+                "training waits for data %.0f %% of the time: more --threads (a machine with more cores), files on a"
+                " local disk, or fewer --randaug-layers would help; tools/bench_throughput.py --sweep finds out",
+                data_wait_pct,
+            )
 
 
 def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, float], eta: float) -> str:

@@ -14,25 +14,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import report
+from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, differences, to_yaml, total_steps, validate
-from dali_vit.distributed import Group, barrier, gather_objects, sum_over_ranks
-from dali_vit.environment import describe_environment
+from dali_vit.distributed import Group, gather_objects
 from dali_vit.evaluate import evaluate
-from dali_vit.metrics import MetricLog, StepTimer, duration
+from dali_vit.metrics import MetricLog, StepTimer, Window, duration
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import create_model, flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
+from dali_vit.runfolder import log_samples, profiling, write_run_files
 from dali_vit.step import build_update
+from dali_vit.stopping import Interrupted, Stop, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +82,13 @@ def plan(config: Config, world_size: int) -> Plan:
     return Plan(dataset, model, total, checkpoint)
 
 
-def train(config: Config, group: Group) -> dict[str, float]:
-    """Runs or resumes a run to its end and returns its last evaluation, scalars by name.
+def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
+    """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
-    Collective over the group. Raises UserError for what `plan` finds and for a loss that is not finite.
+    Collective over the group. Raises UserError for gradients that stay not finite and for a disk that takes no
+    checkpoint, and Interrupted where a signal or the clock stopped the run.
     """
-    prepared = plan(config, group.world_size)
-    dataset, model, checkpoint, total = (
-        prepared.dataset,
-        prepared.model,
-        prepared.checkpoint,
-        prepared.total_steps,
-    )
+    dataset, model, checkpoint, total = prepared.dataset, prepared.model, prepared.checkpoint, prepared.total_steps
     start = checkpoint.step if checkpoint else 0
     if checkpoint and start >= total:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
@@ -116,7 +111,7 @@ def train(config: Config, group: Group) -> dict[str, float]:
     loader = datasets.train_loader(dataset, config, group, start_step=start)
     writer = None
     if group.is_main:
-        _write_run_files(config)
+        write_run_files(config)
         writer = MetricLog(config.run_dir, start)
         summary = report.summary(
             config,
@@ -125,53 +120,68 @@ def train(config: Config, group: Group) -> dict[str, float]:
             model=report.model_line(config.model, num_parameters(model), forward_flops, config.data.resolution),
             compiled=compiled,
             total_steps=total,
-            start_step=start,
+            checkpoint=checkpoint,
             threads=datasets.num_threads(config, group),
         )
         log.info("%s", summary)
         writer.text("config", to_yaml(config))
         writer.text("summary", summary)
+    background = BackgroundWriter()
 
     def save(step: int) -> None:
         random_states = gather_objects(_random_state(group))
+        loader_states = gather_objects(loader.state_dict())
         if group.is_main:
-            checkpoints.save(
-                config.run_dir,
+            background.submit(
+                checkpoints.save,
+                {
+                    "model_state": model.state_dict(),
+                    "trainer_state": {"optimizer": optimizer.state_dict(), "rng": random_states},
+                },
+                run_dir=config.run_dir,
                 step=step,
                 config=config,
                 classes=dataset.classes,
-                model_state=model.state_dict(),
-                trainer_state={"optimizer": optimizer.state_dict(), "rng": random_states},
-                loader_state=loader.state_dict(),
+                loader_state={"world_size": group.world_size, "ranks": loader_states},
                 metrics=metrics,
             )
-        barrier()
 
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     evaluations = _evaluation_steps(config.run.eval_every, epoch_steps, total)
-    timer, window = StepTimer(group.device), Window(group, start)
+    timer, window = StepTimer(group.device), Window(group)
+    starving = report.StarvationWarning()
+    stop, watchdog = Stop(group, config.run.max_hours), Watchdog(group, config.run.hang_timeout)
     began = time.perf_counter()
-    with _progress_bar(total, start, visible=group.is_main) as progress:
+    with (
+        stop.watching(),
+        _progress_bar(total, start, visible=group.is_main) as progress,
+        profiling(config, group, start) as profiler,
+    ):
         for step in range(start, total):
+            watchdog.enter("loader", step)
             with timer.waiting():
                 images, labels = next(loader)  # uint8 [N, S, S, 3], int64 [N]
+            watchdog.enter("step", step)
             if step == 0 and writer:
-                _log_samples(writer, config.run_dir, images)
+                log_samples(writer, config.run_dir, images)
             lr = config.optim.lr * lr_schedule(step, total_steps=total, warmup_steps=config.optim.warmup_steps)
             lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
             loss, grad_norm = update(images, labels, lam, lr)
             window.add(loss, grad_norm)
             progress.update()
+            profiler.step()
 
             done = step + 1
+            stopping = stop.agreed(done) if done < total else None
             evaluating = done in evaluations
-            saving = evaluating or done % config.run.checkpoint_every == 0 or done == total
+            saving = evaluating or stopping or done % config.run.checkpoint_every == 0 or done == total
             if not saving and done % config.run.log_every:
                 continue
             seconds, waited = timer.read()
-            loss_mean, grad_norm_mean = window.read(done, config.run_dir)
+            loss_mean, grad_norm_mean = window.read()
+            _check_skipped(window, done, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
@@ -182,22 +192,37 @@ def train(config: Config, group: Group) -> dict[str, float]:
                     train_flops=3 * forward_flops,  # the backward pass costs twice the forward
                     group=group,
                 )
+                scalars["train/skipped_steps"] = window.skipped
                 writer.scalars(done, scalars)
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
+                starving.check(scalars["perf/data_wait_pct"])
             if evaluating:
+                watchdog.enter("evaluation", step)
                 metrics = evaluate_splits(model, dataset, config, group)
                 if writer:
                     writer.scalars(done, metrics)
                     log.info("%s", report.evaluation_line(done, total, metrics))
-            if saving:
+            if saving and window.healthy:
+                watchdog.enter("checkpoint", step)
                 save(done)
+            elif saving:
+                log.warning("no checkpoint at step %d: its gradient was not finite", done)
             timer.reset()
+            if stopping:
+                break
 
+    watchdog.close()
     loader.close()
+    try:
+        background.close()
+    except OSError as error:
+        raise UserError(f"the last checkpoint could not be written ({error}); make room and start again") from error
     if writer:
         writer.close()
-        log.info("done in %s: %s", duration(time.perf_counter() - began), config.run_dir)
+    if stopping:
+        raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
+    log.info("done in %s: %s", duration(time.perf_counter() - began), config.run_dir)
     return metrics
 
 
@@ -220,33 +245,6 @@ def evaluate_splits(
         batches.close()
         metrics |= {f"{name}/{key}": value for key, value in result.items() if key != "count"}
     return metrics
-
-
-class Window:
-    """Loss and gradient norm summed on the device since the last log line."""
-
-    def __init__(self, group: Group, step: int) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=group.device)
-        self._world_size = group.world_size
-        self._first = step
-
-    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        self._sums += torch.stack([loss.detach(), grad_norm])
-
-    def read(self, step: int, run_dir: Path) -> tuple[float, float]:
-        """Means over ranks and steps; UserError, on every rank alike, if one was not finite."""
-        steps = step - self._first
-        loss, grad_norm = (sum_over_ranks(self._sums) / (self._world_size * steps)).tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            kept = checkpoints.newest(run_dir)
-            raise UserError(
-                f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite between steps"
-                f" {self._first + 1} and {step}; lower --lr; last good checkpoint:"
-                f" {kept.path if kept else 'none yet'}"
-            )
-        self._sums.zero_()
-        self._first = step
-        return loss, grad_norm
 
 
 def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
@@ -288,20 +286,15 @@ def _evaluation_steps(every: float, epoch_steps: float, total: int) -> set[int]:
     return steps
 
 
-def _log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
-    grid = report.image_grid(images)
-    writer.image("samples/train", grid, 0)
-    (run_dir / "samples").mkdir(exist_ok=True)
-    Image.fromarray(grid).save(run_dir / "samples" / "train.png")
-
-
-def _write_run_files(config: Config) -> None:
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (config.run_dir / "env.txt").write_text(describe_environment(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+def _check_skipped(window: Window, step: int, config: Config) -> None:
+    """UserError, on every rank alike, once more steps were left out than allowed."""
+    if window.skipped > config.run.max_skipped_steps:
+        kept = checkpoints.newest(config.run_dir)
+        raise UserError(
+            f"the gradient was not finite in {window.skipped} steps, the last of them between the last two log lines"
+            f" before step {step} (--max-skipped-steps {config.run.max_skipped_steps}); lower --lr;"
+            f" last good checkpoint: {kept.path if kept else 'none yet'}"
+        )
 
 
 @contextmanager

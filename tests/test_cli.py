@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dali_vit import cli
+from dali_vit import checkpoint, cli
 from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, write_image_folder
 
 FLAGS = [
@@ -21,6 +21,7 @@ FLAGS = [
     *("--pool", "--posemb", "--print-config", "--randaug-contrast", "--randaug-layers", "--randaug-magnitude"),
     *("--recipe", "--resolution", "--resume", "--runs-dir", "--seed", "--steps"),
     *("--threads", "--warmup-steps", "--weight-decay", "--width"),
+    *("--hang-timeout", "--max-hours", "--max-restarts", "--max-skipped-steps", "--profile"),
 ]
 
 
@@ -200,16 +201,25 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
 
 
 @pytest.mark.timeout(120)
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(image_folder, tmp_path, capsys):
-    command = [*good(image_folder, tmp_path), "--name", "nan", "--steps", "40", "--log-every", "5"]
+def test_gradients_that_stay_not_finite_stop_the_run(image_folder, tmp_path, capsys):
+    command = [*good(image_folder, tmp_path), "--name", "nan", "--steps", "60", "--log-every", "5"]
     code, _, err = run(*command, "--lr", "1e30", "--grad-clip-norm", "None", "--checkpoint-every", "2", capsys=capsys)
     assert code == 2
-    assert "not finite between steps" in err
+    assert "the gradient was not finite in 11 steps" in err or "the gradient was not finite in 12 steps" in err
+    assert "last good checkpoint" in err
     assert err.count("\n") == 1
-    from dali_vit import checkpoint
-
     kept = checkpoint.newest(tmp_path / "runs" / "nan")
     assert kept is None or all(t.isfinite().all() for t in kept.model_state().values())
+
+
+@pytest.mark.timeout(120)
+def test_profile_writes_a_trace(image_folder, tmp_path, capsys):
+    command = [*good(image_folder, tmp_path), "--name", "p", "--steps", "16", "--profile", "2", "--eval-every", "0"]
+    code, _, err = run(*command, capsys=capsys)
+    assert code == 0, err
+    (trace,) = (tmp_path / "runs" / "p" / "profile").iterdir()
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(e.get("name", "").startswith("ProfilerStep#") for e in events) >= 2
 
 
 @pytest.mark.timeout(60)

@@ -1,0 +1,172 @@
+"""What `prepare` says of a set it made: `dataset.json`, written last, and an index of each split's samples.
+
+```
+dataset.json        the manifest: a folder that has one is whole
+train.index.npz     (shards) where every sample lies, in the order of label and name
+train/shard-000000.tar, shard-000000.idx, ... or train/<class>/*
+val...
+```
+The order is that of an image folder's listing, so a set is trained on in the same order, with the same
+augmentation and the same minival, whatever its layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dali_vit.config import UserError
+from pipelines.readers import FileList
+from pipelines.shards import ShardList
+
+__all__ = ["MANIFEST", "Manifest", "Shard", "Split", "load_shards", "read_manifest", "save_index", "write_manifest"]
+
+MANIFEST = "dataset.json"
+
+_VERSION = 1
+_MINIVAL_RULE = "the round(share x train) images whose class/file has the smallest 64-bit BLAKE2b hash"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a split."""
+
+    file: str
+    """Path below the set's folder."""
+    samples: int
+    bytes: int
+    """Size of the file."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a set."""
+
+    count: int
+    bytes: int
+    """Bytes of the encoded images, without what holds them."""
+    index_sha256: str | None = None
+    """Checksum of the split's index, where there are shards."""
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def mean_bytes(self) -> float:
+        return self.bytes / self.count
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared set."""
+
+    layout: Literal["folder", "shards"]
+    classes: tuple[str, ...]
+    """Class names, by class index."""
+    splits: dict[str, Split]
+    plan: str
+    """Fingerprint of the source and the settings that the set was made from."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that the images or their packing depend on."""
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Writes `root/dataset.json` in one piece."""
+    fields = dataclasses.asdict(manifest)
+    for name, split in manifest.splits.items():
+        fields["splits"][name]["mean_bytes"] = round(split.mean_bytes, 1)
+    fields["minival"] = {"rule": _MINIVAL_RULE}
+    text = json.dumps({"version": _VERSION, **fields}, indent=1, ensure_ascii=False)
+    temporary = root / f".{MANIFEST}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(root / MANIFEST)
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a prepared set, None for a folder without one; UserError if it cannot be understood."""
+    path = root / MANIFEST
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("version") != _VERSION:
+            raise UserError(f"{path} is of version {fields.get('version')}, not {_VERSION}: prepare the set again")
+        splits = {}
+        for name, values in fields["splits"].items():
+            shards = tuple(Shard(**shard) for shard in values["shards"])
+            splits[name] = Split(values["count"], values["bytes"], values["index_sha256"], shards)
+        return Manifest(fields["layout"], tuple(fields["classes"]), splits, fields["plan"], fields["settings"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a manifest that prepare wrote ({error}): prepare the set again") from error
+
+
+def save_index(path: Path, samples: ShardList) -> str:
+    """Writes the place, label and name of every sample; returns the file's SHA-256."""
+    names = samples.names
+    starts, ends = names.starts.tolist(), (names.starts + names.lengths).tolist()
+    buffer = names.buffer.tobytes()
+    with open(path, "wb") as file:
+        np.savez(
+            file,
+            shard=samples.shard,
+            offset=samples.offsets,
+            length=samples.lengths,
+            label=samples.labels.astype(np.int32),
+            name=np.frombuffer(b"".join(buffer[i:j] for i, j in zip(starts, ends, strict=True)), np.uint8),
+            name_length=names.lengths,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    return _sha256(path)
+
+
+def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList | None:
+    """The samples of a split that lies in shards, None if the set has no such split.
+
+    Raises UserError where a shard or the index is not there as the manifest has it; the contents of shards are
+    left to `verify`.
+    """
+    entry = manifest.splits.get(split)
+    if entry is None:
+        return None
+    index = root / f"{split}.index.npz"
+    again = "copy the set again, or prepare it again"
+    for shard in entry.shards:
+        path = root / shard.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be found ({error.strerror}): {again}") from error
+        if size != shard.bytes:
+            raise UserError(f"{path} has {size} bytes, not the {shard.bytes} of the manifest: {again}")
+    try:
+        if _sha256(index) != entry.index_sha256:
+            raise UserError(f"{index} is not the file that prepare wrote: {again}")
+        with np.load(index) as arrays:
+            columns = {name: arrays[name] for name in arrays.files}
+    except OSError as error:
+        raise UserError(f"{index} cannot be read ({error.strerror}): {again}") from error
+    labels = columns["label"].astype(np.int64)
+    lengths = columns["name_length"]
+    names = FileList(columns["name"], np.cumsum(lengths, dtype=np.int64) - lengths, lengths, labels)
+    shards = tuple(str(root / shard.file) for shard in entry.shards)
+    return ShardList(shards, names, columns["shard"], columns["offset"], columns["length"], labels)
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

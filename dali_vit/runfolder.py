@@ -1,0 +1,83 @@
+"""What a run keeps in its folder besides scalars and checkpoints: settings, environment, samples, traces."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dali_vit.config import Config, UserError, to_yaml
+from dali_vit.distributed import Group
+from dali_vit.environment import describe_environment
+from dali_vit.metrics import MetricLog
+from dali_vit.report import image_grid
+
+PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
+
+
+def write_run_files(config: Config) -> None:
+    """Writes config.yaml and env.txt; UserError where the folder cannot be written to."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (config.run_dir / "env.txt").write_text(describe_environment(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+
+
+@contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """Keeps other processes from running the same run; UserError where one already does.
+
+    The lock is the kernel's: it goes with the process that holds it, however that ends.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(config.run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
+    """The first augmented images of a run: to TensorBoard and to samples/train.png."""
+    grid = image_grid(images)
+    writer.image("samples/train", grid, 0)
+    (run_dir / "samples").mkdir(exist_ok=True)
+    Image.fromarray(grid).save(run_dir / "samples" / "train.png")
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        pass
+
+
+@contextmanager
+def profiling(config: Config, group: Group, start: int) -> Iterator[Any]:
+    """A profiler whose `step` is called after each step; it writes --profile steps as a trace for TensorBoard
+    and Perfetto into the run's folder `profile/`. Without --profile a profiler that does nothing."""
+    if not config.run.profile:
+        yield _NoProfiler()
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if group.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    handler = torch.profiler.tensorboard_trace_handler(str(config.run_dir / "profile"), f"rank{group.rank}")
+    schedule = torch.profiler.schedule(wait=PROFILE_AFTER, warmup=2, active=config.run.profile, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profiler:
+        yield profiler

@@ -1,0 +1,110 @@
+"""How a run ends before its last step: by a signal, by the clock, or because a rank hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dali_vit.distributed import REQUEUE, Group
+
+HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """The run stopped early and can be started again; the message says where it stopped."""
+
+
+__all__ = ["HUNG", "REQUEUE", "Interrupted", "Stop", "Watchdog"]
+
+
+class Stop:
+    """Whether the run is to stop after this step: a signal came, or its hours are over.
+
+    The first SIGTERM or SIGINT is remembered, a second one ends the process at once. All ranks agree on the step:
+    `agreed` is collective, and where that costs something it is asked for every few steps only.
+    """
+
+    def __init__(self, group: Group, max_hours: float | None) -> None:
+        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._signal: str | None = None
+        self._first = 0.0
+        self._world_size = group.world_size
+        # On the CPU the ranks wait for each other at every step anyway; on GPUs the hosts run ahead.
+        self._every = 1 if group.device.type == "cpu" else 10
+        self._gloo: Any = dist.new_group(backend="gloo") if group.world_size > 1 else None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handles the signals while the body runs."""
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A terminal and a launcher may both pass on the same Ctrl-C: repeats within a second are one signal.
+        if self._signal is not None and time.monotonic() - self._first > 1:
+            os._exit(128 + number)
+        self._signal = self._signal or signal.Signals(number).name
+        self._first = self._first or time.monotonic()
+
+    def agreed(self, step: int) -> str | None:
+        """The reason to stop after `step` steps, the same on every rank; None to go on."""
+        if step % self._every:
+            return None
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        reason = 2 if self._signal else 1 if late else 0
+        if self._gloo is not None:
+            shared = torch.tensor(reason)
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._gloo)
+            reason = int(shared)
+        return (None, "--max-hours are over", f"stopped by {self._signal or 'a signal to another rank'}")[reason]
+
+
+class Watchdog:
+    """Ends a process that makes no progress, naming the stage it hangs in.
+
+    Ranks that merely wait for a hanging one are in the stage "step": they are given half as long again, so that
+    the first to speak is the one that hangs.
+    """
+
+    def __init__(self, group: Group, seconds: float) -> None:
+        self._rank, self._seconds = group.rank, seconds
+        self._stage, self._step, self._since = "start", 0, time.monotonic()
+        self._ended = threading.Event()
+        if seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def enter(self, stage: str, step: int) -> None:
+        """Called whenever a stage begins: "loader", "step", "evaluation" or "checkpoint"."""
+        self._stage, self._step, self._since = stage, step, time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._seconds / 10)):
+            patience = self._seconds * (1.0 if self._stage == "loader" else 1.5)
+            stalled = time.monotonic() - self._since
+            if stalled > patience:
+                sys.stderr.write(
+                    f"dali-vit: rank {self._rank} hangs in the {self._stage} of step {self._step + 1} for"
+                    f" {stalled:.0f} s (--hang-timeout {self._seconds:g}); see below where\n"
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                sys.stderr.flush()
+                os._exit(HUNG)
