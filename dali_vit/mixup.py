@@ -43,14 +43,18 @@ def mixup_cross_entropy(logits: Tensor, labels: Tensor, lam: Tensor, label_smoot
     """Mean softmax cross-entropy (0-d float32) against labels mixed as `normalize_and_mix` mixes the images.
 
     logits: [N, classes] of any float type; labels: [N] int64; lam: 0-d float32. `label_smoothing` spreads that
-    share of every label evenly over all classes.
+    share of every label evenly over all classes. Label -1 stands for no label: its weight, as an image's own or as
+    its partner's, is left out of the sum and nothing takes its place, the mean being over all N.
     """
     log_p = logits.float().log_softmax(dim=1)  # [N, classes]
-    own = log_p.gather(1, labels[:, None])  # [N, 1]
-    partner = log_p.gather(1, labels.roll(1, 0)[:, None])
+    labelled = (labels >= 0)[:, None]  # [N, 1]
+    classes = labels.clamp(min=0)[:, None]
+    own = log_p.gather(1, classes) * labelled
+    partner = log_p.gather(1, classes.roll(1, 0)) * labelled.roll(1, 0)
     loss = -(lam * own + (1.0 - lam) * partner).mean()
     if label_smoothing:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.mean()
+        weight = lam * labelled + (1.0 - lam) * labelled.roll(1, 0)  # [N, 1], 1 where both labels are there
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * (weight * log_p).mean()
     return loss
 
 

@@ -16,15 +16,21 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
 __all__ = [
+    "MAX_PIXELS",
     "NUM_UNIFORMS",
     "SAMPLERS",
     "Decoder",
     "decode",
     "decode_window",
     "image_size",
+    "refuse_too_large",
     "sample_window_tensorflow",
     "sample_window_torchvision",
 ]
+
+# A larger image counts as undecodable, as it does for Pillow: decoded it would take more than 512 MiB, and what
+# claims to be one in a data set of photographs is a broken header or a decompression bomb.
+MAX_PIXELS = 2**29 // 3
 
 Uniforms = tuple[DataNode, DataNode, DataNode]
 
@@ -81,6 +87,13 @@ def _options(decoder: Decoder, device: str) -> dict[str, Any]:
 def image_size(encoded: DataNode) -> DataNode:
     """Height and width of encoded images, float32 [2] on the CPU, whole numbers."""
     return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.FLOAT)[0:2]
+
+
+def refuse_too_large(encoded: DataNode, size: DataNode) -> DataNode:
+    """The encoded image, unchanged; an image of more than MAX_PIXELS makes the pipeline fail before it is decoded."""
+    too_large = size[0] * size[1] > MAX_PIXELS
+    # Reshaping copies nothing, and refuses a shape that is not that of the bytes. Cost: 1 us an image.
+    return fn.reshape(encoded, rel_shape=fn.stack(too_large + 1.0))
 
 
 def decode(encoded: DataNode, *, device: str, decoder: Decoder) -> DataNode:

@@ -9,18 +9,24 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.order import EvalOrder
-from pipelines.readers import EvalSource, FileList
+from pipelines.readers import EvalSource, Samples, read
 
 __all__ = ["eval_pipeline"]
+
+# A JPEG of 65,000 x 1 pixels would be scaled up to 256 times its side, 12 GB.
+_MAX_ASPECT_RATIO = 100
 
 
 @pipeline_def
 def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: str) -> Any:
-    paths, labels = fn.external_source(source, num_outputs=2, batch=True, batch_info=True)
-    images = crop.decode(fn.io.file.read(paths), device=device, decoder=decoder)
+    encoded, labels = read(source)
+    encoded = crop.refuse_too_large(encoded, crop.image_size(encoded))
+    images = crop.decode(encoded, device=device, decoder=decoder)
+    shorter = round(image_size * 256 / 224)
     images = fn.resize(
         images,
-        resize_shorter=round(image_size * 256 / 224),
+        resize_shorter=shorter,
+        max_size=shorter * _MAX_ASPECT_RATIO,  # what is longer is left too small for the crop, which then fails
         interp_type=types.INTERP_LINEAR,
         antialias=True,
         subpixel_scale=False,  # the reference stretches to whole pixels
@@ -30,7 +36,7 @@ def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: s
 
 
 def eval_pipeline(
-    samples: FileList,
+    samples: Samples,
     order: EvalOrder,
     *,
     image_size: int,

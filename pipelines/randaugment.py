@@ -1,14 +1,15 @@
 """RandAugment as big_vision runs it: per layer one of 16 operations, uniformly, at one fixed magnitude.
 
 All randomness comes in as uniforms, `NUM_UNIFORMS_PER_LAYER` per layer and sample: which operation, its sign, and for
-cutout the centre (row, column). The operations themselves are in `randaugment_ops`. Samples part into a few branches
-of a DALI conditional, so that each kind of operation runs once per layer over the samples that drew it.
+cutout the centre (row, column). The operations themselves are in `randaugment_ops`. Samples part into the branches of
+a DALI conditional, so that each kind of operation runs once per layer over the samples that drew it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, types
@@ -16,6 +17,8 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
 from pipelines import randaugment_ops as ops
+
+__all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "rand_augment"]
 
 OPS = (
     "auto_contrast",
@@ -39,8 +42,15 @@ NUM_UNIFORMS_PER_LAYER = 4
 MAX_MAGNITUDE = 10
 _CONTRASTS = ("paper", "mean")
 
-# (images, row: 2 * operation + negative, center) -> images
-_Branch = Callable[[DataNode, "DataNode | int", DataNode], DataNode]
+_Variant = tuple[str, int]  # an operation and its sign, 1 or -1
+
+
+class _Branch(NamedTuple):
+    """Variants that run together."""
+
+    variants: list[_Variant]
+    apply: Callable[[DataNode, DataNode | int, DataNode], DataNode]
+    """(images, which of the variants, center in pixels) -> images."""
 
 
 def rand_augment(
@@ -62,16 +72,18 @@ def rand_augment(
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
     branches = _branches(image_size, magnitude, contrast)
-    functions = [function for _, function in branches]
-    branch_of_row = np.zeros(2 * len(OPS), np.int32)
-    for i, (rows, _) in enumerate(branches):
-        branch_of_row[rows] = i
-    table = types.Constant(branch_of_row)
+    if layers == 0:
+        return images
+    # Of each draw, which branch and which of its variants: all layers at once, as a number costs as much as an array.
+    variants = [(name, sign) for name in OPS for sign in (-1, 1)]
+    places = [next((i, b.variants.index(v)) for i, b in enumerate(branches) if v in b.variants) for v in variants]
+    keys = list(range(len(variants)))
+    draws = dali_math.floor(fn.reshape(u, shape=[layers, NUM_UNIFORMS_PER_LAYER]) * _scale(image_size))
+    drawn = fn.cast(fn.coord_transform(draws, M=[2, 1, 0, 0]), dtype=types.INT32)  # [layers, 1], of variants
+    chosen = fn.lookup_table(drawn, keys=keys, values=[place[0] for place in places], dtype=types.INT32)
+    indices = fn.lookup_table(drawn, keys=keys, values=[place[1] for place in places], dtype=types.INT32)
     for layer in range(layers):
-        first = layer * NUM_UNIFORMS_PER_LAYER
-        op = fn.cast(dali_math.floor(u[first] * float(len(OPS))), dtype=types.INT32)
-        row = op * 2 + fn.cast(u[first + 1] < 0.5, dtype=types.INT32)
-        images = _dispatch(images, table[row], row, u[first + 2 : first + 4], functions, 0)
+        images = _apply_chosen(images, branches, chosen[layer, 0], indices[layer, 0], draws[layer])
     return images
 
 
@@ -92,104 +104,144 @@ def apply_op(
     """
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
-    row = _rows(name)[int(negative)]
-    function = next(function for rows, function in _branches(image_size, magnitude, contrast) if row in rows)
-    return function(images, row, types.Constant(np.array(center, np.float32)))
+    variant = (name, -1 if negative else 1)
+    branch = next(b for b in _branches(image_size, magnitude, contrast) if variant in b.variants)
+    pixel = np.floor(np.array(center, np.float32) * np.float32(image_size))
+    return branch.apply(images, branch.variants.index(variant), types.Constant(pixel))
 
 
-def _branches(size: int, magnitude: float, contrast: str) -> list[tuple[list[int], _Branch]]:
-    """The branches of a layer: the rows (see `_rows`) that take it, and what runs there."""
+def _scale(size: int) -> DataNode:
+    """What the uniforms of a layer are multiplied by: operations, signs, rows and columns."""
+    return types.Constant(np.array([[len(OPS), 2, size, size]], np.float32))
+
+
+def _branches(size: int, magnitude: float, contrast: str) -> list[_Branch]:
+    """All operations with both signs, grouped by what can run together."""
     if not 0 <= magnitude <= MAX_MAGNITUDE:
         raise ValueError(f"RandAugment's magnitude is from 0 to {MAX_MAGNITUDE}, not {magnitude}")
     if contrast not in _CONTRASTS:
         raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
     strength = magnitude / MAX_MAGNITUDE
-    factor = ops.enhancement_factor(strength)
-    affine = {"invert": (-1.0, 255.0), "brightness": (factor, 0.0)}  # multiplier, addend
-    alike: dict[str, Callable[[DataNode], DataNode]] = {  # what needs nothing of the draw
-        "auto_contrast": ops.auto_contrast,
-        "equalize": ops.equalize,
-        "posterize": partial(ops.posterize, strength=strength),
-        "color": partial(ops.color, strength=strength),
+    inverting = ["invert"]
+    affine = {"brightness": ops.brightness_terms(strength)}
+    alone: dict[str, Callable[[DataNode], DataNode]] = {
+        "auto_contrast": partial(ops.auto_contrast, size=size),
+        "equalize": partial(ops.equalize, size=size),
+        "posterize": partial(ops.posterize, strength=strength, size=size),
+        "color": partial(ops.color, strength=strength, size=size),
         "sharpness": partial(ops.sharpness, strength=strength, size=size),
         "solarize_add": partial(ops.solarize_add, strength=strength),
     }
-    if contrast == "paper":
-        affine["contrast"] = (factor, (1 - factor) * ops.contrast_constant(size))
-    else:
-        alike["contrast"] = partial(ops.contrast_with_mean, strength=strength)
     if ops.solarize_threshold(strength) == 0:
-        affine["solarize"] = affine["invert"]
+        inverting.append("solarize")
     else:
-        alike["solarize"] = partial(ops.solarize, strength=strength)
+        alone["solarize"] = partial(ops.solarize, strength=strength)
+    if contrast == "paper":
+        affine["contrast"] = ops.contrast_terms(strength, size)
+    else:
+        alone["contrast"] = partial(ops.contrast_with_mean, strength=strength)
 
-    num_rows = 2 * len(OPS)
-    multipliers, addends = np.zeros((2, num_rows), np.float32)
-    for name, values in affine.items():
-        for row in _rows(name):
-            multipliers[row], addends[row] = values
-    matrices = np.zeros((num_rows, 2, 3), np.float32)
-    strips: dict[int, np.ndarray] = {}
-    for name in ("rotate", "shear_x", "shear_y"):
-        for row, sign in zip(_rows(name), (1, -1)):  # noqa: B905 (autograph's zip knows no strict)
-            matrices[row] = ops.warp_matrix(name, strength, sign, size)
-            strips[row] = np.zeros((3, 1, 2)) if name == "rotate" else ops.shear_strips(name, strength, sign, size)
-    num_pastes = max(table.shape[1] for table in strips.values())
-    repairs = np.zeros((num_rows, 3, num_pastes, 2), np.int32)
-    for row, table in strips.items():
-        repairs[row, :, : table.shape[1]] = table
-    pastes = np.zeros((num_rows, 3, 2, 2), np.int32)
-    for name in ("translate_x", "translate_y"):
-        for row, sign in zip(_rows(name), (1, -1)):  # noqa: B905
-            pastes[row] = ops.translation(name, strength, sign, size)
-
-    def multiply_add(images: DataNode, row: DataNode | int, center: DataNode) -> DataNode:
-        return ops.multiply_add(images, types.Constant(multipliers)[row], types.Constant(addends)[row])
-
-    def warp(images: DataNode, row: DataNode | int, center: DataNode) -> DataNode:
-        return ops.warp(images, types.Constant(matrices)[row])
-
-    def warp_and_repair(images: DataNode, row: DataNode | int, center: DataNode) -> DataNode:
-        return ops.repair(warp(images, row, center), types.Constant(repairs)[row], num_pastes)
-
-    def translate(images: DataNode, row: DataNode | int, center: DataNode) -> DataNode:
-        return ops.translate(images, types.Constant(pastes)[row], size)
-
-    def cutout(images: DataNode, row: DataNode | int, center: DataNode) -> DataNode:
-        return ops.cutout(images, strength, center, size)
-
-    branches: list[tuple[list[int], _Branch]] = [
-        ([row for name in affine for row in _rows(name)], multiply_add),
-        ([row for row, table in strips.items() if table.shape[1] == 1], warp),
-        ([row for name in ("translate_x", "translate_y") for row in _rows(name)], translate),
-        (list(_rows("cutout")), cutout),
+    return [
+        _affine_branch(affine),
+        _uniform_branch(inverting, partial(ops.invert, size=size)),
+        *_translation_branches(strength, size),
+        *_warp_branches(strength, size),
+        _cutout_branch(strength, size),
+        *(_uniform_branch([name], apply) for name, apply in alone.items()),
     ]
-    if num_pastes > 1:
-        branches.append(([row for row, table in strips.items() if table.shape[1] > 1], warp_and_repair))
-    for name, op in alike.items():
-        branches.append((list(_rows(name)), lambda images, row, center, op=op: op(images)))
+
+
+def _signed(names: Sequence[str]) -> list[_Variant]:
+    return [(name, sign) for name in names for sign in (1, -1)]
+
+
+def _uniform_branch(names: list[str], apply: Callable[[DataNode], DataNode]) -> _Branch:
+    """Operations that do the same whatever was drawn."""
+    return _Branch(_signed(names), lambda images, index, center: apply(images))
+
+
+def _affine_branch(terms: dict[str, tuple[float, float]]) -> _Branch:
+    variants = _signed(list(terms))
+    multipliers, addends = np.array([terms[name] for name, _ in variants], np.float32).T.copy()
+    return _Branch(
+        variants,
+        lambda images, index, center: ops.multiply_add(images, _row(multipliers, index), _row(addends, index)),
+    )
+
+
+def _translation_branches(strength: float, size: int) -> list[_Branch]:
+    """translate_x and translate_y; at the smallest magnitudes some move nothing."""
+    axes = {"translate_x": 1, "translate_y": 0}
+    still: list[_Variant] = []
+    moving: dict[_Variant, np.ndarray] = {}
+    for name, sign in _signed(list(axes)):
+        shift = ops.translation(strength, sign)
+        if shift == 0:
+            still.append((name, sign))
+        else:
+            moving[name, sign] = ops.translation_pastes(axes[name], shift, size)
+    branches = []
+    if still:
+        branches.append(_Branch(still, lambda images, index, center: images))
+    if moving:
+        table = np.stack(list(moving.values()))
+        branches.append(
+            _Branch(
+                list(moving),
+                lambda images, index, center: ops.paste([images, ops.grey(images, size)], _row(table, index)),
+            )
+        )
     return branches
 
 
-def _rows(name: str) -> tuple[int, int]:
-    """The rows of an operation in the tables: as it is, and negated."""
-    return 2 * OPS.index(name), 2 * OPS.index(name) + 1
+def _warp_branches(strength: float, size: int) -> list[_Branch]:
+    """Rotations and shears; a branch of their own for those that want repair (see `ops.shear_repairs`)."""
+    plain = _signed(["rotate"])
+    repaired: dict[_Variant, np.ndarray] = {}
+    for variant in _signed(["shear_x", "shear_y"]):
+        repairs = ops.shear_repairs(variant[0], strength, variant[1], size)
+        if repairs.shape[1] > 1:
+            repaired[variant] = repairs
+        else:
+            plain.append(variant)
+
+    def matrices(variants: list[_Variant]) -> np.ndarray:
+        return np.stack([ops.warp_matrix(name, strength, sign, size) for name, sign in variants]).astype(np.float32)
+
+    plain_matrices = matrices(plain)
+    branches = [_Branch(plain, lambda images, index, center: ops.warp(images, _row(plain_matrices, index)))]
+    if repaired:
+        variants = list(repaired)
+        repaired_matrices = matrices(variants)
+        count = max(table.shape[1] for table in repaired.values())
+        missing = [((0, 0), (0, count - table.shape[1]), (0, 0)) for table in repaired.values()]
+        pastes = np.stack([np.pad(t, m, mode="edge") for t, m in zip(repaired.values(), missing)])  # noqa: B905
+
+        def warp_and_repair(images: DataNode, index: DataNode | int, center: DataNode) -> DataNode:
+            warped = ops.warp(images, _row(repaired_matrices, index))
+            return ops.paste([warped] * count, _row(pastes, index))
+
+        branches.append(_Branch(variants, warp_and_repair))
+    return branches
 
 
-def _dispatch(
-    images: DataNode,
-    branch: DataNode,
-    row: DataNode,
-    center: DataNode,
-    branches: Sequence[_Branch],
-    first: int,
+def _cutout_branch(strength: float, size: int) -> _Branch:
+    return _Branch(_signed(["cutout"]), lambda images, index, center: ops.cutout(images, strength, center, size))
+
+
+def _row(table: np.ndarray, index: DataNode | int) -> DataNode:
+    return types.Constant(table)[index]
+
+
+def _apply_chosen(
+    images: DataNode, branches: Sequence[_Branch], chosen: DataNode, index: DataNode, draw: DataNode
 ) -> DataNode:
-    """Send each sample through branches[branch - first]: a balanced tree, so that a sample is handed on few times."""
-    if len(branches) == 1:
-        return branches[0](images, row, center)
-    half = len(branches) // 2
-    if branch < first + half:
-        images = _dispatch(images, branch, row, center, branches[:half], first)
-    else:
-        images = _dispatch(images, branch, row, center, branches[half:], first + half)
+    """Send each sample through the branch that it drew.
+
+    One conditional after the other: nested ones would take a third longer, as every node and constant that a branch
+    uses is split on each level above it.
+    """
+    for i, branch in enumerate(branches):
+        if chosen == i:
+            images = branch.apply(images, index, draw[2:4])
     return images

@@ -2,9 +2,11 @@
 
 Each takes a batch of uint8 [S, S, 3] images as a DALI node and gives the same back. They follow big_vision's
 TensorFlow operations (recipe.md): nearest-neighbour sampling, grey (128) wherever a pixel is uncovered, values
-truncated after a blend. `strength` is magnitude / 10. What differs between samples comes as a CPU node; nothing here
-draws a random number. Values never leave uint8 (uint16 for the key of a table): DALI converts float to uint8 one
-number at a time on the CPU, which costs more than any of these operations.
+truncated after a blend. `strength` is magnitude / 10, `size` is S, `sign` 1 or -1. Nothing here draws a random number.
+
+What decides how they are written is DALI's speed on the CPU: it converts float to uint8 one number at a time (1 ms an
+image at 224, as much as half a JPEG's decoding), so that values never leave uint8, or uint16 for the key of a table;
+and its arithmetic takes as long for a byte as for 8 of them, so that what can be done on 64-bit words is (`_words`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
 FILL = 128
+_TRUNCATE = -(0.5 - 1 / 64)  # added before rounding to nearest; 1/64 for whole numbers that float32 has a little low
 _KEYS = list(range(1 << 16))
 
 
@@ -26,17 +29,41 @@ def enhancement_factor(strength: float) -> float:
 
 
 def multiply_add(images: DataNode, multiplier: DataNode, addend: DataNode) -> DataNode:
-    """Each value v becomes trunc(clip(multiplier v + addend)), multiplier and addend one per sample."""
-    # The operator rounds to nearest: half a level less makes that a truncation. The 1/64 keeps whole numbers that
-    # float32 computes a little low.
-    shift = (addend - (0.5 - 1 / 64)) * (1 / 255)
-    return fn.brightness_contrast(images, brightness=multiplier, brightness_shift=shift)
+    """Each value v becomes multiplier v + 255 addend, rounded to nearest; multiplier and addend are one per sample."""
+    return fn.brightness_contrast(images, brightness=multiplier, brightness_shift=addend)
 
 
-def posterize(images: DataNode, strength: float) -> DataNode:
+def brightness_terms(strength: float) -> tuple[float, float]:
+    """Multiplier and addend (see `multiply_add`) of brightness: a blend with black."""
+    return enhancement_factor(strength), _TRUNCATE / 255
+
+
+def contrast_terms(strength: float, size: int) -> tuple[float, float]:
+    """Multiplier and addend (see `multiply_add`) of the published contrast.
+
+    It blends with one grey for all images, the mean bin of the histogram instead of the mean pixel: S * S / 256.
+    """
+    factor = enhancement_factor(strength)
+    return factor, ((1 - factor) * min(size * size // 256, 255) + _TRUNCATE) / 255
+
+
+def contrast_with_mean(images: DataNode, strength: float) -> DataNode:
+    """Blend with the mean luminance of the image: contrast as it was meant."""
+    mean = fn.reductions.mean(_luminance(images), axes=[0, 1, 2], keep_dims=True)
+    row = fn.cast(dali_math.floor(mean), dtype=types.UINT16) * _uint16(256)
+    means, values = np.mgrid[:256, :256]
+    return _lookup(images + row, means + enhancement_factor(strength) * (values - means) + 1e-4)
+
+
+def invert(images: DataNode, size: int) -> DataNode:
+    """255 - v for each value v."""
+    return _images(_words(images, size, types.INT32) ^ _everywhere(255, size), size)
+
+
+def posterize(images: DataNode, strength: float, size: int) -> DataNode:
     """Keep the int(4 strength) highest bits, at least one: TensorFlow shifts a uint8 by seven at most."""
     bits = max(1, int(strength * 4))
-    return images & types.Constant(256 - (1 << (8 - bits)), dtype=types.UINT8)
+    return _images(_words(images, size, types.INT32) & _everywhere(256 - (1 << (8 - bits)), size), size)
 
 
 def solarize_threshold(strength: float) -> int:
@@ -46,9 +73,8 @@ def solarize_threshold(strength: float) -> int:
 
 def solarize(images: DataNode, strength: float) -> DataNode:
     """Invert the values from `solarize_threshold` on."""
-    threshold = solarize_threshold(strength)
     values = np.arange(256)
-    return _lookup(images, np.where(values < threshold, values, 255 - values))
+    return _lookup(images, np.where(values < solarize_threshold(strength), values, 255 - values))
 
 
 def solarize_add(images: DataNode, strength: float) -> DataNode:
@@ -57,20 +83,19 @@ def solarize_add(images: DataNode, strength: float) -> DataNode:
     return _lookup(images, np.where(values < 128, values + int(strength * 110), values))
 
 
-def color(images: DataNode, strength: float) -> DataNode:
+def color(images: DataNode, strength: float, size: int) -> DataNode:
     """Blend with the grey of the same luminance."""
-    return _blend(images, _luminance(images), enhancement_factor(strength))
-
-
-def contrast_with_mean(images: DataNode, strength: float) -> DataNode:
-    """Blend with the mean luminance of the image: contrast as it was meant."""
-    mean = fn.reductions.mean(_luminance(images), axes=[0, 1, 2], keep_dims=True)
-    return _blend(images, mean, enhancement_factor(strength))
-
-
-def contrast_constant(size: int) -> int:
-    """The grey that the published contrast blends with: the mean bin of the histogram, size * size / 256."""
-    return min(size * size // 256, 255)
+    factor, pixels = enhancement_factor(strength), size * size
+    luminance = fn.color_space_conversion(_luminance(images), image_type=types.GRAY, output_type=types.RGB)
+    white = _images(_words(images, size, types.INT32) | _everywhere(255, size), size)
+    # The image, its luminance and white as the three rows of one picture: a filter of one column weighs and adds them.
+    rows = fn.multi_paste(
+        *(fn.reshape(node, shape=[1, pixels, 3], layout="HWC") for node in (images, luminance, white)),
+        output_size=[3, pixels],
+        out_anchors=_ints([[0, 0], [1, 0], [2, 0]]),
+    )
+    weights = np.array([[factor], [1 - factor], [_TRUNCATE / 255]], np.float32)
+    return fn.reshape(fn.filter(rows, weights, mode="valid"), shape=[size, size, 3], layout="HWC")
 
 
 def sharpness(images: DataNode, strength: float, size: int) -> DataNode:
@@ -84,80 +109,72 @@ def sharpness(images: DataNode, strength: float, size: int) -> DataNode:
     if factor < 0.5:
         # The reference truncates the smooth image and the blend, here nearly the same: a level less is nearer.
         inner = fn.brightness_contrast(inner, brightness_shift=-1 / 255)
-    return fn.multi_paste(
-        images,
-        inner,
-        output_size=[size, size],
-        in_anchors=_regions([[0, 0], [0, 0]]),
-        out_anchors=_regions([[0, 0], [1, 1]]),
-        shapes=_regions([[size, size], [size - 2, size - 2]]),
-    )
+    return fn.multi_paste(images, inner, output_size=[size, size], out_anchors=_ints([[0, 0], [1, 1]]))
 
 
-def auto_contrast(images: DataNode) -> DataNode:
+def auto_contrast(images: DataNode, size: int) -> DataNode:
     """Stretch each channel so that its lowest value becomes 0 and its highest 255."""
-    lowest = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=types.UINT16)
-    highest = fn.cast(fn.reductions.max(images, axes=[0, 1], keep_dims=True), dtype=types.UINT16)
-    span = highest - lowest
+    lowest = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
+    span = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - lowest
     # Row `span` of the table maps v - lowest; row 0, for a channel of a single value, maps v.
-    first = span * _uint16(256) - lowest * fn.cast(span > 0, dtype=types.UINT16)
-    rows, offsets = np.mgrid[:256, :256].astype(np.float32)
-    table = np.minimum(offsets * (np.float32(255) / np.maximum(rows, 1)), 255)
+    first = span * _uint16(256) - lowest * fn.cast(span > _uint8(0), dtype=types.UINT16)
+    spans, offsets = np.mgrid[:256, :256].astype(np.float32)
+    table = offsets * (np.float32(255) / np.maximum(spans, 1))
     table[0] = offsets[0]
-    return _lookup(images + first, table)
+    return _lookup(_keys(images, first, size), table)
 
 
-def equalize(images: DataNode) -> DataNode:
-    """Equalise the histogram of each channel as PIL and TensorFlow do, to within one level.
+def equalize(images: DataNode, size: int) -> DataNode:
+    """Equalise the histogram of each channel as PIL and TensorFlow do, to within a level.
 
     TensorFlow maps v to (C + step // 2) // step, where C counts the values below v and step is n // 255, n the count
     of values below the highest. OpenCV's formula, applied to the inverted image, gives 255 C / n. What remains is
-    to scale by n / (255 step), which is in [1, 2), and to leave alone the channels whose step is 0.
+    to scale by n / (255 step), which is in [1, 2), and to leave alone the channels whose step is 0. (Where n is below
+    2 * 255, that is in an image of next to no content, a few pixels may be two levels off.)
     """
     highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
-    below = fn.reinterpret(images != highest, dtype=types.UINT8)
-    n = fn.cast(fn.reductions.sum(below, axes=[0, 1], keep_dims=True), dtype=types.INT32)
-    step = n // 255
-    excess = (n - step * 255) / (dali_math.max(step, 1) * 255.0)
-    # The rows of the table are finest near a factor of 1, where photographs are (step is about S * S / 255).
-    row = fn.cast(dali_math.min(dali_math.sqrt(excess) * 255.0, 254.0), dtype=types.UINT16)
+    is_below = _images(_words(images, size) ^ _per_channel(highest, size), size) != _uint8(0)
+    exact = _count(is_below, size) / 255.0 + 1e-6
+    factor = exact / dali_math.floor(exact)  # in [1, 2), infinite where the step is 0
+    # Row r of the table scales by 1 + (r / 254)^2, finest near 1, where photographs are: their step is about
+    # S * S / 255. Row 255, for a step of 0, is black.
+    row = fn.cast(dali_math.min(dali_math.sqrt(factor - 1.0) * 254.0, 255.0), dtype=types.UINT16)
     rows, values = np.mgrid[:256, :256]
-    table = np.minimum(np.floor((1 + (rows / 255) ** 2) * (255 - values) + 0.5), 255)
-    table[255] = values[255]
-    is_scaled = fn.cast(step > 0, dtype=types.UINT16)
-    equalized = fn.equalize(images ^ types.Constant(255, dtype=types.UINT8)) + row * is_scaled * _uint16(256)
-    unchanged = images + (_uint16(1) - is_scaled) * _uint16(255 * 256)
-    return _lookup(dali_math.max(equalized, unchanged), table)
+    table = np.floor((1 + (rows / 254) ** 2) * (255 - values) + 0.5)
+    table[255] = 0
+    scaled = _lookup(_keys(fn.equalize(invert(images, size)), row * _uint16(256), size), table)
+    is_unchanged = fn.lookup_table(row, keys=[255], values=[255], dtype=types.UINT8)
+    unchanged = _words(images, size) & _per_channel(is_unchanged, size)
+    return _images(_words(scaled, size) | unchanged, size)
 
 
 def warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
-    """The destination-to-source matrix [2, 3] of rotate, shear_x or shear_y, for DALI's coordinates.
-
-    TensorFlow has pixel centres at whole numbers and rounds to the nearest pixel; DALI has them at halves and takes
-    the floor, which is the same.
-    """
-    linear, offset = np.eye(2), np.full(2, 0.5)
+    """The destination-to-source matrix [3, 3] of rotate, shear_x or shear_y; pixel centres are whole numbers."""
+    matrix = np.eye(3)
     if name == "rotate":
         angle = sign * math.radians(30 * strength)
-        linear[:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-        offset += (size - 1) / 2 * (1 - linear.sum(1))  # the centre stays
+        matrix[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix[:2, 2] = (size - 1) / 2 * (1 - matrix[:2, :2].sum(axis=1))  # the centre stays
     else:
-        linear[(0, 1) if name == "shear_x" else (1, 0)] = sign * 0.3 * strength
-        offset += _SHEAR_EXCESS * size
-    return np.column_stack([linear, offset - linear.sum(1) / 2])
+        matrix[(0, 1) if name == "shear_x" else (1, 0)] = sign * 0.3 * strength
+        matrix[:2, 2] = _EXCESS * size
+    return matrix
 
 
-# The shears fall on exact halves every few pixels. They go up, as nearly always in the reference: DALI's CPU kernel
-# adds up its coordinates along a row in float32 and must not lose that on the way.
-_SHEAR_EXCESS = 1e-5
+# The shears fall on exact halves every few pixels. They go up, as nearly always in the reference: OpenCV would round
+# them to even, and a GPU has fewer digits.
+_EXCESS = 1e-6
 
 
 def warp(images: DataNode, matrix: DataNode) -> DataNode:
-    """Sample at `matrix` (see `warp_matrix`)."""
-    return fn.warp_affine(images, matrix=matrix, interp_type=types.INTERP_NN, fill_value=FILL)
+    """Sample the nearest pixel at `matrix` (see `warp_matrix`)."""
+    # The plain warp_affine gives the same and takes three times as long on the CPU.
+    return fn.experimental.warp_perspective(
+        images, matrix=matrix, interp_type=types.INTERP_NN, fill_value=[FILL] * 3, pixel_origin="center"
+    )
 
 
-def shear_strips(name: str, strength: float, sign: int, size: int) -> np.ndarray:
+def shear_repairs(name: str, strength: float, sign: int, size: int) -> np.ndarray:
     """What `warp` does otherwise than the reference in shear_x or shear_y, as pastes, int32 [from, to, extent][P][2].
 
     The reference computes x + level * y in float32. In a few rows the product lies a digit off the half, and the
@@ -168,7 +185,7 @@ def shear_strips(name: str, strength: float, sign: int, size: int) -> np.ndarray
     level = sign * 0.3 * strength
     exact = along.astype(np.float32) + np.float32(level) * across.astype(np.float32)
     reference = np.trunc(exact + np.copysign(np.float32(0.5), exact))
-    sampled = np.floor(along + level * across + 0.5 + _SHEAR_EXCESS * size)
+    sampled = np.floor(along + level * across + 0.5 + _EXCESS * size)
     is_before = (sampled > 0) & (reference == sampled - 1)
     pastes = [((0, 0), (0, 0), (size, size))]
     for row, before in enumerate(is_before):
@@ -183,49 +200,48 @@ def shear_strips(name: str, strength: float, sign: int, size: int) -> np.ndarray
 _MAX_PASTES = 64  # the inputs that fn.multi_paste takes
 
 
-def repair(images: DataNode, pastes: DataNode, count: int) -> DataNode:
-    """Apply the `count` pastes of `shear_strips` to a sheared image."""
-    return fn.multi_paste(*[images] * count, in_anchors=pastes[0], out_anchors=pastes[1], shapes=pastes[2])
+def translation(strength: float, sign: int) -> int:
+    """The pixels by which translate_x and translate_y move an image, left or up where positive."""
+    return math.floor(sign * 100 * strength + 0.5)
 
 
-def translation(name: str, strength: float, sign: int, size: int) -> np.ndarray:
-    """translate_x or translate_y by 100 strength pixels as two pastes, int32 [from, to, extent][image, grey][2]."""
-    axis = 0 if name == "translate_y" else 1
-    shift = max(-size, min(size, math.floor(sign * 100 * strength + 0.5)))
+def translation_pastes(axis: int, shift: int, size: int) -> np.ndarray:
+    """A translation along `axis` by `shift` pixels, not 0, as two pastes, int32 [from, to, extent][image, grey][2]."""
+    kept = max(size - abs(shift), 1)  # where nothing is, the grey covers the one; the GPU cannot paste nothing
+    covered = min(abs(shift), size)
     pastes = np.zeros((3, 2, 2), np.int32)
     pastes[2] = size
-    pastes[0, 0, axis] = max(shift, 0)
-    pastes[1, 0, axis] = max(-shift, 0)
-    pastes[2, 0, axis] = size - abs(shift)
-    pastes[1, 1, axis] = size - shift if shift > 0 else 0
-    pastes[2, 1, axis] = abs(shift)
+    pastes[2, :, axis] = kept, covered
+    if shift > 0:
+        pastes[0, 0, axis] = size - kept
+        pastes[1, 1, axis] = size - covered
+    else:
+        pastes[1, 0, axis] = size - kept
     return pastes
 
 
-def translate(images: DataNode, pastes: DataNode, size: int) -> DataNode:
-    """Move the image and fill what it leaves (see `translation`)."""
-    grey = types.Constant(np.full((size, size, 3), FILL, np.uint8), device=images.device, layout="HWC")
-    return fn.multi_paste(images, grey, in_anchors=pastes[0], out_anchors=pastes[1], shapes=pastes[2])
+def grey(images: DataNode, size: int) -> DataNode:
+    """An image of the fill value, where `images` are."""
+    return types.Constant(np.full((size, size, 3), FILL, np.uint8), device=images.device, layout="HWC")
+
+
+def paste(sources: list[DataNode], pastes: DataNode) -> DataNode:
+    """Paste a rectangle of each source, in their order: pastes is int32 [from, to, extent][source][2], none empty."""
+    return fn.multi_paste(*sources, in_anchors=pastes[0], out_anchors=pastes[1], shapes=pastes[2])
 
 
 def cutout(images: DataNode, strength: float, center: DataNode, size: int) -> DataNode:
-    """Cover a square of half-side int(40 strength) about the pixel floor(size center), clipped at the border."""
+    """Cover a square of half-side int(40 strength) about the pixel `center` (row, column), clipped at the border."""
     half = int(strength * 40)
     if half == 0:
         return images
-    corner = dali_math.floor(center * float(size)) - float(half)
-    return fn.erase(images, anchor=corner, shape=[2 * half, 2 * half], axes=[0, 1], fill_value=FILL)
+    corner = dali_math.max(center - float(half), 0.0)
+    extent = dali_math.min(center + float(half), float(size)) - corner
+    return fn.erase(images, anchor=corner, shape=extent, axes=[0, 1], fill_value=FILL)
 
 
 def _luminance(images: DataNode) -> DataNode:
     return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-
-
-def _blend(images: DataNode, degenerate: DataNode, factor: float) -> DataNode:
-    """trunc(clip(d + factor (v - d))) for each value v of `images` and trunc(d) of `degenerate`, which broadcasts."""
-    d, v = np.mgrid[:256, :256].astype(np.float32)
-    row = fn.cast(dali_math.floor(degenerate), dtype=types.UINT16)
-    return _lookup(images + row * _uint16(256), d + np.float32(factor) * (v - d))
 
 
 def _lookup(keys: DataNode, table: np.ndarray) -> DataNode:
@@ -233,9 +249,63 @@ def _lookup(keys: DataNode, table: np.ndarray) -> DataNode:
     return fn.lookup_table(keys, keys=_KEYS[: len(values)], values=values, dtype=types.UINT8)
 
 
+def _keys(images: DataNode, first: DataNode, size: int) -> DataNode:
+    """images + first, a uint16 [1, 1, 3]: where to look in a table of 256 rows of 256."""
+    words = _words(fn.cast(images, dtype=types.UINT16), size) + _per_channel(first, size, itemsize=2)
+    return fn.reinterpret(words, dtype=types.UINT16, shape=[size, size, 3], layout="HWC")
+
+
+# Images as words. 8 pixels are 24 bytes, three words of 64 bits: the same three for any 8 pixels as far as constants of
+# the channels go. Integer arithmetic that carries nothing from one value to the next may be done on them. A size that
+# is no multiple of 8 does without.
+
+
+def _has_words(size: int) -> bool:
+    return size % 8 == 0 and size <= 255 * 8  # the latter for _count
+
+
+def _words(images: DataNode, size: int, dtype: types.DALIDataType = types.UINT64) -> DataNode:
+    """uint8 or uint16 [S, S, 3] as words [S, ..., 3]."""
+    if not _has_words(size):
+        return images
+    return fn.reinterpret(images, dtype=dtype, shape=[size, -1, 3], layout="")
+
+
+def _images(words: DataNode, size: int) -> DataNode:
+    """`_words` of uint8 back to [S, S, 3]."""
+    return fn.reinterpret(words, dtype=types.UINT8, shape=[size, size, 3], layout="HWC")
+
+
+def _per_channel(values: DataNode, size: int, itemsize: int = 1) -> DataNode:
+    """Values [1, 1, 3] as the words [1, 1, 3] of an image that has them everywhere."""
+    if not _has_words(size):
+        return values
+    return fn.reinterpret(fn.cat(*[values] * (8 // itemsize), axis=2), dtype=types.UINT64, layout="")
+
+
+def _everywhere(value: int, size: int) -> DataNode:
+    """A value as the words of an image that has it everywhere, of 32 bits: the constants that DALI takes."""
+    if not _has_words(size):
+        return _uint8(value)
+    return types.Constant(int.from_bytes([value] * 4, "little", signed=True), dtype=types.INT32)
+
+
+def _count(flags: DataNode, size: int) -> DataNode:
+    """How many of the flags [S, S, 3] are set in each channel, [1, 1, 3]."""
+    flags = fn.reinterpret(flags, dtype=types.UINT8)
+    if _has_words(size):
+        rows = fn.reductions.sum(_words(flags, size), axes=[1])  # S / 8 words a row, so that no byte overflows
+        flags = fn.reinterpret(rows, dtype=types.UINT8, shape=[size, 8, 3])
+    return fn.reductions.sum(flags, axes=[0, 1], keep_dims=True)
+
+
+def _uint8(value: int) -> DataNode:
+    return types.Constant(value, dtype=types.UINT8)
+
+
 def _uint16(value: int) -> DataNode:
     return types.Constant(value, dtype=types.UINT16)
 
 
-def _regions(corners: list[list[int]]) -> DataNode:
-    return types.Constant(np.array(corners, np.int32))
+def _ints(values: list[list[int]]) -> DataNode:
+    return types.Constant(np.array(values, np.int32))

@@ -1,17 +1,24 @@
-"""Where bytes come from: lists of image files, and the callables that hand them to DALI's external_source."""
+"""Where bytes come from: collections of samples, and the way from there into a graph."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.data_node import DataNode
 
 from pipelines.order import EvalOrder, TrainOrder
 
-__all__ = ["EvalSource", "FileList", "TrainSource"]
+__all__ = ["EvalSource", "FileList", "Samples", "TrainSource", "read"]
+
+
+_PLACEHOLDER = Path(__file__).with_name("placeholder.jpg")
 
 
 class BatchInfo(Protocol):
@@ -20,12 +27,36 @@ class BatchInfo(Protocol):
     iteration: int
 
 
+class Samples(Protocol):
+    """Encoded images and their labels, wherever they lie; what the loaders need to know of them."""
+
+    encoded: ClassVar[bool]
+    """What the payload is: False, the path of a file that DALI is to read; True, the encoded image itself."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class indices, int64 [N]."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Sequence[int] | np.ndarray, /) -> Self:
+        """The samples at the given indices, in that order."""
+
+    def path(self, index: int, /) -> str:
+        """How messages name a sample: a file's path, or for instance `shard-0003.tar: n01440764/x.JPEG`."""
+
+    def payload(self, indices: np.ndarray, /) -> list[np.ndarray]:
+        """One uint8 array a sample. Nothing is copied: its memory must stay as it is while the samples live."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class FileList:
     """Image files and their labels, held compactly: 20 bytes a file besides the path's own.
 
     Python strings would take about 150 bytes each, and every worker process holds the whole list.
     """
+
+    encoded: ClassVar[bool] = False
 
     buffer: np.ndarray
     """All paths one after the other, in the file system's encoding, uint8."""
@@ -53,7 +84,7 @@ class FileList:
     def __repr__(self) -> str:
         return f"FileList of {len(self)} files"
 
-    def encoded_paths(self, indices: np.ndarray) -> list[np.ndarray]:
+    def payload(self, indices: np.ndarray) -> list[np.ndarray]:
         """Paths as bytes, uint8 views of the buffer (what DALI's io.file.read takes)."""
         starts = self.starts[indices]
         ends = starts + self.lengths[indices]
@@ -62,7 +93,7 @@ class FileList:
 
     def encoded_path(self, index: int) -> np.ndarray:
         """Path as bytes, a uint8 view of the buffer."""
-        return self.encoded_paths(np.array([index]))[0]
+        return self.payload(np.array([index]))[0]
 
     def path(self, index: int) -> str:
         return os.fsdecode(self.encoded_path(index).tobytes())
@@ -73,43 +104,79 @@ class FileList:
         return FileList(self.buffer, self.starts[indices], self.lengths[indices], self.labels[indices])
 
 
+@functools.cache
+def _placeholder(encoded: bool) -> np.ndarray:
+    """The payload that stands in for a sample which cannot be decoded, uint8."""
+    return np.frombuffer(_PLACEHOLDER.read_bytes() if encoded else os.fsencode(_PLACEHOLDER), np.uint8)
+
+
 @dataclass(frozen=True)
 class TrainSource:
-    """The callable of the training graph: iteration -> (paths, labels, uniforms, ...) of that step.
+    """What the training graph reads: iteration -> payload, and iteration -> (labels, uniforms, ...) of that step.
 
     It keeps nothing between calls, so a pipeline can be built at any step: iteration 0 is start_step. The
     uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
     graph would cost more than drawing them.
     """
 
-    samples: FileList
+    samples: Samples
     order: TrainOrder
     counts: Sequence[int]
     start_step: int = 0
+    bad: np.ndarray | None = None
+    """Which samples to leave out, bool [N]: in their place comes a grey image of label -1."""
 
-    def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray, *tuple[np.ndarray, ...]]:
+    @property
+    def num_arrays(self) -> int:
+        return 1 + len(self.counts)
+
+    def payload(self, info: BatchInfo) -> list[np.ndarray]:
+        indices = self.order.indices(self.start_step + info.iteration)
+        if self.bad is None or not (bad := self.bad[indices]).any():
+            return self.samples.payload(indices)
+        good = iter(self.samples.payload(indices[~bad]))
+        placeholder = _placeholder(self.samples.encoded)
+        return [placeholder if left_out else next(good) for left_out in bad.tolist()]
+
+    def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
         step = self.start_step + info.iteration
         indices = self.order.indices(step)
+        labels = self.samples.labels[indices]
+        if self.bad is not None:
+            labels[self.bad[indices]] = -1
         uniforms = self.order.uniforms(step, sum(self.counts))
         groups = np.split(uniforms, np.cumsum(self.counts)[:-1], axis=1)
-        paths = self.samples.encoded_paths(indices)
-        return paths, self.samples.labels[indices], *map(np.ascontiguousarray, groups)
+        return labels, *map(np.ascontiguousarray, groups)
 
 
 @dataclass(frozen=True)
 class EvalSource:
-    """The callable of the evaluation graph: iteration -> (paths, labels), StopIteration after the last batch.
+    """What the evaluation graph reads: iteration -> payload, iteration -> (labels,); StopIteration after the last.
 
-    Padding repeats the first file and is labelled -1.
+    Padding repeats the first sample and is labelled -1.
     """
 
-    samples: FileList
+    samples: Samples
     order: EvalOrder
 
-    def __call__(self, info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray]:
+    num_arrays: ClassVar[int] = 1
+
+    def _indices(self, info: BatchInfo) -> np.ndarray:
         if info.iteration >= self.order.num_batches:
             raise StopIteration
-        indices = self.order.indices(info.iteration)
-        padded = indices < 0
-        indices = np.where(padded, 0, indices)
-        return self.samples.encoded_paths(indices), np.where(padded, -1, self.samples.labels[indices])
+        return self.order.indices(info.iteration)
+
+    def payload(self, info: BatchInfo) -> list[np.ndarray]:
+        return self.samples.payload(np.maximum(self._indices(info), 0))
+
+    def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
+        indices = self._indices(info)
+        return (np.where(indices < 0, -1, self.samples.labels[indices]),)
+
+
+def read(source: TrainSource | EvalSource) -> list[DataNode]:
+    """Encoded images, uint8 on the CPU, and the source's arrays; to be called within a pipeline definition."""
+    # Copying encoded images takes 16 us each, in one thread, and so would reading them from a memory map.
+    payload = fn.external_source(source.payload, batch=True, batch_info=True, no_copy=True)
+    arrays = fn.external_source(source.arrays, num_outputs=source.num_arrays, batch=True, batch_info=True)
+    return [payload if source.samples.encoded else fn.io.file.read(payload), *arrays]

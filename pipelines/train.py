@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nvidia.dali import Pipeline, fn, pipeline_def
+import numpy as np
+from nvidia.dali import Pipeline, pipeline_def
 
 from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.order import TrainOrder
 from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, rand_augment
-from pipelines.readers import FileList, TrainSource
+from pipelines.readers import Samples, TrainSource, read
 
-__all__ = ["Augment", "Decoder", "train_pipeline"]
+__all__ = ["NUM_LAST_BYTES", "Augment", "Decoder", "train_pipeline"]
+
+NUM_LAST_BYTES = 8  # the smallest image file there is has as many, a PBM of one pixel
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,9 @@ class Augment:
 
 @pipeline_def(enable_conditionals=True)
 def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
-    paths, labels, *uniforms = fn.external_source(
-        source, num_outputs=2 + len(source.counts), batch=True, batch_info=True
-    )
-    encoded = fn.io.file.read(paths)
+    encoded, labels, *uniforms = read(source)
     size = crop.image_size(encoded)
+    encoded = crop.refuse_too_large(encoded, size)
 
     ranges: dict[str, Any] = {"area_range": augment.area_range}
     if augment.ratio_range is not None:
@@ -86,11 +87,11 @@ def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder
             magnitude=augment.randaug_magnitude,
             contrast=augment.randaug_contrast,
         )
-    return images, labels.gpu() if device == "gpu" else labels
+    return images, labels.gpu() if device == "gpu" else labels, encoded[-NUM_LAST_BYTES:]
 
 
 def train_pipeline(
-    samples: FileList,
+    samples: Samples,
     order: TrainOrder,
     *,
     image_size: int,
@@ -99,13 +100,15 @@ def train_pipeline(
     device_id: int | None,
     num_threads: int,
     start_step: int = 0,
+    bad: np.ndarray | None = None,
     prefetch_queue_depth: int = 2,
 ) -> Pipeline:
     """The training pipeline, not built yet: run k gives step start_step + k, without end.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
-    images uint8 [b, image_size, image_size, 3] and labels int64 [b] with b = order.local_batch_size. All its
-    randomness comes from `order`: it holds no state.
+    images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
+    images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. All its randomness comes from `order`: it
+    holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.
     """
     counts = [*crop.NUM_UNIFORMS[augment.crop]]
     if augment.flip:
@@ -113,7 +116,7 @@ def train_pipeline(
     if augment.randaug_layers > 0:
         counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
     return _train_graph(
-        TrainSource(samples, order, counts, start_step),
+        TrainSource(samples, order, counts, start_step, bad),
         image_size,
         augment,
         decoder,

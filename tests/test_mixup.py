@@ -104,6 +104,35 @@ def test_loss_is_that_of_mixed_labels(label_smoothing: float) -> None:
     torch.testing.assert_close(mixup_cross_entropy(logits, labels, torch.tensor(0.7), label_smoothing), expected)
 
 
+def test_label_minus_one_adds_nothing_by_hand() -> None:
+    """Two classes with probabilities 1/4 and 3/4 in every row; rows 1 and 2 of four have no label."""
+    logits = torch.tensor([[0.0, math.log(3)]]).repeat(4, 1)
+    labels = torch.tensor([0, -1, -1, 1])
+    zero, one = math.log(4), math.log(4 / 3)
+    # Row 0: its own 0, and 1 of row 3. Row 1: only 0 of row 0. Row 2: nothing. Row 3: only its own 1.
+    expected = (0.75 * zero + 0.25 * one + 0.25 * zero + 0.75 * one) / 4
+    assert mixup_cross_entropy(logits, labels, torch.tensor(0.75)).item() == pytest.approx(expected, rel=1e-6)
+    # Smoothing spreads 0.1 of each label that is there over both classes: weights 1, 0.25, 0 and 0.75.
+    expected = 0.9 * expected + 0.1 * (1 + 0.25 + 0.75) / 4 * (zero + one) / 2
+    assert mixup_cross_entropy(logits, labels, torch.tensor(0.75), 0.1).item() == pytest.approx(expected, rel=1e-6)
+    assert mixup_cross_entropy(logits, torch.full((4,), -1), torch.tensor(0.75), 0.1).item() == 0
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_gradients_elsewhere_do_not_feel_label_minus_one(label_smoothing: float) -> None:
+    def gradient(labels: list[int]) -> torch.Tensor:
+        logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        mixup_cross_entropy(logits, torch.tensor(labels), torch.tensor(0.7), label_smoothing).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    usual, masked = gradient([3, 0, 9, 9, 1, 4]), gradient([3, 0, -1, -1, 1, 4])
+    assert torch.equal(masked[[0, 1, 5]], usual[[0, 1, 5]])
+    assert torch.equal(masked[3], torch.zeros(10))
+    assert (masked[2] != usual[2]).any()
+    assert (masked[4] != usual[4]).any()
+
+
 def test_loss_is_float32_whatever_the_logits() -> None:
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
     loss = mixup_cross_entropy(logits, torch.arange(4), torch.tensor(1.0))

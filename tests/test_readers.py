@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.order import EvalOrder, TrainOrder
-from pipelines.readers import EvalSource, FileList, TrainSource
+from pipelines.readers import EvalSource, FileList, TrainSource, _placeholder
 
 PATHS = ["/data/a.JPEG", "relative/b c.png", "/data/žába/鳥.webp", "/" + "x" * 300, os.fsdecode(b"/data/\xff.jpg")]
 
@@ -60,7 +62,8 @@ def test_train_source_is_a_pure_function_of_the_step() -> None:
     order = TrainOrder(10, 4, 1, 2, seed=0)
     source, later = TrainSource(files, order, (3, 1, 2)), TrainSource(files, order, (3, 1, 2), start_step=5)
     for step in (7, 5, 6):  # in any order
-        paths, labels, *groups = source(batch(step))
+        paths = source.payload(batch(step))
+        labels, *groups = source.arrays(batch(step))
         indices = order.indices(step)
         assert decoded(paths) == [f"{i}.jpg" for i in indices]
         assert labels.tolist() == (indices * 10).tolist()
@@ -68,19 +71,42 @@ def test_train_source_is_a_pure_function_of_the_step() -> None:
         assert all(group.flags.c_contiguous for group in groups)
         np.testing.assert_array_equal(np.concatenate(groups, axis=1), order.uniforms(step, 6))
 
-        paths_later, labels_later, *groups_later = later(batch(step - 5))
-        assert decoded(paths_later) == decoded(paths)
+        labels_later, *groups_later = later.arrays(batch(step - 5))
+        assert decoded(later.payload(batch(step - 5))) == decoded(paths)
         np.testing.assert_array_equal(labels_later, labels)
         for a, b in zip(groups_later, groups, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
+def test_train_source_replaces_bad_samples_in_their_places() -> None:
+    files = FileList.from_paths([f"{i}.jpg" for i in range(6)], np.arange(6))
+    order = TrainOrder(6, 6, 0, 1, seed=0)
+    bad = np.zeros(6, bool)
+    source = TrainSource(files, order, (1,), bad=bad)
+    before, uniforms = source.arrays(batch(0))
+    bad[[1, 4]] = True  # from now on
+    labels, same_uniforms = source.arrays(batch(0))
+    np.testing.assert_array_equal(labels, np.where((before == 1) | (before == 4), -1, before))
+    np.testing.assert_array_equal(same_uniforms, uniforms)
+    names = [os.path.basename(path) for path in decoded(source.payload(batch(0)))]
+    assert names == ["placeholder.jpg" if label < 0 else f"{label}.jpg" for label in labels]
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_the_placeholder_is_a_grey_image(encoded: bool) -> None:
+    payload = _placeholder(encoded).tobytes()
+    with Image.open(io.BytesIO(payload) if encoded else os.fsdecode(payload)) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
+        assert (np.asarray(image) == 128).all()
+
+
 def test_eval_source_pads_with_a_real_file_and_ends() -> None:
     files = FileList.from_paths([f"{i}.jpg" for i in range(5)], [7, 8, 9, 10, 11])
     source = EvalSource(files, EvalOrder(5, 2, 1, 2))
-    paths, labels = source(batch(0))
-    assert (decoded(paths), labels.tolist()) == (["2.jpg", "3.jpg"], [9, 10])
-    paths, labels = source(batch(1))
-    assert (decoded(paths), labels.tolist()) == (["0.jpg", "0.jpg"], [-1, -1])
-    with pytest.raises(StopIteration):
-        source(batch(2))
+    assert decoded(source.payload(batch(0))) == ["2.jpg", "3.jpg"]
+    assert source.arrays(batch(0))[0].tolist() == [9, 10]
+    assert decoded(source.payload(batch(1))) == ["0.jpg", "0.jpg"]
+    assert source.arrays(batch(1))[0].tolist() == [-1, -1]
+    for callable_ in (source.payload, source.arrays):
+        with pytest.raises(StopIteration):
+            callable_(batch(2))

@@ -1,0 +1,65 @@
+"""Which samples cannot be decoded: each is tried alone, as a pipeline's failure does not always say whose it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, pipeline_def
+
+from pipelines import crop
+from pipelines.crop import Decoder
+from pipelines.order import EvalOrder
+from pipelines.readers import EvalSource, Samples, read
+
+__all__ = ["MakePipeline", "decode_pipeline", "try_samples"]
+
+MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
+
+# Samples tried at once before the ones that failed are tried one by one. A failed pipeline is of no use any more,
+# and making one takes as long as decoding about this many images.
+_BATCH_SIZE = 16
+
+
+@pipeline_def
+def _decode_graph(source: EvalSource, decoder: Decoder, device: str) -> Any:
+    encoded, labels = read(source)
+    encoded = crop.refuse_too_large(encoded, crop.image_size(encoded))
+    return crop.decode(encoded, device=device, decoder=decoder)[0, 0], labels
+
+
+def decode_pipeline(
+    samples: Samples, order: EvalOrder, *, decoder: Decoder, device_id: int | None, num_threads: int
+) -> Pipeline:
+    """Reads and decodes whole images; gives one pixel and the label of each."""
+    return _decode_graph(
+        EvalSource(samples, order),
+        decoder,
+        "cpu" if device_id is None else "gpu",
+        batch_size=order.batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+    )
+
+
+def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_SIZE) -> Iterator[tuple[int, bool]]:
+    """Each sample's place in the collection and whether the pipeline made of it runs, in order."""
+    start = 0
+    while start < len(samples):
+        rest = samples.subset(np.arange(start, len(samples)))
+        pipeline = make(rest, EvalOrder(len(rest), batch_size, 0, 1))
+        failed = False
+        while start < len(samples) and not failed:
+            tried = np.arange(start, min(start + batch_size, len(samples)))
+            try:
+                pipeline.run()
+            except RuntimeError:
+                failed = True
+            if failed and batch_size > 1:
+                alone = try_samples(samples.subset(tried), make, batch_size=1)
+                yield from ((start + i, decodes) for i, decodes in alone)
+            else:
+                yield from ((int(i), not failed) for i in tried)
+            start += len(tried)

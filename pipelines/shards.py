@@ -1,0 +1,93 @@
+"""Samples inside large files: byte ranges of memory maps, so that shards are shuffled like single files.
+
+Nothing here knows a container's format: tar shards, the tars of ILSVRC and TFRecords all are files in which an
+encoded image lies in one piece.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from pipelines.readers import FileList
+
+__all__ = ["ImageList", "ShardList"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardList:
+    """Images at byte ranges of shards, and their labels: 48 bytes a sample besides its name.
+
+    A shard is mapped when it is first read, once for all subsets of a list. It must not shrink while it is in
+    use: the operating system would end the process.
+    """
+
+    encoded: ClassVar[bool] = True
+
+    shards: tuple[str, ...]
+    """Paths of the shards."""
+    names: FileList
+    """What each sample is called, `class/file`."""
+    shard: np.ndarray
+    """Which shard holds a sample, int32 [N]."""
+    offsets: np.ndarray
+    """Where in the shard it begins, int64 [N]."""
+    lengths: np.ndarray
+    """Bytes of a sample, int64 [N]."""
+    labels: np.ndarray
+    """Class indices, int64 [N]."""
+    _maps: dict[int, tuple[mmap.mmap, np.ndarray]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __repr__(self) -> str:
+        return f"ShardList of {len(self)} samples in {len(self.shards)} shards"
+
+    def path(self, index: int) -> str:
+        """`shard: class/file`."""
+        return f"{self.shards[self.shard[index]]}: {self.names.path(index)}"
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ShardList:
+        """The samples at the given indices, in that order; names and maps stay shared."""
+        indices = np.asarray(indices, np.int64)
+        shard, offsets, lengths, labels = (
+            column[indices] for column in (self.shard, self.offsets, self.lengths, self.labels)
+        )
+        return ShardList(self.shards, self.names.subset(indices), shard, offsets, lengths, labels, self._maps)
+
+    def payload(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Encoded images, uint8 views of the memory maps; the kernel is told to read all of them at once."""
+        starts = self.offsets[indices]
+        ends = starts + self.lengths[indices]
+        pages = starts - starts % mmap.PAGESIZE
+        ranges = list(
+            zip(
+                map(self._map, self.shard[indices].tolist()),
+                starts.tolist(),
+                ends.tolist(),
+                pages.tolist(),
+                strict=True,
+            )
+        )
+        for (shard, _), _, end, page in ranges:
+            # Otherwise the pages would be read one fault after the other, by the one thread that copies them.
+            shard.madvise(mmap.MADV_WILLNEED, page, end - page)
+        return [array[start:end] for (_, array), start, end, _ in ranges]
+
+    def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            with open(self.shards[shard], "rb") as file:
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            buffer.madvise(mmap.MADV_RANDOM)  # the kernel's guess of what follows would be wrong
+            mapped = self._maps[shard] = buffer, np.frombuffer(buffer, np.uint8)
+        return mapped
+
+
+# Images on this machine's file systems, in either form.
+ImageList = FileList | ShardList
