@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _set_up_logging(rank)
     try:
         code = _dispatch(argv)
-    except UserError as error:
+    except ValueError as error:
+        if not _is_the_users(error):
+            raise
         if rank == 0:
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
@@ -107,12 +109,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _is_the_users(error: ValueError) -> bool:
+    if isinstance(error, UserError):
+        return True
+    from dali_vit.data import DecodeError  # here, because --help must not wait for DALI
+
+    return isinstance(error, DecodeError)
+
+
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
         "predict": _predict,
         "convert": _convert,
+        "prepare": _prepare,
+        "verify": _verify,
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -138,6 +150,8 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
   {PROGRAM} eval --checkpoint C --data PATH
   {PROGRAM} predict --checkpoint C IMAGE...
   {PROGRAM} convert IN.npz OUT.safetensors
+  {PROGRAM} prepare SOURCE TARGET           shards or folders from ILSVRC's tars, TFRecords, parquet, a folder
+  {PROGRAM} verify PATH                     reads every image and names what would hurt training
   {PROGRAM} doctor                          what this machine has and what it will be used for
 
 `{PROGRAM} COMMAND --help` lists a command's options."""
@@ -253,6 +267,25 @@ def _convert(argv: list[str]) -> int:
 
     print(inference.convert(arguments.source, arguments.target, arguments.resolution))
     return 0
+
+
+def _prepare(argv: list[str]) -> int:
+    from dali_vit.prepare import PrepareArguments, prepare
+
+    prepare(_parse(PrepareArguments, argv, "prepare"))
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    from dali_vit.verify import VerifyArguments, verify
+
+    arguments: VerifyArguments = _parse(VerifyArguments, argv, "verify")
+    if arguments.json:  # the object alone goes to stdout
+        logging.getLogger("dali_vit").setLevel(logging.WARNING)
+    report = verify(arguments)
+    if arguments.json:
+        print(json.dumps(report.to_json()))
+    return report.exit_code
 
 
 def _doctor(argv: list[str]) -> int:

@@ -33,6 +33,8 @@ class DataConfig:
     """Side of the square training and evaluation images, in pixels."""
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
+    max_bad_share: float = operational(0.01)
+    """Share of the training images that may turn out undecodable before the run stops; they are left out."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
     antialias: bool = True
@@ -201,6 +203,8 @@ def validate(config: Config) -> None:
         raise UserError("--lr 0: nothing would be learned; give a positive rate, such as 0.001")
     if not 0 <= data.randaug_magnitude <= 10:
         raise UserError(f"--randaug-magnitude {data.randaug_magnitude:g}: must be from 0 to 10")
+    if not 0 <= data.max_bad_share <= 1:
+        raise UserError(f"--max-bad-share {data.max_bad_share:g}: must be a share from 0 to 1")
     if not 0 <= data.minival < 1:
         raise UserError(f"--minival {data.minival:g}: must be a share from 0 to below 1")
     if not 0 <= optim.label_smoothing < 1:

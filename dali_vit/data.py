@@ -1,12 +1,12 @@
 """Which images there are and which split each belongs to.
 
 An image folder holds `train/<class>/*` and `val/<class>/*`; the class index is the place of the folder's name
-among the sorted names. Nothing is opened or stat'ed while listing: 1.3 million files take seconds.
+among the sorted names. Nothing is opened or stat'ed while listing: 1.3 million files take seconds. Of a set that
+`prepare` made the manifest says what it holds.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,26 @@ from dali_vit.config import Config, UserError
 from dali_vit.demo import demo_folder
 from dali_vit.distributed import Group
 from dali_vit.environment import cpu_count
-from pipelines.loader import EvalLoader, TrainLoader
+from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
+from dali_vit.real_labels import load_real_labels
+from pipelines.loader import DecodeError, EvalLoader, TrainLoader
 from pipelines.readers import FileList
+from pipelines.shards import ShardList
 from pipelines.train import Augment
 
-__all__ = ["IMAGE_SUFFIXES", "Dataset", "check_images", "load_dataset", "load_eval_folder", "load_real_labels"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Dataset",
+    "DecodeError",
+    "ImageList",
+    "check_images",
+    "load_dataset",
+    "load_eval_folder",
+    "load_real_labels",
+]
+
+# Files, or ranges of shards.
+ImageList = FileList | ShardList
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
@@ -50,11 +65,11 @@ class Dataset:
     """The folder that holds the splits."""
     classes: tuple[str, ...]
     """Class names, by class index."""
-    train: FileList | None
+    train: ImageList | None
     """Training images, without minival."""
-    minival: FileList | None
+    minival: ImageList | None
     """Images held out of the training set."""
-    val: FileList | None
+    val: ImageList | None
     """Validation images."""
 
     @property
@@ -63,10 +78,10 @@ class Dataset:
         splits = {"train": self.train, "minival": self.minival, "val": self.val}
         return {name: len(files) for name, files in splits.items() if files is not None}
 
-    def split(self, name: str) -> FileList:
-        """Files of `train`, `minival` or `val`; UserError if the dataset does not have that split."""
+    def split(self, name: str) -> ImageList:
+        """Images of `train`, `minival` or `val`; UserError if the dataset does not have that split."""
         assert name in ("train", "minival", "val"), name
-        files: FileList | None = getattr(self, name)
+        files: ImageList | None = getattr(self, name)
         if files is not None:
             return files
         if name == "minival":
@@ -75,7 +90,7 @@ class Dataset:
 
 
 def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None = None) -> Dataset:
-    """Index of an image folder, or of the demo dataset (`demo`, made on first use).
+    """Index of an image folder, of a set made by prepare, or of the demo dataset (`demo`, made on first use).
 
     minival: share of the training images held out, in [0, 1); exactly round(minival x images) of them.
     split: read only the folder of this split (`train`, `minival` or `val`), and need no other; by default
@@ -88,18 +103,49 @@ def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None =
     root = demo_folder() if str(data) == "demo" else Path(data).expanduser().absolute()
     name = "demo" if str(data) == "demo" else root.name
     folder = "val" if split == "val" else "train"
+    manifest = read_manifest(root)
+    if manifest is not None:
+        return _load_prepared(root, manifest, minival, split)
     _check_root(root, folder)
 
-    train = held_out = val = None
+    train: ImageList | None = None
+    held_out = val = None
     has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
     classes = _class_names(root / folder)
     if has_train and has_val and split in (None, "val"):
         _check_same_classes(root, _class_names(root / "train"), _class_names(root / "val"))
     if split != "val":
-        train, held_out = _split_minival(root / "train", _list_split(root / "train", classes), minival)
+        train, held_out = _split_minival(_list_split(root / "train", classes), root / "train", minival)
     if split in (None, "val") and has_val:
         val = _list_split(root / "val", classes)
     return Dataset(name, root, tuple(classes), train, held_out, val)
+
+
+def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | None) -> Dataset:
+    """A set that prepare made, in the layout and with the classes and counts of its manifest."""
+    loaded: dict[str, ImageList | None] = {"train": None, "minival": None, "val": None}
+    needed = ("train", "val") if split is None else ("val",) if split == "val" else ("train",)
+    for name in needed:
+        count = manifest.splits[name].count if name in manifest.splits else 0
+        if not count:
+            if split is not None or name == "train":
+                raise UserError(f"{root / MANIFEST} has no {name}: prepare the set from a source that has one")
+            continue
+        files: ImageList | None
+        if manifest.layout == "shards":
+            files = load_shards(root, manifest, name)
+        else:
+            files = _list_split(root / name, manifest.classes, some_empty=True)
+        assert files is not None
+        if len(files) != count:
+            raise UserError(
+                f"{root / name} has {len(files)} images but {MANIFEST} {count}: copy or prepare the set again, "
+                f"or remove {MANIFEST} to take the folder as it is"
+            )
+        loaded[name] = files
+    if loaded["train"] is not None:
+        loaded["train"], loaded["minival"] = _split_minival(loaded["train"], root / "train", minival)
+    return Dataset(root.name, root, manifest.classes, **loaded)
 
 
 def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
@@ -125,60 +171,37 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
     return replace(files, labels=np.array([index[name] for name in names], np.int64)[files.labels])
 
 
-def load_real_labels(path: str | Path, val: FileList) -> np.ndarray:
-    """Acceptable labels of each validation image, int64 [len(val), most labels of an image], padded with -1.
+def check_images(samples: ImageList, max_bad_share: float = 0.0) -> None:
+    """Raises UserError if more than a share of the samples is empty, unreadable or, by the first bytes, no image.
 
-    Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
-    whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
-    is left out of the score. File names that repeat between classes are taken in the order of the paths.
-    Raises UserError for a file of another layout or another number of images.
-    """
-    try:
-        lists = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): give ReaL's real.json") from error
-    if not (isinstance(lists, list) and all(_is_label_list(labels) for labels in lists)):
-        raise UserError(f"{path} is not a list of label lists, one an image: give ReaL's real.json")
-    if len(lists) != len(val):
-        raise UserError(f"{path} has labels for {len(lists)} images but val has {len(val)}: give that set's file")
-    names = [os.path.basename(val.path(i)) for i in range(len(val))]
-    order = sorted(range(len(val)), key=names.__getitem__) if len(set(names)) == len(names) else range(len(val))
-    labels = np.full((len(val), max(map(len, lists), default=0) or 1), -1, np.int64)
-    for i, acceptable in zip(order, lists, strict=True):
-        labels[i, : len(acceptable)] = acceptable
-    return labels
-
-
-def check_images(samples: FileList) -> None:
-    """Raises UserError if a file is empty, unreadable or, by its first bytes, no image.
-
-    Up to 4,096 files are all looked at, of more files 256 spread evenly: enough to notice a folder of something
+    Up to 4,096 are all looked at, of more 256 spread evenly: enough to notice a folder of something
     else before training starts, at no cost on a network file system.
     """
     indices = range(len(samples)) if len(samples) <= 4096 else np.linspace(0, len(samples) - 1, 256, dtype=int)
-    paths = [samples.path(i) for i in indices]
     with ThreadPoolExecutor(_IO_THREADS) as pool:
-        faults = list(pool.map(_fault, paths))
-    bad = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
-    if bad:
+        if isinstance(samples, ShardList):
+            faults = list(pool.map(lambda i: _fault_of(samples.payload(np.array([i]))[0][:16].tobytes()), indices))
+        else:
+            faults = list(pool.map(_fault, [samples.path(i) for i in indices]))
+    bad = [(samples.path(i), fault) for i, fault in zip(indices, faults, strict=True) if fault]
+    if len(bad) > max_bad_share * len(indices):
         path, fault = bad[0]
-        more = f" ({len(bad) - 1} more of the {len(paths)} files looked at)" if len(bad) > 1 else ""
+        more = f" ({len(bad) - 1} more of the {len(indices)} files looked at)" if len(bad) > 1 else ""
         raise UserError(f"{path} {fault}{more}: remove it or put an image in its place")
 
 
 def _fault(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
+            return _fault_of(file.read(16))
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def _fault_of(head: bytes) -> str | None:
     if not head:
         return "is an empty file"
     return None if _MAGIC.match(head) else f"is no image (it begins with {head!r})"
-
-
-def _is_label_list(labels: object) -> bool:
-    return isinstance(labels, list) and all(type(label) is int and label >= 0 for label in labels)
 
 
 def _scan(folder: Path | str, *, folders: bool) -> list[str]:
@@ -207,39 +230,44 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _list_split(folder: Path, classes: list[str]) -> FileList:
-    """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none."""
+def _list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
+    """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none (unless allowed)."""
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         names = list(pool.map(lambda name: _scan(os.path.join(folder, name), folders=False), classes))
     empty = [name for name, files in zip(classes, names, strict=True) if not files]
-    if empty:
+    if empty and not some_empty:
         raise UserError(f"{folder} has classes without images ({_some(empty)}): add images or remove the folders")
     paths = [f"{folder}/{name}/{file}" for name, files in zip(classes, names, strict=True) for file in files]
     return FileList.from_paths(paths, np.repeat(np.arange(len(classes)), [len(files) for files in names]))
 
 
-def _split_minival(folder: Path, files: FileList, share: float) -> tuple[FileList, FileList | None]:
+def _split_minival(samples: ImageList, folder: Path, share: float) -> tuple[ImageList, ImageList | None]:
     """Training images and minival: the round(share x N) images whose hashed `class/file` is smallest.
 
-    So it is random over the whole set, the same on every machine and in every run, and adding or losing
+    So it is random over the whole set, the same on every machine and in every layout, and adding or losing
     a few files moves hardly any other image across.
     """
-    count = round(share * len(files))
+    count = round(share * len(samples))
     if count == 0:
-        return files, None
-    if count == len(files):
-        raise UserError(f"--minival {share:g} of the {len(files)} images of {folder} leaves none to train on: lower it")
-    paths = files.buffer.tobytes()
-    starts = (files.starts + len(os.fsencode(folder)) + 1).tolist()
-    ends = (files.starts + files.lengths).tolist()
+        return samples, None
+    if count == len(samples):
+        raise UserError(f"--minival {share:g} of the {count} images of {folder} leaves none to train on: lower it")
+    if isinstance(samples, ShardList):
+        names, skipped = samples.names, 0
+    else:
+        names, skipped = samples, len(os.fsencode(folder)) + 1
+    paths = names.buffer.tobytes()
+    starts, ends = (names.starts + skipped).tolist(), (names.starts + names.lengths).tolist()
     hashes = b"".join(blake2b(paths[i:j], digest_size=8).digest() for i, j in zip(starts, ends, strict=True))
-    held_out = np.zeros(len(files), bool)
+    held_out = np.zeros(len(samples), bool)
     held_out[np.argsort(np.frombuffer(hashes, ">u8"), kind="stable")[:count]] = True
-    return files.subset(np.flatnonzero(~held_out)), files.subset(np.flatnonzero(held_out))
+    return samples.subset(np.flatnonzero(~held_out)), samples.subset(np.flatnonzero(held_out))
 
 
 def _check_root(root: Path, folder: str) -> None:
     """Raises UserError, with the likeliest remedy, unless `root/folder` is a folder."""
+    if root.with_name(root.name + ".partial").exists():
+        raise UserError(f"{root} is still being prepared, or was cut short: run prepare to its end")
     if not root.exists():
         raise UserError(f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'")
     if not root.is_dir():
@@ -303,6 +331,8 @@ def train_loader(
         device=group.device,
         num_threads=num_threads(config, group),
         start_step=start_step,
+        bad_samples=bad_samples,
+        max_bad_share=data.max_bad_share,
         augment=Augment(
             crop=data.crop,
             antialias=data.antialias,
@@ -313,7 +343,7 @@ def train_loader(
     )
 
 
-def eval_loader(files: FileList, *, batch_size: int, resolution: int, group: Group, threads: int) -> EvalLoader:
+def eval_loader(files: ImageList, *, batch_size: int, resolution: int, group: Group, threads: int) -> EvalLoader:
     """Evaluation batches of this process's share of the files; batch_size is that of one process."""
     return EvalLoader(
         files,
@@ -326,6 +356,6 @@ def eval_loader(files: FileList, *, batch_size: int, resolution: int, group: Gro
     )
 
 
-def with_labels(files: FileList, labels: np.ndarray) -> FileList:
+def with_labels(files: ImageList, labels: np.ndarray) -> ImageList:
     """The same files under other labels, int64 [len(files)]."""
     return replace(files, labels=labels)

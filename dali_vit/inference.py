@@ -37,6 +37,7 @@ def evaluate_checkpoint(
     scalars are `v2/*`. UserError names what does not fit.
     """
     opened = checkpoint.open_model(path, resolution)
+    files: datasets.ImageList
     if v2:
         if opened.classes is None:
             files = datasets.load_eval_folder(data, tuple(map(str, range(_num_outputs(opened)))))
@@ -51,7 +52,7 @@ def evaluate_checkpoint(
     model = opened.model.to(group.device)
     threads = threads or datasets.default_threads(group)
 
-    def run(files: datasets.FileList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
+    def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
             files, batch_size=batch_size, resolution=opened.resolution, group=group, threads=threads
         )

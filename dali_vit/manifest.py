@@ -26,7 +26,17 @@ from dali_vit.config import UserError
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
-__all__ = ["MANIFEST", "Manifest", "Shard", "Split", "load_shards", "read_manifest", "save_index", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "Shard",
+    "Split",
+    "file_sha256",
+    "load_shards",
+    "read_manifest",
+    "save_index",
+    "write_manifest",
+]
 
 MANIFEST = "dataset.json"
 
@@ -103,7 +113,7 @@ def read_manifest(root: Path) -> Manifest | None:
             shards = tuple(Shard(**shard) for shard in values["shards"])
             splits[name] = Split(values["count"], values["bytes"], values["index_sha256"], shards)
         return Manifest(fields["layout"], tuple(fields["classes"]), splits, fields["plan"], fields["settings"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
@@ -128,7 +138,7 @@ def save_index(path: Path, samples: ShardList) -> str:
         )
         file.flush()
         os.fsync(file.fileno())
-    return _sha256(path)
+    return file_sha256(path)
 
 
 def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList | None:
@@ -151,7 +161,7 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList | None:
         if size != shard.bytes:
             raise UserError(f"{path} has {size} bytes, not the {shard.bytes} of the manifest: {again}")
     try:
-        if _sha256(index) != entry.index_sha256:
+        if file_sha256(index) != entry.index_sha256:
             raise UserError(f"{index} is not the file that prepare wrote: {again}")
         with np.load(index) as arrays:
             columns = {name: arrays[name] for name in arrays.files}
@@ -164,7 +174,8 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList | None:
     return ShardList(shards, names, columns["shard"], columns["offset"], columns["length"], labels)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's bytes, in hexadecimal."""
     digest = sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -21,7 +21,7 @@ FLAGS = [
     *("--pool", "--posemb", "--print-config", "--randaug-contrast", "--randaug-layers", "--randaug-magnitude"),
     *("--recipe", "--resolution", "--resume", "--runs-dir", "--seed", "--steps"),
     *("--threads", "--warmup-steps", "--weight-decay", "--width"),
-    *("--hang-timeout", "--max-hours", "--max-restarts", "--max-skipped-steps", "--profile"),
+    *("--hang-timeout", "--max-bad-share", "--max-hours", "--max-restarts", "--max-skipped-steps", "--profile"),
 ]
 
 

@@ -13,11 +13,11 @@ from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
 from dali_vit.config import Config
 from dali_vit.distributed import Group, barrier
-from dali_vit.metrics import StepTimer
+from dali_vit.metrics import StepTimer, Window
 from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.step import build_update
-from dali_vit.train import Plan, Window
+from dali_vit.train import Plan
 
 TrainOn = Callable[[Tensor, Tensor], None]
 
@@ -31,7 +31,7 @@ def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, st
     optimizer = create_optimizer(model, config.optim)
     update, compiled = build_update(config, model, optimizer, group)
     model.train()
-    window, steps = Window(group, 0), count()
+    window, steps = Window(group), count()
 
     def train_on(images: Tensor, labels: Tensor) -> None:
         step = next(steps)

@@ -1,0 +1,181 @@
+"""`dali-vit prepare`: a dataset in any of its usual forms becomes the set that `--data` takes.
+
+All work happens in TARGET.partial, which is renamed to TARGET when everything in it is whole. It keeps a receipt
+for every finished part, so a run that was killed goes on where it stopped; as nothing depends on time, chance or
+the number of workers, it ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from dali_vit.config import UserError
+from dali_vit.environment import cpu_count
+from dali_vit.manifest import Manifest, read_manifest, write_manifest
+from dali_vit.prepare.sources import Format, Source, open_source, sample_names
+from dali_vit.prepare.targets import Settings, write_folder, write_shards
+from pipelines.shards import ShardList
+
+__all__ = ["PrepareArguments", "prepare"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareArguments:
+    """Makes a set that --data takes out of ILSVRC's tars, an image folder, TFRecords or Hugging Face parquet."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """SOURCE: folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """TARGET: folder to be made; while it is unfinished it is called TARGET.partial."""
+    to: Literal["shards", "folder"] = "shards"
+    """`shards`: WebDataset tars, shuffled, with DALI's indexes; `folder`: train/<class>/* and val/<class>/*."""
+    source_format: Format = "auto"
+    """What SOURCE holds; auto: known by its files."""
+    val_labels: Path | None = None
+    """ILSVRC: text file with the class of each validation image, instead of the devkit."""
+    shard_mb: int = 1000
+    """Megabytes a shard has on average."""
+    shorter_side: int | None = None
+    """Resize larger images to this shorter side, in pixels; changes the recipe. Default: bytes stay as they are."""
+    quality: int = 92
+    """JPEG quality of images that were resized, 1 to 95."""
+    workers: int | None = None
+    """Threads; default: the machine's cores."""
+
+
+def prepare(arguments: PrepareArguments) -> Path:
+    """Carries out `dali-vit prepare`; returns the folder made.
+
+    A target that was made from the same source with the same settings is left as it is. Raises UserError for
+    what the user can mend.
+    """
+    _check(arguments)
+    target = arguments.target.expanduser().absolute()
+    partial = target.with_name(target.name + ".partial")
+    existing = read_manifest(target) if target.is_dir() else None
+    if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already: choose another TARGET, or remove it")
+    try:
+        with _exclusive(partial):
+            _prepare(arguments, target, partial, existing)
+    except OSError as error:
+        path = f"{error.filename}: " if error.filename else ""
+        raise UserError(
+            f"{path}{error.strerror or error}; mend that and run the command again: it goes on where it stopped"
+        ) from error
+    return target
+
+
+def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing: Manifest | None) -> None:
+    state, folder = partial / ".state", partial / ".set"
+    source = open_source(arguments.source.expanduser().absolute(), arguments.source_format, arguments.val_labels, state)
+    settings = Settings(
+        arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
+    )
+    plan = _fingerprint(source, arguments.to, settings)
+    if existing is not None:
+        if existing.plan != plan:
+            raise UserError(
+                f"{target} holds a set made of another source or with other settings: choose another TARGET"
+            )
+        _log.info("%s is there already, made of this source with these settings", target)
+        shutil.rmtree(partial)
+        return
+    _claim(state, plan)
+
+    splits = {}
+    write = write_shards if arguments.to == "shards" else write_folder
+    for name, samples in source.splits.items():
+        split = write(samples, name, source.classes, folder, state, settings, arguments.workers or cpu_count())
+        splits[name] = split
+        _log.info(
+            "%s: %s images of %.1f KB on average%s",
+            name,
+            f"{split.count:,}",
+            split.mean_bytes / 1000,
+            f" in {len(split.shards)} shards" if split.shards else "",
+        )
+    write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, settings.recorded()))
+    os.sync()
+    folder.rename(target)
+    shutil.rmtree(partial)
+    _log.info("%s: %s classes, ready for --data", target, f"{len(source.classes):,}")
+
+
+def _check(arguments: PrepareArguments) -> None:
+    for flag, value, least, most in [
+        ("--shard-mb", arguments.shard_mb, 1, None),
+        ("--shorter-side", arguments.shorter_side, 8, None),
+        ("--quality", arguments.quality, 1, 95),
+        ("--workers", arguments.workers, 1, None),
+    ]:
+        if value is not None and (value < least or (most is not None and value > most)):
+            raise UserError(f"{flag} {value}: must be {f'from {least} to {most}' if most else f'at least {least}'}")
+    if not arguments.source.expanduser().is_dir():
+        raise UserError(f"{arguments.source}: no such folder; give the one that holds the tars, records or images")
+    source, target = (path.expanduser().resolve() for path in (arguments.source, arguments.target))
+    if source == target or source in target.parents:
+        raise UserError(f"{arguments.target} lies within {arguments.source}: choose a TARGET outside of it")
+
+
+@contextmanager
+def _exclusive(partial: Path) -> Iterator[None]:
+    """Holds TARGET.partial against another prepare; the kernel lets go of it even if this process is killed."""
+    (partial / ".state").mkdir(parents=True, exist_ok=True)
+    (partial / ".set").mkdir(exist_ok=True)
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial} is being written by another prepare: wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            if not any((partial / ".state").glob("*")):  # nothing done that another run could go on with
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _claim(state: Path, plan: str) -> None:
+    """Notes what TARGET.partial is becoming; UserError if it was becoming something else."""
+    path = state / "plan.json"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"plan": plan}))
+        temporary.rename(path)
+    elif json.loads(path.read_text())["plan"] != plan:
+        raise UserError(
+            f"{state.parent} was begun with another source or other settings: give those, or remove the folder"
+        )
+    else:
+        _log.info("going on with %s", state.parent)
+
+
+def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
+    """SHA-256 of everything that the bytes of the target depend on, the contents of images excepted."""
+    digest = hashlib.sha256()
+    described: list[Any] = [layout, settings.recorded(), source.classes]
+    for split, samples in source.splits.items():
+        described.append([split, len(samples)])
+        digest.update("\n".join(sample_names(samples)).encode("utf-8", "surrogateescape"))
+        digest.update(samples.labels.tobytes())
+        if isinstance(samples, ShardList):
+            described.append([Path(shard).name for shard in samples.shards])
+            for column in (samples.shard, samples.offsets, samples.lengths):
+                digest.update(np.ascontiguousarray(column).tobytes())
+    digest.update(json.dumps(described, ensure_ascii=True).encode())
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""TFRecords and parquet as sources of images.
+
+In a TFRecord an encoded image lies in one piece, so that its place in the file is all that has to be known.
+Columns of parquet are compressed by the page; their images are unpacked beside the target first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dali_vit.config import UserError
+from dali_vit.prepare.sources import Row, Source, byte_ranges
+
+__all__ = ["open_parquet", "open_tfrecords"]
+
+_log = logging.getLogger(__name__)
+
+# First that is there of the names a feature has with TensorFlow Datasets and with the Inception scripts.
+_IMAGE, _LABEL = ("image", "image/encoded"), ("label", "image/class/label")
+_FILE, _CLASS = ("file_name", "image/filename"), ("image/class/synset",)
+# The sides of the protocol buffer messages in use: Example.features, Features.feature, a map's key and value.
+_KEY, _VALUE = 1, 2
+_BYTES_LIST, _INT64_LIST = 1, 3
+
+# A place in a buffer: (start, end).
+Place = tuple[int, int]
+# A record before its class is known by index: (shard, offset, length, label as recorded, class name, file name).
+_Record = tuple[int, int, int, int, str | None, str]
+
+
+def open_tfrecords(root: Path) -> Source:
+    """Images of `*train*` and `*val*` TFRecords, as TensorFlow Datasets or the Inception scripts write them.
+
+    Classes are `image/class/synset` where the records have it, or the lines of `label.labels.txt`, or else the
+    labels' numbers.
+    """
+    files = [path for path in _files(root) if not path.name.endswith((".json", ".txt", ".parquet", ".md"))]
+    shards, records = {}, {}
+    for split, paths in _by_split(root, files, "TFRecords").items():
+        shards[split] = [str(path) for path in paths]
+        records[split] = [
+            (i, *record)
+            for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None))
+            for record in _read_tfrecord(path)
+        ]
+    return _assemble(shards, records, _label_names(root))
+
+
+def open_parquet(root: Path, scratch: Path) -> Source:
+    """Images of `*train*` and `*val*` parquet files with columns `image` (struct of `bytes`, `path`) and `label`.
+
+    Classes are those of the Hugging Face metadata in the files, or else the labels' numbers.
+    """
+    files = [path for path in _files(root) if path.name.endswith(".parquet")]
+    shards: dict[str, list[str]] = {}
+    records: dict[str, list[_Record]] = {}
+    names: list[str] | None = None
+    for split, paths in _by_split(root, files, "parquet files").items():
+        shards[split], records[split] = [], []
+        for i, path in enumerate(tqdm(paths, desc=f"{split} parquet", unit=" files", disable=None)):
+            unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
+            shards[split].append(str(unpacked))
+            records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
+    return _assemble(shards, records, names)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_file() and path.name[0] != ".")
+
+
+def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]:
+    """The files whose own or whose folder's name has `train` or `val` in it."""
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    for path in files:
+        words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
+        for split, known in (("train", {"train"}), ("val", {"val", "validation", "valid"})):
+            if known & set(words):
+                splits[split].append(path)
+                break
+    if not splits["train"]:
+        raise UserError(f"{root} has no {what} with 'train' in their names: give the folder that holds them")
+    return {split: paths for split, paths in splits.items() if paths}
+
+
+def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None) -> Source:
+    """Gives classes their index and every image a name of its own."""
+    everything = [record for split in records.values() for record in split]
+    if all(record[4] for record in everything):
+        classes = sorted({record[4] for record in everything if record[4]})
+        index = {name: i for i, name in enumerate(classes)}
+        labels = {split: [index[str(record[4])] for record in rows] for split, rows in records.items()}
+    else:
+        labels = {split: [record[3] for record in rows] for split, rows in records.items()}
+        lowest, highest = (f(label for row in labels.values() for label in row) for f in (min, max))
+        if label_names is None:
+            # Inception's labels begin at 1.
+            labels = {split: [label - lowest for label in row] for split, row in labels.items()}
+            width = len(str(highest))
+            label_names = [f"{label:0{width}d}" for label in range(lowest, highest + 1)]
+        if not (lowest >= 0 and highest < len(label_names) + lowest):
+            raise UserError(f"label {highest if lowest >= 0 else lowest} is none of the {len(label_names)} class names")
+        classes = _folder_names(label_names)
+    splits: dict[str, Any] = {}
+    for split, found in records.items():
+        names = [record[5] for record in found]
+        if len({(label, name) for label, name in zip(labels[split], names, strict=True)}) < len(names) or "" in names:
+            names = [f"{os.path.basename(shards[split][r[0]])}-{r[1]:012d}.jpg" for r in found]
+        rows: list[Row] = [
+            (record[0], record[1], record[2], label, name)
+            for record, label, name in zip(found, labels[split], names, strict=True)
+        ]
+        splits[split] = byte_ranges(shards[split], rows, classes)
+    return Source(tuple(classes), splits)
+
+
+def _folder_names(names: list[str]) -> list[str]:
+    """Names that folders can bear, each once."""
+    safe = [re.sub(r"[/\x00-\x1f]", "_", name).strip().lstrip(".") or "_" for name in names]
+    return [name if safe.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(safe)]
+
+
+def _label_names(root: Path) -> list[str] | None:
+    """Class names that TensorFlow Datasets writes beside its records."""
+    for path in (root / "label.labels.txt", *sorted(root.glob("*/label.labels.txt"))):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").split("\n")[:-1] or None
+    return None
+
+
+def _read_tfrecord(path: Path) -> Iterator[tuple[int, int, int, str | None, str]]:
+    """Offset and length of the image, label, class name and file name of each record."""
+    if path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        data.madvise(mmap.MADV_RANDOM)  # only what lies around the images is looked at
+        position = 0
+        while position < len(data):
+            # length (8 bytes), its checksum (4), the record, its checksum (4)
+            length = struct.unpack_from("<Q", data, position)[0] if position + 12 <= len(data) else len(data)
+            start, end = position + 12, position + 12 + length
+            if end + 4 > len(data):
+                raise UserError(f"{path} is cut off or compressed at byte {position}: give whole, plain TFRecords")
+            try:
+                features = _features(data, (start, end))
+                image = next(features[name] for name in _IMAGE if name in features)
+                label = next(features[name] for name in _LABEL if name in features)
+                offset, image_end = _one(data, image, _BYTES_LIST)
+                texts = [
+                    next((_text(data, features[name]) for name in names if name in features), "")
+                    for names in (_FILE, _CLASS)
+                ]
+                yield offset, image_end - offset, _integer(data, label), texts[1] or None, os.path.basename(texts[0])
+            except (StopIteration, LookupError, ValueError):
+                raise UserError(
+                    f"{path}: the record at byte {position} has no features {_IMAGE[0]} and {_LABEL[0]}, "
+                    f"nor {_IMAGE[1]} and {_LABEL[1]}: give TFRecords of encoded images"
+                ) from None
+            position = end + 4
+
+
+def _features(data: mmap.mmap, record: Place) -> dict[str, Place]:
+    """Where each feature of an Example lies, by name."""
+    found = {}
+    for _, features in _fields(data, record):
+        for _, entry in _fields(data, features):
+            parts = dict(_fields(data, entry))
+            found[bytes(data[slice(*parts[_KEY])]).decode()] = parts.get(_VALUE, (0, 0))
+    return found
+
+
+def _one(data: mmap.mmap, feature: Place, kind: int) -> Place:
+    """Where the only value of a feature lies."""
+    ((found, values),) = _fields(data, feature)
+    ((_, value),) = _fields(data, values)
+    if found != kind:
+        raise ValueError(f"feature of kind {found}")
+    return value
+
+
+def _text(data: mmap.mmap, feature: Place) -> str:
+    return bytes(data[slice(*_one(data, feature, _BYTES_LIST))]).decode()
+
+
+def _integer(data: mmap.mmap, feature: Place) -> int:
+    return _varint(data, _one(data, feature, _INT64_LIST)[0])[0]
+
+
+def _fields(data: mmap.mmap, message: Place) -> Iterator[tuple[int, Place]]:
+    """Number and place of the fields of a protocol buffer message (of those that Examples are made of)."""
+    position, end = message
+    while position < end:
+        tag, position = _varint(data, position)
+        if tag & 7 == 2:  # length and content
+            length, position = _varint(data, position)
+            field_end = position + length
+        elif tag & 7 == 0:  # an integer
+            _, field_end = _varint(data, position)
+        else:
+            raise ValueError(f"field of wire type {tag & 7}")
+        if field_end > end:
+            raise ValueError("field beyond its message")
+        yield tag >> 3, (position, field_end)
+        position = field_end
+
+
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    """An integer, seven bits a byte and the lowest first, and the position after it."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], list[str] | None]:
+    """Writes the images one after the other; returns the file, their rows (offset, length, label, name), classes."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError("parquet needs pyarrow: pip install 'dali-vit[parquet]'") from None
+    listing = target.with_suffix(".rows.json")
+    try:
+        with parquet.ParquetFile(path) as file:
+            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+            label_type = json.loads(metadata).get("info", {}).get("features", {}).get("label", {})
+            if not listing.exists():
+                rows, position = [], 0
+                with open(target, "wb") as out:
+                    for batch in file.iter_batches(256, columns=["image", "label"]):
+                        for row in batch.to_pylist():
+                            data, name = row["image"]["bytes"] or b"", os.path.basename(row["image"].get("path") or "")
+                            out.write(data)
+                            rows.append((position, len(data), row["label"], name))
+                            position += len(data)
+                temporary = listing.with_suffix(".tmp")
+                temporary.write_text(json.dumps(rows))
+                temporary.rename(listing)
+    except (ArrowException, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} has no columns image (bytes) and label ({error}): give Hugging Face's files"
+        ) from error
+    return target, [tuple(row) for row in json.loads(listing.read_text())], label_type.get("names")

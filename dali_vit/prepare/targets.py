@@ -1,0 +1,270 @@
+"""The layouts that prepare writes: WebDataset shards and image folders.
+
+A split is cut into parts, each written by one thread and confirmed by a receipt, a small JSON file; a part that
+has its receipt is not written again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dali_vit.config import UserError
+from dali_vit.data import ImageList
+from dali_vit.manifest import Shard, Split, save_index
+from dali_vit.prepare.sources import read_sample, sample_names
+from pipelines.readers import FileList
+from pipelines.shards import ShardList
+
+__all__ = ["Settings", "shrink", "write_folder", "write_shards"]
+
+# Seed of the order in which samples lie in the shards: the same for everyone.
+_SHUFFLE_SEED = 0
+# What a sample takes in a tar besides the image: two headers, the class, half a block of padding.
+_TAR_OVERHEAD = 512 + 256 + 2 * 512
+_FOLDER_PART = 1000
+_INDEX_VERSION = "v1.2"  # of DALI's wds2idx
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the bytes of a set depend on besides its source."""
+
+    shard_bytes: int | None
+    shorter_side: int | None
+    quality: int
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings in force, as the manifest has them."""
+        packing = {} if self.shard_bytes is None else {"shard_bytes": self.shard_bytes, "shuffle_seed": _SHUFFLE_SEED}
+        resized = {} if self.shorter_side is None else {"shorter_side": self.shorter_side, "quality": self.quality}
+        return packing | resized
+
+    def image(self, samples: ImageList, index: int) -> bytes:
+        """Bytes of a sample as the target gets them."""
+        data = read_sample(samples, index)
+        return data if self.shorter_side is None else shrink(data, self.shorter_side, self.quality)
+
+
+# Writes a part and returns its receipt; to be given up, by any exception, when the event is set.
+Part = Callable[[threading.Event, "tqdm[Any]"], dict[str, Any]]
+
+
+def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
+    """An image resized (bicubic, antialiased) to a shorter side in pixels, in its own format.
+
+    An image that is no larger, or cannot be decoded, is returned as it is: leaving it out is up to `verify`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            scale = shorter_side / min(image.size)
+            if scale >= 1:
+                return data
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            kept = image if image.mode in ("RGB", "L") else image.convert("RGB")
+            small = kept.resize(size, Image.Resampling.BICUBIC)
+            out = io.BytesIO()
+            # The orientation is in the Exif data.
+            small.save(out, image.format, quality=quality, exif=image.info.get("exif", b""))
+            return out.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return data
+
+
+def write_shards(
+    samples: ImageList,
+    split: str,
+    classes: tuple[str, ...],
+    folder: Path,
+    state: Path,
+    settings: Settings,
+    workers: int,
+) -> Split:
+    """Writes `split/shard-000000.tar` and on, an index for DALI beside each, and the split's own index.
+
+    The samples lie shuffled over all shards, which are of about equal counts. Members are `<place>.jpg` (or the
+    suffix the image had) and `<place>.cls`, the class index in decimal, as WebDataset has it.
+    """
+    assert settings.shard_bytes is not None
+    (folder / split).mkdir(exist_ok=True)
+    names = sample_names(samples)
+    order = np.random.Generator(np.random.PCG64(_SHUFFLE_SEED)).permutation(len(samples))
+    probes = np.unique(np.linspace(0, len(samples) - 1, 256, dtype=int))
+    mean = np.mean([len(settings.image(samples, i)) for i in probes.tolist()]) + _TAR_OVERHEAD
+    count = max(1, round(len(samples) * mean / settings.shard_bytes))
+    cuts = np.linspace(0, len(samples), count + 1).astype(int).tolist()
+
+    def part(number: int) -> Part:
+        path = folder / split / f"shard-{number:06d}.tar"
+        chosen = range(cuts[number], cuts[number + 1])
+        return lambda stop, bar: _write_shard(path, samples, names, order, chosen, state, settings, stop, bar)
+
+    receipts = _carry_out([part(i) for i in range(count)], split, state, cuts, workers)
+
+    offsets, lengths = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+    shard = np.empty(len(samples), np.int32)
+    shards = []
+    for i, receipt in enumerate(receipts):
+        path = folder / split / f"shard-{i:06d}.tar"
+        chosen = order[cuts[i] : cuts[i + 1]]
+        offsets[chosen], lengths[chosen] = _read_dali_index(path.with_suffix(".idx"))
+        shard[chosen] = i
+        shards.append(Shard(f"{split}/{path.name}", len(chosen), path.stat().st_size, receipt["sha256"]))
+    placed = ShardList(
+        tuple(s.file for s in shards),
+        FileList.from_paths(names, samples.labels),
+        shard,
+        offsets,
+        lengths,
+        samples.labels,
+    )
+    checksum = save_index(folder / f"{split}.index.npz", placed)
+    return Split(len(samples), int(lengths.sum()), checksum, tuple(shards))
+
+
+def write_folder(
+    samples: ImageList,
+    split: str,
+    classes: tuple[str, ...],
+    folder: Path,
+    state: Path,
+    settings: Settings,
+    workers: int,
+) -> Split:
+    """Writes `split/<class>/<file>`; UserError if two samples of a class bear the same name."""
+    names = sample_names(samples)
+    if len(set(names)) < len(names):
+        raise UserError(f"{split} has several images of the same class and name: choose --to shards")
+    for name in classes:
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+    cuts = [*range(0, len(samples), _FOLDER_PART), len(samples)]
+
+    def part(number: int) -> Part:
+        def write(stop: threading.Event, bar: tqdm[Any]) -> dict[str, Any]:
+            written = 0
+            for i in range(cuts[number], cuts[number + 1]):
+                _check_stop(stop)
+                data = settings.image(samples, i)
+                (folder / split / names[i]).write_bytes(data)
+                written += len(data)
+                bar.update()
+            return {"bytes": written}
+
+        return write
+
+    receipts = _carry_out([part(i) for i in range(len(cuts) - 1)], split, state, cuts, workers)
+    return Split(len(samples), sum(receipt["bytes"] for receipt in receipts))
+
+
+def _carry_out(parts: list[Part], split: str, state: Path, cuts: list[int], workers: int) -> list[dict[str, Any]]:
+    """Does the parts that have no receipt yet and returns all receipts."""
+    stop = threading.Event()
+    receipts: dict[int, dict[str, Any]] = {}
+    paths = [state / f"{split}-{i:06d}.json" for i in range(len(parts))]
+    for i, path in enumerate(paths):
+        if path.exists():
+            receipts[i] = json.loads(path.read_text())
+    if receipts:
+        _log.info("%s: %d of %d parts are done already", split, len(receipts), len(parts))
+    done = sum(cuts[i + 1] - cuts[i] for i in receipts)
+    with (
+        tqdm(total=cuts[-1], initial=done, desc=split, unit=" images", disable=None) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        futures = {pool.submit(part, stop, bar): i for i, part in enumerate(parts) if i not in receipts}
+        try:
+            for future in as_completed(futures):
+                i = futures[future]
+                receipts[i] = future.result()
+                temporary = paths[i].with_suffix(".tmp")
+                temporary.write_text(json.dumps(receipts[i]))
+                temporary.rename(paths[i])
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [receipts[i] for i in range(len(parts))]
+
+
+def _check_stop(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise InterruptedError("another part failed")
+
+
+def _write_shard(
+    path: Path,
+    samples: ImageList,
+    names: list[str],
+    order: np.ndarray,
+    places: range,
+    state: Path,
+    settings: Settings,
+    stop: threading.Event,
+    bar: tqdm[Any],
+) -> dict[str, Any]:
+    """Writes a shard and its DALI index under other names, then renames them; the receipt is its checksum."""
+    temporary, index = state / path.name, state / f"{path.stem}.idx"
+    digest = sha256()
+    position = 0
+    lines = [f"{_INDEX_VERSION} {len(places)}"]
+    with open(temporary, "wb") as file:
+        for place, i in zip(places, order[places.start : places.stop].tolist(), strict=True):
+            _check_stop(stop)
+            fields = []
+            label = str(samples.labels[i]).encode()
+            for extension, data in ((_extension(names[i]), settings.image(samples, i)), ("cls", label)):
+                name = f"{place:09d}.{extension}"
+                header = _tar_header(name, len(data))
+                for piece in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
+                    file.write(piece)
+                    digest.update(piece)
+                fields.append(f"{extension} {position + len(header)} {len(data)} {name}")
+                position += len(header) + len(data) + -len(data) % tarfile.BLOCKSIZE
+            lines.append(" ".join(fields))
+            bar.update()
+        end = bytes(2 * tarfile.BLOCKSIZE)
+        file.write(end)
+        digest.update(end)
+        file.flush()
+        os.fsync(file.fileno())
+    index.write_text("\n".join(lines) + "\n")
+    index.rename(path.with_suffix(".idx"))
+    temporary.rename(path)
+    return {"sha256": digest.hexdigest()}
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _extension(name: str) -> str:
+    """A member's suffix: that of the image's name, `jpg` for any JPEG and where there is none."""
+    suffix = os.path.splitext(name)[1].lower().lstrip(".")
+    return "jpg" if suffix in ("", "jpeg") or not suffix.isalnum() else suffix
+
+
+def _read_dali_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and length of each image of a shard, int64 [samples]."""
+    fields = path.read_text().split()
+    columns = (fields[2 + start :: 8] for start in (1, 2))  # <version> <samples>, then two times four fields a line
+    offsets, lengths = (np.array(column, np.int64) for column in columns)
+    assert len(offsets) == int(fields[1]), path
+    return offsets, lengths

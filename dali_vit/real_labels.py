@@ -1,0 +1,42 @@
+"""ReaL's labels: the classes that people accept for each validation image (arXiv 2006.07159)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dali_vit.config import UserError
+from pipelines.readers import Samples
+
+__all__ = ["load_real_labels"]
+
+
+def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
+    """Acceptable labels of each validation image, int64 [len(val), most labels of an image], padded with -1.
+
+    Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
+    whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
+    is left out of the score. File names that repeat between classes are taken in the order of the paths.
+    Raises UserError for a file of another layout or another number of images.
+    """
+    try:
+        lists = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): give ReaL's real.json") from error
+    if not (isinstance(lists, list) and all(_is_label_list(labels) for labels in lists)):
+        raise UserError(f"{path} is not a list of label lists, one an image: give ReaL's real.json")
+    if len(lists) != len(val):
+        raise UserError(f"{path} has labels for {len(lists)} images but val has {len(val)}: give that set's file")
+    names = [os.path.basename(val.path(i)) for i in range(len(val))]
+    order = sorted(range(len(val)), key=names.__getitem__) if len(set(names)) == len(names) else range(len(val))
+    labels = np.full((len(val), max(map(len, lists), default=0) or 1), -1, np.int64)
+    for i, acceptable in zip(order, lists, strict=True):
+        labels[i, : len(acceptable)] = acceptable
+    return labels
+
+
+def _is_label_list(labels: object) -> bool:
+    return isinstance(labels, list) and all(type(label) is int and label >= 0 for label in labels)

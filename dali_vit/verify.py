@@ -1,0 +1,330 @@
+"""`dali-vit verify`: reads and decodes every image of a set and says what is wrong with it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from dali_vit.config import UserError
+from dali_vit.data import Dataset, ImageList, load_dataset
+from dali_vit.environment import cpu_count
+from dali_vit.manifest import file_sha256, read_manifest, write_manifest
+from dali_vit.prepare.sources import read_sample
+from pipelines.shards import ShardList
+
+__all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "inspect", "verify"]
+
+_log = logging.getLogger(__name__)
+
+KINDS = {
+    "unreadable": "cannot be read",
+    "empty": "has no bytes",
+    "not an image": "is of no format that DALI decodes",
+    "truncated": "ends too early",
+    "damaged": "cannot be decoded",
+    "too large": "has more pixels than --max-megapixels",
+    "duplicate": "is in val, too, byte for byte",
+    "checksum": "is not the shard that prepare wrote",
+    "CMYK": "is decoded to RGB",
+    "other format": "is decoded as what it is",
+}
+"""Everything that is reported, and what it means."""
+
+_HARMLESS = ("CMYK", "other format")
+_FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pnm"), "PPM"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".jp2": "JPEG2000",
+}
+_CHUNK = 64  # images a task
+_SHOWN = 20  # problems of a kind in the log
+_LIST = "quarantined.tsv"
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Reads and decodes every image of a set; exit code 2 if anything would hurt training."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """PATH: image folder, or set made by prepare."""
+    quarantine: Path | None = None
+    """Image folders: move what would hurt training into this folder, and list it in quarantined.tsv there."""
+    max_megapixels: float = 100.0
+    """Images of more pixels are not decoded but reported as too large."""
+    workers: int | None = None
+    """Threads; default: the machine's cores."""
+    json: bool = False
+    """Print one JSON object instead of a summary."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one image or shard."""
+
+    kind: str
+    """One of KINDS."""
+    split: str
+    path: str
+    detail: str
+
+    @property
+    def hurts(self) -> bool:
+        """Whether training or its evaluation is the worse for it."""
+        return self.kind not in _HARMLESS
+
+
+@dataclass(frozen=True)
+class Report:
+    """What verify found."""
+
+    counts: dict[str, int]
+    """Images of each split."""
+    problems: tuple[Problem, ...]
+    """In the order of the set."""
+    quarantined: int = 0
+    """Images moved aside."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 for a set that can be trained on as it is now, else 2."""
+        return 2 if sum(problem.hurts for problem in self.problems) > self.quarantined else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: `images`, `problems` by kind, `quarantined`, and `found`, one object a problem."""
+        kinds = Counter(problem.kind for problem in self.problems)
+        return {
+            "images": self.counts,
+            "problems": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+            "quarantined": self.quarantined,
+            "found": [asdict(problem) for problem in self.problems],
+        }
+
+
+def verify(arguments: VerifyArguments) -> Report:
+    """Carries out `dali-vit verify` and logs a summary; UserError for a set that cannot be listed."""
+    for flag, value in [("--max-megapixels", arguments.max_megapixels), ("--workers", arguments.workers)]:
+        if value is not None and value <= 0:
+            raise UserError(f"{flag} {value:g}: must be above 0")
+    dataset = load_dataset(arguments.path, minival=0)
+    _check_quarantine(dataset, arguments.quarantine)
+    splits = {name: s for name, s in (("train", dataset.train), ("val", dataset.val)) if s is not None}
+    workers = arguments.workers or cpu_count()
+    found: dict[str, list[tuple[int, Problem]]] = {}
+    digests: dict[str, np.ndarray] = {}
+    with _pillow_without_limit():
+        for name, samples in splits.items():
+            found[name], digests[name] = _inspect_split(name, samples, arguments.max_megapixels * 1e6, workers)
+    if "val" in splits:
+        found["train"] += _duplicates(splits["train"], splits["val"], digests["train"], digests["val"])
+    problems = [p for name in splits for _, p in sorted(found[name], key=lambda item: item[0])]
+    problems += _check_shards(dataset, workers)
+
+    moved = 0
+    if arguments.quarantine is not None:
+        if any(isinstance(samples, ShardList) for samples in splits.values()):
+            _log.info("nothing is moved out of shards: mend the source and prepare it again")
+        else:
+            moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
+    report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved)
+    _summarise(report, arguments.quarantine)
+    return report
+
+
+def inspect(data: bytes, name: str, max_pixels: float) -> list[tuple[str, str]]:
+    """Kind and detail of everything wrong with an encoded image; it is decoded only if it is not too large."""
+    if not data:
+        return [("empty", "0 bytes")]
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+            return [("truncated", f"{len(data)} bytes hold no whole header")]
+        return [("not an image", f"begins with {data[:8]!r}")]
+    except Image.DecompressionBombError as error:
+        return [("too large", _one_line(error))]
+    except Exception as error:  # each format's parser has its own
+        return [("damaged", _one_line(error))]
+    with image:
+        kind = "JPEG" if image.format == "MPO" else image.format
+        if kind not in _FORMATS.values():
+            return [("not an image", f"{kind}, which DALI does not decode")]
+        if image.width * image.height > max_pixels:
+            return [("too large", f"{image.width} x {image.height} pixels")]
+        try:
+            image.load()
+        except Exception as error:
+            early = "truncated" in str(error) or "unexpected end" in str(error).lower()
+            return [("truncated" if early else "damaged", _one_line(error))]
+        problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
+    suffix = os.path.splitext(name)[1].lower()
+    if _FORMATS.get(suffix, kind) != kind:
+        problems.append(("other format", f"{kind} named {suffix}"))
+    return problems
+
+
+@contextmanager
+def _pillow_without_limit() -> Iterator[None]:
+    """Pillow's own guard against huge images would stop them before their size is known."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd Exif data
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _inspect_split(
+    split: str, samples: ImageList, max_pixels: float, workers: int
+) -> tuple[list[tuple[int, Problem]], np.ndarray]:
+    """Index and problem of every image with one, and a hash of every image's bytes, uint64 [N]."""
+    digests = np.zeros(len(samples), np.uint64)
+
+    def task(start: int) -> list[tuple[int, Problem]]:
+        found = []
+        for i in range(start, min(start + _CHUNK, len(samples))):
+            path = samples.path(i)
+            try:
+                data = read_sample(samples, i)
+            except OSError as error:
+                found.append((i, Problem("unreadable", split, path, _one_line(error.strerror or error))))
+                continue
+            digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+            found += [(i, Problem(kind, split, path, detail)) for kind, detail in inspect(data, path, max_pixels)]
+            bar.update()
+        return found
+
+    with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar:
+        found = _in_threads(task, range(0, len(samples), _CHUNK), workers)
+    return [item for chunk in found for item in chunk], digests
+
+
+def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[Any]:
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(task, items))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _duplicates(
+    train: ImageList, val: ImageList, train_digests: np.ndarray, val_digests: np.ndarray
+) -> list[tuple[int, Problem]]:
+    """Training images whose bytes are those of a validation image."""
+    in_val = {int(digest): i for i, digest in enumerate(val_digests)}
+    found = []
+    for i in np.flatnonzero(np.isin(train_digests, val_digests)).tolist():
+        twin = in_val[int(train_digests[i])]
+        try:
+            data = read_sample(train, i)
+            if data and data == read_sample(val, twin):
+                found.append((i, Problem("duplicate", "train", train.path(i), f"the same bytes as {val.path(twin)}")))
+        except OSError:  # reported already
+            continue
+    return found
+
+
+def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:
+    """Shards whose checksum is not that of the manifest."""
+    manifest = read_manifest(dataset.root)
+    shards = [(name, s) for name, split in manifest.splits.items() for s in split.shards] if manifest else []
+    sums = _in_threads(lambda i: file_sha256(dataset.root / shards[i][1].file), range(len(shards)), workers)
+    return [
+        Problem(
+            "checksum", split, str(dataset.root / shard.file), f"SHA-256 is {found[:12]}..., was {shard.sha256[:12]}..."
+        )
+        for (split, shard), found in zip(shards, sums, strict=True)
+        if found != shard.sha256
+    ]
+
+
+def _check_quarantine(dataset: Dataset, quarantine: Path | None) -> None:
+    if quarantine is None:
+        return
+    folder = quarantine.expanduser().absolute()
+    inside = next((name for name in ("train", "val") if dataset.root / name in (folder, *folder.parents)), None)
+    if inside:
+        raise UserError(f"--quarantine {quarantine} lies in {inside}/ of the set: choose a folder outside of it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--quarantine {quarantine} is a file: give a folder")
+
+
+def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
+    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many."""
+    moved: dict[str, Problem] = {problem.path: problem for problem in problems if problem.hurts}
+    if not moved:
+        return 0
+    sizes: Counter[str] = Counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / _LIST, "a", encoding="utf-8", errors="surrogateescape") as file:
+            for path, problem in moved.items():
+                target = folder / os.path.relpath(path, root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    raise UserError(
+                        f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
+                    )
+                sizes[problem.split] += os.path.getsize(path)
+                shutil.move(path, target)
+                file.write(f"{path}\t{problem.kind}\t{problem.detail}\n")
+    except OSError as error:
+        raise UserError(f"--quarantine {folder}: {error.strerror or error}; mend that and run verify again") from error
+    finally:
+        _lower_counts(root, moved, sizes)
+    return sum(problem.hurts for problem in problems)
+
+
+def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
+    """Takes images that are gone out of the manifest of a prepared folder."""
+    manifest = read_manifest(root)
+    if manifest is not None:
+        gone = Counter(problem.split for path, problem in moved.items() if not os.path.exists(path))
+        splits = {
+            name: replace(split, count=split.count - gone[name], bytes=split.bytes - sizes[name])
+            for name, split in manifest.splits.items()
+        }
+        write_manifest(root, replace(manifest, splits=splits))
+
+
+def _summarise(report: Report, quarantine: Path | None) -> None:
+    total = sum(report.counts.values())
+    for kind, meaning in KINDS.items():
+        found = [problem for problem in report.problems if problem.kind == kind]
+        if found:
+            _log.info("%s (%s): %s", kind, meaning, f"{len(found):,}")
+            for problem in found[:_SHOWN]:
+                _log.info("  %s  %s", problem.path, problem.detail)
+            if len(found) > _SHOWN:
+                _log.info("  and %s more: --json lists all", f"{len(found) - _SHOWN:,}")
+    if report.quarantined:
+        _log.info("%d problems moved to %s and listed in %s there", report.quarantined, quarantine, _LIST)
+    hurt = sum(problem.hurts for problem in report.problems) - report.quarantined
+    verdict = f"{hurt:,} problems that would hurt training" if hurt else "nothing that would hurt training"
+    _log.info("%s images of %s: %s", f"{total:,}", ", ".join(report.counts), verdict)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

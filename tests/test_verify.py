@@ -1,0 +1,211 @@
+import json
+import struct
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.manifest import MANIFEST
+from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.verify import KINDS, Report, VerifyArguments, inspect, verify
+from tests import datasets
+from tests.datasets import WNIDS, encode
+
+IMAGES = datasets.draw_images()
+MANY_PIXELS = 10**8
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
+JPEG, PNG, WEBP, GIF = (encode(PIXELS, image_format) for image_format in ("JPEG", "PNG", "WEBP", "GIF"))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that declares any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("name", "data", "kinds"),
+    [
+        ("a.JPEG", JPEG, []),
+        ("a.png", PNG, []),
+        ("a.jpeg", encode(PIXELS, mode="L"), []),
+        ("a.webp", WEBP, []),
+        ("a.jpg", b"", ["empty"]),
+        ("a.jpg", b"<html>404</html>", ["not an image"]),
+        ("a.jpg", bytes(1000), ["not an image"]),
+        ("a.jpg", GIF, ["not an image"]),
+        ("a.jpg", JPEG[: len(JPEG) // 2], ["truncated"]),
+        ("a.jpg", JPEG[:20], ["truncated"]),
+        ("a.png", PNG[: len(PNG) // 2], ["truncated"]),
+        ("a.webp", WEBP[: len(WEBP) // 2], ["damaged"]),
+        ("a.jpg", encode(PIXELS, mode="CMYK"), ["CMYK"]),
+        ("a.JPEG", PNG, ["other format"]),
+        ("a.png", JPEG, ["other format"]),
+        ("a.png", encode(PIXELS, mode="CMYK"), ["CMYK", "other format"]),
+        ("a.png", png_of(60_000, 60_000), ["too large"]),
+        ("a.jpg", png_of(10_001, 10_000), ["too large"]),
+    ],
+)
+def test_what_is_wrong_with_an_image(name, data, kinds):
+    assert [kind for kind, _ in inspect(data, name, MANY_PIXELS)] == kinds
+    assert set(kinds) <= set(KINDS)
+
+
+def test_the_limit_is_exclusive():
+    assert inspect(JPEG, "a.jpg", 60 * 50) == []
+    assert inspect(JPEG, "a.jpg", 60 * 50 - 1) == [("too large", "50 x 60 pixels")]
+
+
+def test_three_hundred_mutated_images_are_judged_without_an_error():
+    rng = np.random.default_rng(1)
+    found: Counter[str] = Counter()
+    for i in range(300):
+        data = bytearray((JPEG, PNG, WEBP)[i % 3])
+        for _ in range(1 + i % 5):
+            data[rng.integers(0, len(data))] ^= 1 << int(rng.integers(8))
+        if i % 4 == 0:
+            data = data[: int(rng.integers(1, len(data)))]
+        found.update(kind for kind, _ in inspect(bytes(data), "a.jpg", MANY_PIXELS))
+    assert found["truncated"] + found["damaged"] + found["not an image"] >= 100
+
+
+def broken_folder(root: Path) -> Path:
+    """The images, 24 and 9, and one of each fault; what is CMYK and PNG named JPEG is there already."""
+    datasets.write_folder(root, IMAGES)
+    train, val = root / "train", root / "val"
+    (train / WNIDS[0] / "truncated.JPEG").write_bytes(JPEG[:-500])
+    (train / WNIDS[1] / "text.JPEG").write_text("not here")
+    (train / WNIDS[1] / "empty.JPEG").write_bytes(b"")
+    (train / WNIDS[2] / "huge.JPEG").write_bytes(png_of(60_000, 60_000))
+    (train / WNIDS[2] / "leaked.JPEG").write_bytes(IMAGES["val"][4][2])
+    (val / WNIDS[2] / "empty.JPEG").write_bytes(b"")
+    (val / WNIDS[2] / "gone.JPEG").symlink_to(root / "nowhere")
+    return root
+
+
+FOUND = {
+    "unreadable": ["val/n02086910/gone.JPEG"],
+    "empty": ["train/n01443537/empty.JPEG", "val/n02086910/empty.JPEG"],
+    "not an image": ["train/n01443537/text.JPEG"],
+    "truncated": ["train/n01440764/truncated.JPEG"],
+    "too large": ["train/n02086910/huge.JPEG"],
+    "duplicate": ["train/n02086910/leaked.JPEG"],
+    "CMYK": ["train/n01443537/n01443537_28.JPEG"],
+    "other format": ["train/n01440764/n01440764_21.JPEG"],
+}
+HURT = 7
+
+
+def by_kind(report: Report, root: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for problem in report.problems:
+        found.setdefault(problem.kind, []).append(problem.path.removeprefix(f"{root}/"))
+    return found
+
+
+@pytest.mark.timeout(60)
+def test_every_fault_of_a_folder_is_found_once(tmp_path):
+    root = broken_folder(tmp_path / "set")
+    report = verify(VerifyArguments(root, workers=2))
+    assert by_kind(report, root) == FOUND
+    assert report.counts == {"train": 29, "val": 11}
+    assert report.exit_code == 2
+    described = json.loads(json.dumps(report.to_json()))
+    assert described["images"] == {"train": 29, "val": 11}
+    assert described["problems"] == {kind: len(paths) for kind, paths in FOUND.items()}
+    assert len(described["found"]) == sum(map(len, FOUND.values()))
+    assert described["quarantined"] == 0
+
+
+def test_a_clean_set_is_clean(tmp_path, caplog):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    with caplog.at_level("INFO", "dali_vit"):
+        report = verify(VerifyArguments(root, workers=1))
+    assert report.exit_code == 0
+    assert {problem.kind for problem in report.problems} == {"CMYK", "other format"}
+    assert "33 images of train, val: nothing that would hurt training" in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_quarantine_moves_what_hurts_and_lists_it(tmp_path):
+    root, aside = broken_folder(tmp_path / "set"), tmp_path / "aside"
+    (root / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    report = verify(VerifyArguments(root, quarantine=aside))
+    assert (report.quarantined, report.exit_code) == (HURT - 1, 0)
+    moved = {path for kind in FOUND if kind not in ("CMYK", "other format", "unreadable") for path in FOUND[kind]}
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*.JPEG")} == moved
+    lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert {path.removeprefix(f"{root}/"): kind for path, kind, _ in lines} == {
+        path: kind for kind, paths in FOUND.items() for path in paths if path in moved
+    }
+    assert load_dataset(root, minival=0).counts == {"train": 24, "val": 9}
+    assert verify(VerifyArguments(root, quarantine=aside)).exit_code == 0
+
+
+def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):
+    source = broken_folder(tmp_path / "source")
+    (source / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    target = prepare(PrepareArguments(source, tmp_path / "set", to="folder"))
+    assert load_dataset(target, minival=0).counts == {"train": 29, "val": 10}
+    assert verify(VerifyArguments(target, quarantine=tmp_path / "aside")).exit_code == 0
+    assert load_dataset(target, minival=0).counts == {"train": 24, "val": 9}
+    splits = json.loads((target / MANIFEST).read_text())["splits"]
+    assert splits["train"]["bytes"] == sum(len(data) for _, _, data in IMAGES["train"])
+
+
+def test_shards_are_reported_on_and_never_changed(tmp_path):
+    source = broken_folder(tmp_path / "source")
+    (source / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    target = prepare(PrepareArguments(source, tmp_path / "set"))
+    report = verify(VerifyArguments(target, quarantine=tmp_path / "aside"))
+    assert (report.exit_code, report.quarantined) == (2, 0)
+    assert not (tmp_path / "aside").exists()
+    shards = {"train": target / "train/shard-000000.tar", "val": target / "val/shard-000000.tar"}
+    expected = {
+        kind: [f"{shards[p.split('/')[0]]}: {p.split('/', 1)[1]}" for p in paths]
+        for kind, paths in FOUND.items()
+        if kind != "unreadable"
+    }
+    assert by_kind(report, Path("/nowhere")) == expected
+
+
+def test_a_shard_that_was_changed_has_another_checksum(tmp_path):
+    source = datasets.write_folder(tmp_path / "source", IMAGES)
+    target = prepare(PrepareArguments(source, tmp_path / "set"))
+    assert verify(VerifyArguments(target)).exit_code == 0
+    shard = target / "val/shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # where no image is
+    shard.write_bytes(data)
+    report = verify(VerifyArguments(target))
+    assert by_kind(report, target)["checksum"] == ["val/shard-000000.tar"]
+    assert report.exit_code == 2
+
+
+def test_mistakes_are_named_with_their_remedy(tmp_path):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    (tmp_path / "file").touch()
+    arguments = VerifyArguments(root)
+    for changed, word in [
+        (replace(arguments, path=tmp_path / "absent"), "absent: no such folder"),
+        (replace(arguments, max_megapixels=0), "--max-megapixels 0: must be above 0"),
+        (replace(arguments, workers=0), "--workers 0: must be above 0"),
+        (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
+        (replace(arguments, quarantine=tmp_path / "file"), "is a file"),
+    ]:
+        with pytest.raises(UserError) as error:
+            verify(changed)
+        assert word in str(error.value)
+        assert "\n" not in str(error.value)
