@@ -5,12 +5,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -47,20 +47,32 @@ class Stop:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handles the signals while the body runs."""
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        """Handles the signals while the body runs, even while the main thread is held up outside of Python."""
+        # Python runs its handlers in the main thread, which may hang in a read; the wake-up descriptor is written
+        # to by the signal itself, and a thread of our own listens.
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            sender.close()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A terminal and a launcher may both pass on the same Ctrl-C: repeats within a second are one signal.
-        if self._signal is not None and time.monotonic() - self._first > 1:
-            os._exit(128 + number)
-        self._signal = self._signal or signal.Signals(number).name
-        self._first = self._first or time.monotonic()
+    def _listen(self, receiver: socket.socket) -> None:
+        with receiver:
+            while received := receiver.recv(1):
+                if received[0] not in _SIGNALS:
+                    continue
+                # A terminal and a launcher may both pass on one Ctrl-C: repeats within a second are the same.
+                if self._signal is not None and time.monotonic() - self._first > 1:
+                    os._exit(128 + received[0])
+                if self._signal is None:
+                    self._first, self._signal = time.monotonic(), signal.Signals(received[0]).name
 
     def agreed(self, step: int) -> str | None:
         """The reason to stop after `step` steps, the same on every rank; None to go on."""

@@ -11,9 +11,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -63,9 +64,9 @@ def plan(config: Config, world_size: int) -> Plan:
     with _user_errors():
         dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
         train_files = dataset.split("train")
-        for files in (train_files, dataset.val):
-            if files is not None:
-                datasets.check_images(files)
+        datasets.check_images(train_files, config.data.max_bad_share)
+        if dataset.val is not None:
+            datasets.check_images(dataset.val)
         model = create_model(
             config.model,
             num_classes=len(dataset.classes),
@@ -108,7 +109,13 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         metrics = checkpoint.metrics
 
     # Folder, logs and the stream of batches.
-    loader = datasets.train_loader(dataset, config, group, start_step=start)
+    loader = datasets.train_loader(
+        dataset,
+        config,
+        group,
+        start_step=start,
+        bad_samples=_bad_samples(checkpoint.loader["ranks"] if checkpoint else []),
+    )
     writer = None
     if group.is_main:
         write_run_files(config)
@@ -182,6 +189,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             seconds, waited = timer.read()
             loss_mean, grad_norm_mean = window.read()
             _check_skipped(window, done, config)
+            bad_samples = _bad_samples(gather_objects(loader.state_dict()))
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
@@ -192,7 +200,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                     train_flops=3 * forward_flops,  # the backward pass costs twice the forward
                     group=group,
                 )
-                scalars["train/skipped_steps"] = window.skipped
+                scalars |= {"train/skipped_steps": window.skipped, "data/bad_samples": len(bad_samples)}
                 writer.scalars(done, scalars)
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
@@ -268,6 +276,11 @@ def _restore(
         torch.set_rng_state(state["rng"][group.rank]["cpu"])
         if group.device.type == "cuda" and "cuda" in state["rng"][group.rank]:
             torch.cuda.set_rng_state(state["rng"][group.rank]["cuda"], group.device)
+
+
+def _bad_samples(loader_states: Sequence[dict[str, Any]]) -> list[int]:
+    """Training samples that any rank has found undecodable."""
+    return sorted({index for state in loader_states for index in state["bad_samples"]})
 
 
 def _random_state(group: Group) -> dict[str, torch.Tensor]:

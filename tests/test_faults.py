@@ -1,0 +1,330 @@
+"""Plugs that are pulled: signals, dead workers and launchers, full disks, stalled readers, other world sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_vit import checkpoint
+from tests.conftest import TINY, dali_vit, environment, read_metrics, write_image_folder
+
+LAUNCH = "import sys; from dali_vit.distributed import launch; sys.exit(launch(2, sys.argv[1:], max_restarts=2))"
+
+
+def command(data: Path, runs_dir: Path, *more: str, steps: int = 60) -> list[str]:
+    return [
+        *("train", "--data", str(data), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
+        *("--steps", str(steps), "--threads", "1", "--log-every", "1", "--eval-every", "0"),
+        *("--checkpoint-every", "10", *more),
+    ]
+
+
+@contextlib.contextmanager
+def running(*arguments: str, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """A process of ours under test, killed with all its children should it outlive the test."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=output,
+        stderr=output,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.002)
+
+
+def logged_steps(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.newest(run_dir).model_state()
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def whole(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of the run that nothing interrupts, in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = dali_vit(*command(image_folder, folder))
+    assert result.returncode == 0, result.stderr
+    return weights(folder / "run")
+
+
+def workers_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children if b"dali_vit" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_for_a_requeue(number, image_folder, tmp_path, whole):
+    run_dir = tmp_path / "run"
+    with running("-m", "dali_vit", *command(image_folder, tmp_path)) as process:
+        wait_for(lambda: logged_steps(run_dir) > 12, "step 12")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert f"stopped by {number.name} after step" in err
+    stopped_at = checkpoint.newest(run_dir).step
+    assert 12 < stopped_at < 60
+    assert stopped_at == read_metrics(run_dir)[-1]["step"]
+    assert dali_vit(*command(image_folder, tmp_path)).returncode == 0
+    assert_equal(weights(run_dir), whole)
+
+
+@pytest.mark.timeout(120)
+def test_a_second_signal_ends_the_process_at_once(image_folder, tmp_path):
+    # The steps of the first batch that reads the pipe never end, so the first signal alone cannot be obeyed.
+    data = write_image_folder(tmp_path / "data", train=4, val=2)
+    with running("-m", "dali_vit", *command(data, tmp_path, "--log-every", "1", steps=4000)) as process:
+        wait_for(lambda: logged_steps(tmp_path / "run") > 2, "step 2")
+        stall(data)
+        wait_for_stall(tmp_path / "run")
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.timeout(120)
+def test_max_hours_stop_by_the_clock(image_folder, tmp_path):
+    result = dali_vit(*command(image_folder, tmp_path, "--max-hours", str(1.5 / 3600), steps=100_000))
+    assert result.returncode == 75
+    assert "--max-hours are over after step" in result.stderr
+    assert checkpoint.newest(tmp_path / "run").step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_worker_takes_the_job_back_to_the_last_checkpoint(image_folder, tmp_path):
+    arguments = command(image_folder, tmp_path / "a", steps=150)
+    with running("-c", LAUNCH, *arguments) as launcher:
+        wait_for(lambda: logged_steps(tmp_path / "a" / "run") > 25, "step 25")
+        os.kill(workers_of(launcher.pid)[1], signal.SIGKILL)
+        out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert "rank 1" in out + err
+    assert "SIGKILL" in out + err
+    assert "restart 1 of 2" in out + err
+    undisturbed = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command(image_folder, tmp_path / "b", steps=150)],
+        env=environment(),
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert undisturbed.returncode == 0
+    assert_equal(weights(tmp_path / "a" / "run"), weights(tmp_path / "b" / "run"))
+
+
+@pytest.mark.timeout(240)
+def test_workers_end_with_a_killed_launcher_and_the_run_goes_on(image_folder, tmp_path):
+    run_dir = tmp_path / "run"
+    with running("-c", LAUNCH, *command(image_folder, tmp_path, steps=4000)) as launcher:
+        wait_for(lambda: logged_steps(run_dir) > 15, "step 15")
+        workers = workers_of(launcher.pid)
+        assert len(workers) == 2
+        launcher.kill()
+        wait_for(lambda: not any(map(alive, workers)), "the end of the workers", 30)
+    assert checkpoint.newest(run_dir).step >= 10
+    # Two workers go on as one, with the same steps; the number of processes is no setting of the run.
+    result = dali_vit(*command(image_folder, tmp_path, "--max-hours", str(1 / 3600), steps=4000))
+    assert result.returncode == 75, result.stderr
+    assert "with 1 processes instead of 2" in result.stdout
+
+
+@pytest.mark.timeout(240)
+def test_a_mistake_of_the_user_is_not_tried_again(image_folder, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command(image_folder, tmp_path), "--batch-size", "7"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "restart" not in result.stdout + result.stderr
+    assert result.stderr.count("--batch-size 7") == 1
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_samples(first, second, image_folder, tmp_path, whole):
+    plain = ("--randaug-layers", "0", "--mixup-alpha", "0")
+    expected = dali_vit(*command(image_folder, tmp_path / "one", *plain))
+    assert expected.returncode == 0
+    for processes, hours, code in ((first, 0.1 / 3600, 75), (second, 1.0, 0)):
+        arguments = command(image_folder, tmp_path / "mixed", *plain, "--max-hours", str(hours))
+        starter = ["-m", "dali_vit"] if processes == 1 else ["-c", LAUNCH]
+        result = subprocess.run(
+            [sys.executable, *starter, *arguments],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == code, result.stderr
+    assert f"with {second} processes instead of {first}" in result.stdout
+    losses = [
+        [m["train/loss"] for m in read_metrics(tmp_path / n / "run") if "train/loss" in m] for n in ("one", "mixed")
+    ]
+    assert len(losses[0]) == len(losses[1]) == 60
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.timeout(240)
+def test_two_launchers_make_one_run(image_folder, tmp_path):
+    """Two "nodes" of one process each meet on loopback."""
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+                *("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", "29617"),
+                *("-m", "dali_vit", *command(image_folder, tmp_path, steps=15)),
+            ],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "2 x CPU" in outputs[0][0]
+    assert checkpoint.newest(tmp_path / "run").step == 15
+    assert checkpoint.newest(tmp_path / "run").loader["world_size"] == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.mark.timeout(120)
+def test_a_full_disk_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path, small_disk):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=120)) as process:
+        wait_for(lambda: list(small_disk.glob("step_*")), "the first checkpoint")
+        (small_disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 2, err
+    assert "training goes on" in out
+    assert err.splitlines()[-1].startswith("dali-vit: the last checkpoint could not be written")
+    assert not list(small_disk.glob(".tmp*"))
+    kept = checkpoint.newest(run_dir)
+    assert kept.step >= 10
+    (small_disk / "ballast").unlink()
+    assert dali_vit(*command(image_folder, tmp_path, steps=120)).returncode == 0
+    assert checkpoint.newest(run_dir).step == 120
+
+
+def stall(data: Path) -> None:
+    """Puts a pipe that nobody writes to in the place of every training image: reading one never ends."""
+    for path in (data / "train").rglob("*.jpg"):
+        path.unlink()
+        os.mkfifo(path)
+
+
+def wait_for_stall(run_dir: Path) -> None:
+    before = -1
+    while before != (before := logged_steps(run_dir)):
+        time.sleep(1)
+
+
+@pytest.mark.timeout(120)
+def test_a_stalled_reader_is_named_with_its_stage(tmp_path):
+    data = write_image_folder(tmp_path / "data", train=4, val=2)
+    with running("-m", "dali_vit", *command(data, tmp_path, "--hang-timeout", "3", steps=4000)) as process:
+        wait_for(lambda: logged_steps(tmp_path / "run") > 2, "step 2")
+        stall(data)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 70
+    assert "rank 0 hangs in the loader of step" in err
+
+
+@pytest.mark.timeout(120)
+def test_a_run_is_not_run_twice_at_once(image_folder, tmp_path):
+    with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=4000)) as process:
+        wait_for(lambda: logged_steps(tmp_path / "run") > 2, "step 2")
+        second = dali_vit(*command(image_folder, tmp_path, steps=4000))
+        assert process.poll() is None
+    assert second.returncode == 2
+    assert "another process is running it" in second.stderr
+
+
+@pytest.mark.timeout(240)
+def test_a_long_run_keeps_its_memory_descriptors_and_threads(image_folder, tmp_path):
+    """3,000 steps with evaluations and checkpoints in between."""
+    steps = 3000
+    samples: list[tuple[int, int, int]] = []
+    arguments = command(image_folder, tmp_path, "--eval-every", "50", "--checkpoint-every", "150", steps=steps)
+    with running("-m", "dali_vit", *arguments, output=subprocess.DEVNULL) as process:
+        proc = Path(f"/proc/{process.pid}")
+        seen = 0
+        while process.poll() is None:
+            if (step := logged_steps(tmp_path / "run")) >= seen + 100:
+                seen = step
+                with contextlib.suppress(OSError):
+                    resident = int((proc / "statm").read_text().split()[1])
+                    samples.append((resident, len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))))
+            time.sleep(0.01)
+    warm, late = samples[len(samples) // 3], samples[-3]
+    print(samples)
+    assert len(samples) >= 15
+    assert late[0] <= warm[0] * 1.02
+    # A pipeline that happens to be evaluating has a few more of both for a moment, at both ends of the run alike.
+    for kind in (1, 2):
+        early_least = min(sample[kind] for sample in samples[3 : len(samples) // 2])
+        late_least = min(sample[kind] for sample in samples[len(samples) // 2 :])
+        assert late_least <= early_least
