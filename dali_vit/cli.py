@@ -334,5 +334,5 @@ def _set_up_logging(rank: int) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("dali_vit")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False

@@ -167,6 +167,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def share_buffers(model: torch.nn.Module) -> None:
+    """Gives every rank the buffers of rank 0 (batch norm's running statistics differ between ranks)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

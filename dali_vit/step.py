@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
+
+# torch 2.15 renamed the argument.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
@@ -54,7 +60,7 @@ def build_update(
         step = DistributedDataParallel(
             step,
             device_ids=[group.device.index] if on_gpu else None,
-            broadcast_buffers=False,  # every rank builds the same ones
+            **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
             gradient_as_bucket_view=True,
             static_graph=True,
         )

@@ -25,7 +25,7 @@ from dali_vit import data as datasets
 from dali_vit import report
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, differences, to_yaml, total_steps, validate
-from dali_vit.distributed import Group, gather_objects
+from dali_vit.distributed import Group, gather_objects, share_buffers
 from dali_vit.evaluate import evaluate
 from dali_vit.metrics import MetricLog, StepTimer, Window, duration
 from dali_vit.mixup import sample_lambda
@@ -78,6 +78,13 @@ def plan(config: Config, world_size: int) -> Plan:
             f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
             " choose another --name"
         )
+    if checkpoint is not None:
+        before = checkpoint.loader["ranks"][0]["num_samples"]
+        if before != len(train_files):
+            raise UserError(
+                f"--data {config.data.data}: {len(train_files)} training images, {config.run_dir} was begun with"
+                f" {before}; choose another --name"
+            )
     total = total_steps(config.optim, len(train_files))
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
     return Plan(dataset, model, total, checkpoint)
@@ -114,7 +121,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         config,
         group,
         start_step=start,
-        bad_samples=_bad_samples(checkpoint.loader["ranks"] if checkpoint else []),
+        bad_samples=_bad_samples(checkpoint.loader["ranks"]) if checkpoint else [],
     )
     writer = None
     if group.is_main:
@@ -190,6 +197,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             loss_mean, grad_norm_mean = window.read()
             _check_skipped(window, done, config)
             bad_samples = _bad_samples(gather_objects(loader.state_dict()))
+            _check_bad_samples(bad_samples, dataset, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
@@ -239,6 +247,7 @@ def evaluate_splits(
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` and `/loss` on minival and val, as far as the data set has them."""
     metrics: dict[str, float] = {}
+    share_buffers(model)
     for name, files in (("minival", dataset.minival), ("val", dataset.val)):
         if files is None:
             continue
@@ -281,6 +290,16 @@ def _restore(
 def _bad_samples(loader_states: Sequence[dict[str, Any]]) -> list[int]:
     """Training samples that any rank has found undecodable."""
     return sorted({index for state in loader_states for index in state["bad_samples"]})
+
+
+def _check_bad_samples(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
+    """UserError, on every rank alike, once the ranks together have found more than the allowed share."""
+    count = len(dataset.split("train"))
+    if len(bad_samples) > max(1, config.data.max_bad_share * count):
+        raise UserError(
+            f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
+            f" {config.data.max_bad_share:g}); `dali-vit verify {config.data.data}` names them all"
+        )
 
 
 def _random_state(group: Group) -> dict[str, torch.Tensor]:

@@ -124,7 +124,10 @@ def compare(config: Config, dataset: datasets.Dataset, group: Group, seconds: fl
     Each is fed by as many threads (ours) or worker processes (the others) as this process has cores. Collective.
     """
     workers = datasets.num_threads(config, group)
-    contestants: dict[str, Contestant] = others(config, dataset.split("train"), group, workers)
+    files = dataset.split("train")
+    if not isinstance(files, FileList):
+        raise UserError(f"--compare: {dataset.root} holds shards, which the other loaders cannot read; give a folder")
+    contestants: dict[str, Contestant] = others(config, files, group, workers)
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
             next(batches)
