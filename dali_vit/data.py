@@ -25,7 +25,7 @@ from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
 from dali_vit.real_labels import load_real_labels
 from pipelines.loader import DecodeError, EvalLoader, TrainLoader
 from pipelines.readers import FileList
-from pipelines.shards import ShardList
+from pipelines.shards import ImageList, ShardList
 from pipelines.train import Augment
 
 __all__ = [
@@ -38,9 +38,6 @@ __all__ = [
     "load_eval_folder",
     "load_real_labels",
 ]
-
-# Files, or ranges of shards.
-ImageList = FileList | ShardList
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
@@ -131,12 +128,11 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
             if split is not None or name == "train":
                 raise UserError(f"{root / MANIFEST} has no {name}: prepare the set from a source that has one")
             continue
-        files: ImageList | None
-        if manifest.layout == "shards":
-            files = load_shards(root, manifest, name)
-        else:
+        files: ImageList
+        if manifest.layout == "folder":
             files = _list_split(root / name, manifest.classes, some_empty=True)
-        assert files is not None
+        else:
+            files = load_shards(root, manifest, name)
         if len(files) != count:
             raise UserError(
                 f"{root / name} has {len(files)} images but {MANIFEST} {count}: copy or prepare the set again, "

@@ -2,8 +2,8 @@
 
 ```
 dataset.json        the manifest: a folder that has one is whole
-train.index.npz     (shards) where every sample lies, in the order of label and name
-train/shard-000000.tar, shard-000000.idx, ... or train/<class>/*
+train.index.npz     (shards, index) where every sample lies, in the order of label and name
+train/shard-000000.tar, shard-000000.idx, ... (shards) or train/<class>/* (folder) or nothing (index)
 val...
 ```
 The order is that of an image folder's listing, so a set is trained on in the same order, with the same
@@ -49,11 +49,12 @@ class Shard:
     """One shard of a split."""
 
     file: str
-    """Path below the set's folder."""
+    """Path below the set's folder, or absolute where the set only refers to it."""
     samples: int
     bytes: int
     """Size of the file."""
-    sha256: str
+    sha256: str | None
+    """None for a file that was there before: it was not read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Split:
 class Manifest:
     """A prepared set."""
 
-    layout: Literal["folder", "shards"]
+    layout: Literal["folder", "shards", "index"]
     classes: tuple[str, ...]
     """Class names, by class index."""
     splits: dict[str, Split]
@@ -141,15 +142,13 @@ def save_index(path: Path, samples: ShardList) -> str:
     return file_sha256(path)
 
 
-def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList | None:
-    """The samples of a split that lies in shards, None if the set has no such split.
+def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
+    """The samples of a split that lies in shards.
 
     Raises UserError where a shard or the index is not there as the manifest has it; the contents of shards are
     left to `verify`.
     """
-    entry = manifest.splits.get(split)
-    if entry is None:
-        return None
+    entry = manifest.splits[split]
     index = root / f"{split}.index.npz"
     again = "copy the set again, or prepare it again"
     for shard in entry.shards:

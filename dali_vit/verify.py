@@ -22,11 +22,11 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.data import Dataset, ImageList, load_dataset
+from dali_vit.data import Dataset, load_dataset
 from dali_vit.environment import cpu_count
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
-from pipelines.shards import ShardList
+from pipelines.shards import ImageList, ShardList
 
 __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "inspect", "verify"]
 
@@ -249,11 +249,15 @@ def _duplicates(
 def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:
     """Shards whose checksum is not that of the manifest."""
     manifest = read_manifest(dataset.root)
-    shards = [(name, s) for name, split in manifest.splits.items() for s in split.shards] if manifest else []
+    splits = manifest.splits if manifest else {}
+    shards = [(name, shard) for name, split in splits.items() for shard in split.shards if shard.sha256]
     sums = _in_threads(lambda i: file_sha256(dataset.root / shards[i][1].file), range(len(shards)), workers)
     return [
         Problem(
-            "checksum", split, str(dataset.root / shard.file), f"SHA-256 is {found[:12]}..., was {shard.sha256[:12]}..."
+            "checksum",
+            split,
+            str(dataset.root / shard.file),
+            f"SHA-256 is {found[:12]}..., was {str(shard.sha256)[:12]}...",
         )
         for (split, shard), found in zip(shards, sums, strict=True)
         if found != shard.sha256

@@ -15,6 +15,7 @@ import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import do_not_convert
 
 from pipelines import randaugment_ops as ops
 
@@ -74,14 +75,7 @@ def rand_augment(
     branches = _branches(image_size, magnitude, contrast)
     if layers == 0:
         return images
-    # Of each draw, which branch and which of its variants: all layers at once, as a number costs as much as an array.
-    variants = [(name, sign) for name in OPS for sign in (-1, 1)]
-    places = [next((i, b.variants.index(v)) for i, b in enumerate(branches) if v in b.variants) for v in variants]
-    keys = list(range(len(variants)))
-    draws = dali_math.floor(fn.reshape(u, shape=[layers, NUM_UNIFORMS_PER_LAYER]) * _scale(image_size))
-    drawn = fn.cast(fn.coord_transform(draws, M=[2, 1, 0, 0]), dtype=types.INT32)  # [layers, 1], of variants
-    chosen = fn.lookup_table(drawn, keys=keys, values=[place[0] for place in places], dtype=types.INT32)
-    indices = fn.lookup_table(drawn, keys=keys, values=[place[1] for place in places], dtype=types.INT32)
+    chosen, indices, draws = _draw(u, layers, image_size, branches)
     for layer in range(layers):
         images = _apply_chosen(images, branches, chosen[layer, 0], indices[layer, 0], draws[layer])
     return images
@@ -110,11 +104,47 @@ def apply_op(
     return branch.apply(images, branch.variants.index(variant), types.Constant(pixel))
 
 
-def _scale(size: int) -> DataNode:
-    """What the uniforms of a layer are multiplied by: operations, signs, rows and columns."""
-    return types.Constant(np.array([[len(OPS), 2, size, size]], np.float32))
+# DALI rewrites the source of what is called within a pipeline definition, so that `if` takes nodes. Only
+# `_apply_chosen` needs that, and it takes seconds for the rest.
 
 
+@do_not_convert
+def _draw(u: DataNode, layers: int, size: int, branches: Sequence[_Branch]) -> tuple[DataNode, DataNode, DataNode]:
+    """Of each layer the branch and which of its variants, [layers, 1]; operation, sign and center, [layers, 4].
+
+    All layers at once: on the CPU, DALI takes 1 us a sample for an operation on a number, and no more for an array.
+    """
+    variants = [(name, sign) for name in OPS for sign in (-1, 1)]
+    places = [next((i, b.variants.index(v)) for i, b in enumerate(branches) if v in b.variants) for v in variants]
+    keys = list(range(len(variants)))
+    scale = types.Constant(np.array([[len(OPS), 2, size, size]], np.float32))
+    draws = dali_math.floor(fn.reshape(u, shape=[layers, NUM_UNIFORMS_PER_LAYER]) * scale)
+    drawn = fn.cast(fn.coord_transform(draws, M=[2, 1, 0, 0]), dtype=types.INT32)  # of variants
+    chosen = fn.lookup_table(drawn, keys=keys, values=[place[0] for place in places], dtype=types.INT32)
+    indices = fn.lookup_table(drawn, keys=keys, values=[place[1] for place in places], dtype=types.INT32)
+    return chosen, indices, draws
+
+
+def _apply_chosen(
+    images: DataNode, branches: Sequence[_Branch], chosen: DataNode, index: DataNode, draw: DataNode
+) -> DataNode:
+    """Send each sample through the branch that it drew.
+
+    One conditional after the other: nested ones would take a third longer, as every node and constant that a branch
+    uses is split on each level above it.
+    """
+    for i, branch in enumerate(branches):
+        if chosen == i:
+            images = _apply(branch, images, index, draw)
+    return images
+
+
+@do_not_convert
+def _apply(branch: _Branch, images: DataNode, index: DataNode, draw: DataNode) -> DataNode:
+    return branch.apply(images, index, draw[2:4])
+
+
+@do_not_convert
 def _branches(size: int, magnitude: float, contrast: str) -> list[_Branch]:
     """All operations with both signs, grouped by what can run together."""
     if not 0 <= magnitude <= MAX_MAGNITUDE:
@@ -215,7 +245,7 @@ def _warp_branches(strength: float, size: int) -> list[_Branch]:
         repaired_matrices = matrices(variants)
         count = max(table.shape[1] for table in repaired.values())
         missing = [((0, 0), (0, count - table.shape[1]), (0, 0)) for table in repaired.values()]
-        pastes = np.stack([np.pad(t, m, mode="edge") for t, m in zip(repaired.values(), missing)])  # noqa: B905
+        pastes = np.stack([np.pad(t, m, mode="edge") for t, m in zip(repaired.values(), missing, strict=True)])
 
         def warp_and_repair(images: DataNode, index: DataNode | int, center: DataNode) -> DataNode:
             warped = ops.warp(images, _row(repaired_matrices, index))
@@ -231,17 +261,3 @@ def _cutout_branch(strength: float, size: int) -> _Branch:
 
 def _row(table: np.ndarray, index: DataNode | int) -> DataNode:
     return types.Constant(table)[index]
-
-
-def _apply_chosen(
-    images: DataNode, branches: Sequence[_Branch], chosen: DataNode, index: DataNode, draw: DataNode
-) -> DataNode:
-    """Send each sample through the branch that it drew.
-
-    One conditional after the other: nested ones would take a third longer, as every node and constant that a branch
-    uses is split on each level above it.
-    """
-    for i, branch in enumerate(branches):
-        if chosen == i:
-            images = branch.apply(images, index, draw[2:4])
-    return images

@@ -93,6 +93,25 @@ def test_every_image_arrives_with_its_class_name_and_bytes(tmp_path, kind, to):
         assert entry["mean_bytes"] == round(size / len(images), 1)
 
 
+@pytest.mark.parametrize("kind", ["ilsvrc", "tfds", "inception"])
+def test_an_index_reads_the_source_in_place(tmp_path, kind):
+    arguments = write_source(kind, tmp_path / "source")
+    target = prepare(replace(arguments, target=tmp_path / "set", to="index"))
+    assert {path.name for path in target.iterdir()} == {MANIFEST, "train.index.npz", "val.index.npz"}
+    folder = datasets.write_folder(tmp_path / "folder", IMAGES)
+    assert contents(target, minival=0.25) == contents(folder, minival=0.25)
+    moved = (tmp_path / "source").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"source/.* cannot be found"):
+        load_dataset(target)
+    moved.rename(tmp_path / "source")
+    fails(replace(arguments, target=tmp_path / "small", to="index", shorter_side=32), "--shorter-side 32", "--to index")
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_an_index_needs_images_in_one_piece(tmp_path, kind):
+    fails(replace(write_source(kind, tmp_path / "source"), target=tmp_path / "set", to="index"), "--to shards")
+
+
 def test_minival_is_the_folders_whatever_the_layout(tmp_path):
     arguments = write_source("folder", tmp_path / "source")
     expected = contents(arguments.source, minival=0.25)

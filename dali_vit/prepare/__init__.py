@@ -26,7 +26,7 @@ from dali_vit.config import UserError
 from dali_vit.environment import cpu_count
 from dali_vit.manifest import Manifest, read_manifest, write_manifest
 from dali_vit.prepare.sources import Format, Source, open_source, sample_names
-from dali_vit.prepare.targets import Settings, write_folder, write_shards
+from dali_vit.prepare.targets import Settings, write_folder, write_index, write_shards
 from pipelines.shards import ShardList
 
 __all__ = ["PrepareArguments", "prepare"]
@@ -42,8 +42,9 @@ class PrepareArguments:
     """SOURCE: folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
     target: Annotated[Path, tyro.conf.Positional]
     """TARGET: folder to be made; while it is unfinished it is called TARGET.partial."""
-    to: Literal["shards", "folder"] = "shards"
-    """`shards`: WebDataset tars, shuffled, with DALI's indexes; `folder`: train/<class>/* and val/<class>/*."""
+    to: Literal["shards", "folder", "index"] = "shards"
+    """`shards`: WebDataset tars, shuffled, with DALI's indexes; `folder`: train/<class>/* and val/<class>/*; `index`:
+    nothing is copied, images are read from SOURCE's tars or TFRecords, which have to stay where they are."""
     source_format: Format = "auto"
     """What SOURCE holds; auto: known by its files."""
     val_labels: Path | None = None
@@ -99,7 +100,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     _claim(state, plan)
 
     splits = {}
-    write = write_shards if arguments.to == "shards" else write_folder
+    write = {"shards": write_shards, "folder": write_folder, "index": write_index}[arguments.to]
     for name, samples in source.splits.items():
         split = write(samples, name, source.classes, folder, state, settings, arguments.workers or cpu_count())
         splits[name] = split
@@ -174,7 +175,8 @@ def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
         digest.update("\n".join(sample_names(samples)).encode("utf-8", "surrogateescape"))
         digest.update(samples.labels.tobytes())
         if isinstance(samples, ShardList):
-            described.append([Path(shard).name for shard in samples.shards])
+            # An index depends on where the source lies, a copy does not.
+            described.append([shard if layout == "index" else Path(shard).name for shard in samples.shards])
             for column in (samples.shard, samples.offsets, samples.lengths):
                 digest.update(np.ascontiguousarray(column).tobytes())
     digest.update(json.dumps(described, ensure_ascii=True).encode())

@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.data import IMAGE_SUFFIXES, ImageList, load_dataset
+from dali_vit.data import IMAGE_SUFFIXES, load_dataset
 from pipelines.readers import FileList
-from pipelines.shards import ShardList
+from pipelines.shards import ImageList, ShardList
 
 __all__ = ["Format", "Row", "Source", "byte_ranges", "open_source", "read_sample", "sample_names"]
 

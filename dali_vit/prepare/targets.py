@@ -1,4 +1,4 @@
-"""The layouts that prepare writes: WebDataset shards and image folders.
+"""The layouts that prepare writes: WebDataset shards, image folders, and mere indexes.
 
 A split is cut into parts, each written by one thread and confirmed by a receipt, a small JSON file; a part that
 has its receipt is not written again.
@@ -24,13 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.data import ImageList
 from dali_vit.manifest import Shard, Split, save_index
 from dali_vit.prepare.sources import read_sample, sample_names
 from pipelines.readers import FileList
-from pipelines.shards import ShardList
+from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Settings", "shrink", "write_folder", "write_shards"]
+__all__ = ["Settings", "shrink", "write_folder", "write_index", "write_shards"]
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
@@ -170,6 +169,28 @@ def write_folder(
 
     receipts = _carry_out([part(i) for i in range(len(cuts) - 1)], split, state, cuts, workers)
     return Split(len(samples), sum(receipt["bytes"] for receipt in receipts))
+
+
+def write_index(
+    samples: ImageList,
+    split: str,
+    classes: tuple[str, ...],
+    folder: Path,
+    state: Path,
+    settings: Settings,
+    workers: int,
+) -> Split:
+    """Writes only where the images lie in the source's own tars or TFRecords; UserError for other sources."""
+    if not isinstance(samples, ShardList) or any(Path(path).parent == state for path in samples.shards):
+        raise UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
+    if settings.shorter_side is not None:
+        raise UserError(f"--shorter-side {settings.shorter_side}: --to index changes no image; choose --to shards")
+    counts = np.bincount(samples.shard, minlength=len(samples.shards)).tolist()
+    shards = [
+        Shard(path, count, os.path.getsize(path), None) for path, count in zip(samples.shards, counts, strict=True)
+    ]
+    checksum = save_index(folder / f"{split}.index.npz", samples)
+    return Split(len(samples), int(samples.lengths.sum()), checksum, tuple(shards))
 
 
 def _carry_out(parts: list[Part], split: str, state: Path, cuts: list[int], workers: int) -> list[dict[str, Any]]:

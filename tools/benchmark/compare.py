@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dali_vit import data as datasets
-from dali_vit.config import Config, DataConfig
+from dali_vit.config import Config, DataConfig, UserError
 from dali_vit.distributed import Group, gather_objects
 from pipelines.loader import TrainLoader
 from pipelines.order import TrainOrder
