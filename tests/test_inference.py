@@ -157,6 +157,39 @@ def test_convert_there_and_back_is_bit_exact(tmp_path, capsys):
     assert torch.equal(logits[0], logits[2])
 
 
+def test_what_convert_writes_loads_in_timm(tmp_path, capsys):
+    from functools import partial
+
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = create_model(CONFIG, num_classes=5, resolution=32, seed=3).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    big_vision.save_npz(tmp_path / "a.npz", big_vision.to_big_vision(model))
+    assert (
+        run("convert", str(tmp_path / "a.npz"), str(tmp_path / "b.safetensors"), "--resolution", "32", capsys=capsys)[0]
+        == 0
+    )
+    stock = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        num_classes=5,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        act_layer=partial(torch.nn.GELU, approximate="tanh"),
+    ).eval()
+    stock.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=True)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(stock(images), model(images), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.timeout(60)
 def test_convert_resamples_positions_and_overwrites_nothing(tmp_path, capsys):
     model = create_model(CONFIG, num_classes=5, resolution=32, seed=3)
