@@ -195,7 +195,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 continue
             seconds, waited = timer.read()
             loss_mean, grad_norm_mean = window.read()
-            _check_skipped(window, done, config)
+            _check_skipped(window, range(done - timer.steps, done), total, config)
             bad_samples = _bad_samples(gather_objects(loader.state_dict()))
             _check_bad_samples(bad_samples, dataset, config)
             if writer:
@@ -318,13 +318,14 @@ def _evaluation_steps(every: float, epoch_steps: float, total: int) -> set[int]:
     return steps
 
 
-def _check_skipped(window: Window, step: int, config: Config) -> None:
-    """UserError, on every rank alike, once more steps were left out than allowed."""
-    if window.skipped > config.run.max_skipped_steps:
+def _check_skipped(window: Window, steps: range, total: int, config: Config) -> None:
+    """UserError, on every rank alike, once more steps were left out than allowed, or if the run would end on one."""
+    last = steps.stop == total and not window.healthy
+    if window.skipped > config.run.max_skipped_steps or last:
         kept = checkpoints.newest(config.run_dir)
         raise UserError(
-            f"the gradient was not finite in {window.skipped} steps, the last of them between the last two log lines"
-            f" before step {step} (--max-skipped-steps {config.run.max_skipped_steps}); lower --lr;"
+            f"the gradient was not finite in {window.skipped} steps, the last of them between steps {steps.start + 1}"
+            f" and {steps.stop} (--max-skipped-steps {config.run.max_skipped_steps}); lower --lr;"
             f" last good checkpoint: {kept.path if kept else 'none yet'}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -206,6 +207,7 @@ def test_gradients_that_stay_not_finite_stop_the_run(image_folder, tmp_path, cap
     code, _, err = run(*command, "--lr", "1e30", "--grad-clip-norm", "None", "--checkpoint-every", "2", capsys=capsys)
     assert code == 2
     assert "the gradient was not finite in 11 steps" in err or "the gradient was not finite in 12 steps" in err
+    assert re.search(r"the last of them between steps \d+ and \d+ ", err)
     assert "last good checkpoint" in err
     assert err.count("\n") == 1
     kept = checkpoint.newest(tmp_path / "runs" / "nan")
