@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 from pipelines import crop
@@ -43,16 +44,19 @@ def eval_pipeline(
     decoder: Decoder,
     device_id: int | None,
     num_threads: int,
+    start_batch: int = 0,
+    bad: np.ndarray | None = None,
     prefetch_queue_depth: int = 2,
 ) -> Pipeline:
-    """The evaluation pipeline, not built yet: run k gives batch k, then StopIteration after the last one.
+    """The evaluation pipeline, not built yet: run k gives batch start_batch + k, then StopIteration.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
     images uint8 [b, image_size, image_size, 3] and labels int64 [b] with b = order.batch_size; label -1 marks
-    padding. The smaller side is resized to image_size * 256 / 224. Held to reference/eval_preprocess.npz.
+    padding, and the grey images in the places of the samples marked in bad, bool [N]. The smaller side is resized
+    to image_size * 256 / 224. Held to reference/eval_preprocess.npz.
     """
     return _eval_graph(
-        EvalSource(samples, order),
+        EvalSource(samples, order, start_batch, bad),
         image_size,
         decoder,
         "cpu" if device_id is None else "gpu",

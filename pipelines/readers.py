@@ -110,11 +110,20 @@ def _placeholder(encoded: bool) -> np.ndarray:
     return np.frombuffer(_PLACEHOLDER.read_bytes() if encoded else os.fsencode(_PLACEHOLDER), np.uint8)
 
 
+def _payload(samples: Samples, indices: np.ndarray, left_out: np.ndarray | None) -> list[np.ndarray]:
+    """The payload of samples, a grey image in the places that are left out, bool [len(indices)]."""
+    if left_out is None or not left_out.any():
+        return samples.payload(indices)
+    kept = iter(samples.payload(indices[~left_out]))
+    placeholder = _placeholder(samples.encoded)
+    return [placeholder if out else next(kept) for out in left_out.tolist()]
+
+
 @dataclass(frozen=True)
 class TrainSource:
     """What the training graph reads: iteration -> payload, and iteration -> (labels, uniforms, ...) of that step.
 
-    It keeps nothing between calls, so a pipeline can be built at any step: iteration 0 is start_step. The
+    It keeps nothing between calls, so a pipeline can be built at any step: iteration i is start_step + i stride. The
     uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
     graph would cost more than drawing them.
     """
@@ -123,6 +132,8 @@ class TrainSource:
     order: TrainOrder
     counts: Sequence[int]
     start_step: int = 0
+    stride: int = 1
+    """Steps from one iteration to the next."""
     bad: np.ndarray | None = None
     """Which samples to leave out, bool [N]: in their place comes a grey image of label -1."""
 
@@ -131,15 +142,11 @@ class TrainSource:
         return 1 + len(self.counts)
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
-        indices = self.order.indices(self.start_step + info.iteration)
-        if self.bad is None or not (bad := self.bad[indices]).any():
-            return self.samples.payload(indices)
-        good = iter(self.samples.payload(indices[~bad]))
-        placeholder = _placeholder(self.samples.encoded)
-        return [placeholder if left_out else next(good) for left_out in bad.tolist()]
+        indices = self.order.indices(self.start_step + info.iteration * self.stride)
+        return _payload(self.samples, indices, None if self.bad is None else self.bad[indices])
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
-        step = self.start_step + info.iteration
+        step = self.start_step + info.iteration * self.stride
         indices = self.order.indices(step)
         labels = self.samples.labels[indices]
         if self.bad is not None:
@@ -153,25 +160,31 @@ class TrainSource:
 class EvalSource:
     """What the evaluation graph reads: iteration -> payload, iteration -> (labels,); StopIteration after the last.
 
-    Padding repeats the first sample and is labelled -1.
+    Iteration 0 is start_batch. Padding is a grey image, labelled -1.
     """
 
     samples: Samples
     order: EvalOrder
+    start_batch: int = 0
+    bad: np.ndarray | None = None
+    """Which samples to leave out, bool [N]: in their place comes padding."""
 
     num_arrays: ClassVar[int] = 1
 
-    def _indices(self, info: BatchInfo) -> np.ndarray:
-        if info.iteration >= self.order.num_batches:
+    def _indices(self, info: BatchInfo) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of a batch, int64 [batch_size], and which of its places are padding, bool [batch_size]."""
+        batch = self.start_batch + info.iteration
+        if batch >= self.order.num_batches:
             raise StopIteration
-        return self.order.indices(info.iteration)
+        indices = self.order.indices(batch)
+        return indices, indices < 0 if self.bad is None else (indices < 0) | self.bad[indices]
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
-        return self.samples.payload(np.maximum(self._indices(info), 0))
+        return _payload(self.samples, *self._indices(info))
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
-        indices = self._indices(info)
-        return (np.where(indices < 0, -1, self.samples.labels[indices]),)
+        indices, padding = self._indices(info)
+        return (np.where(padding, -1, self.samples.labels[indices]),)
 
 
 def read(source: TrainSource | EvalSource) -> list[DataNode]:
@@ -179,4 +192,7 @@ def read(source: TrainSource | EvalSource) -> list[DataNode]:
     # Copying encoded images takes 16 us each, in one thread, and so would reading them from a memory map.
     payload = fn.external_source(source.payload, batch=True, batch_info=True, no_copy=True)
     arrays = fn.external_source(source.arrays, num_outputs=source.num_arrays, batch=True, batch_info=True)
-    return [payload if source.samples.encoded else fn.io.file.read(payload), *arrays]
+    if not source.samples.encoded:
+        # As memory maps DALI would remember every path it has ever read, 265 bytes each, and be no faster.
+        payload = fn.io.file.read(payload, dont_use_mmap=True)
+    return [payload, *arrays]

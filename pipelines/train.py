@@ -100,10 +100,11 @@ def train_pipeline(
     device_id: int | None,
     num_threads: int,
     start_step: int = 0,
+    stride: int = 1,
     bad: np.ndarray | None = None,
     prefetch_queue_depth: int = 2,
 ) -> Pipeline:
-    """The training pipeline, not built yet: run k gives step start_step + k, without end.
+    """The training pipeline, not built yet: run k gives step start_step + k stride, without end.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
     images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
@@ -116,7 +117,7 @@ def train_pipeline(
     if augment.randaug_layers > 0:
         counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
     return _train_graph(
-        TrainSource(samples, order, counts, start_step, bad),
+        TrainSource(samples, order, counts, start_step, stride, bad),
         image_size,
         augment,
         decoder,

@@ -103,6 +103,14 @@ def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList) -> Non
             assert torch.equal(labels, batches[step][1])
 
 
+def test_threads_and_the_pipelines_they_part_into_change_no_bit(files: FileList) -> None:
+    one, several = train_loader(files, num_threads=1), train_loader(files, num_threads=3)
+    for step in range(5):
+        assert one.step == several.step == step
+        for expected, actual in zip(next(one), next(several), strict=True):
+            assert torch.equal(expected, actual)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_sample_is_augmented_alike_on_any_number_of_ranks(files: FileList, world_size: int) -> None:
     options: dict[str, Any] = {"batch_size": 8, "augment": Augment(), "start_step": 1}

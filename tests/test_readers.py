@@ -100,13 +100,16 @@ def test_the_placeholder_is_a_grey_image(encoded: bool) -> None:
         assert (np.asarray(image) == 128).all()
 
 
-def test_eval_source_pads_with_a_real_file_and_ends() -> None:
+def test_eval_source_pads_with_the_placeholder_and_ends() -> None:
     files = FileList.from_paths([f"{i}.jpg" for i in range(5)], [7, 8, 9, 10, 11])
     source = EvalSource(files, EvalOrder(5, 2, 1, 2))
     assert decoded(source.payload(batch(0))) == ["2.jpg", "3.jpg"]
     assert source.arrays(batch(0))[0].tolist() == [9, 10]
-    assert decoded(source.payload(batch(1))) == ["0.jpg", "0.jpg"]
+    assert decoded(source.payload(batch(1))) == decoded([_placeholder(False)]) * 2
     assert source.arrays(batch(1))[0].tolist() == [-1, -1]
+    bad = EvalSource(files, EvalOrder(5, 4, 0, 1), 1, np.array([True, False, True, False, False]))
+    assert decoded(bad.payload(batch(0))) == ["4.jpg", *decoded([_placeholder(False)]) * 3]
+    assert bad.arrays(batch(0))[0].tolist() == [11, -1, -1, -1]
     for callable_ in (source.payload, source.arrays):
         with pytest.raises(StopIteration):
             callable_(batch(2))

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -117,3 +119,26 @@ def test_training_and_evaluation_are_those_of_files(samples, payloads, tmp_path)
     for expected, found in zip(*(EvalLoader(s, batch_size=8, **common) for s in (files, samples)), strict=True):
         assert torch.equal(expected[1], found[1])
         assert torch.equal(expected[0], found[0])
+
+
+@pytest.mark.timeout(60)
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """Both splits of a set, as a run has them; 1,024 is the usual limit."""
+    program = (
+        "import resource, sys, numpy as np\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))\n"
+        "from pipelines.readers import FileList\n"
+        "from pipelines.shards import ShardList\n"
+        "def load(split, count):\n"
+        "    numbers = np.arange(count)\n"
+        "    names = FileList.from_paths([f'c/{i}' for i in numbers], numbers)\n"
+        "    shards = tuple(f'{sys.argv[1]}/{i}' for i in numbers)\n"
+        "    samples = ShardList(shards, names, numbers.astype(np.int32), numbers * 0, numbers * 0 + 4, numbers)\n"
+        "    assert [d.tobytes() for d in samples.payload(numbers)] == [b'%04d' % i for i in numbers]\n"
+        "    return samples\n"
+        "splits = [load('train', 1500), load('val', 300)]\n"
+    )
+    for i in range(1500):
+        (tmp_path / str(i)).write_bytes(b"%04d" % i)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from pipelines.crop import Decoder
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.readers import FileList
 from pipelines.train import Augment
+from tests import bad_images
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,3 +156,29 @@ def test_a_bad_file_is_left_out(files: FileList, tmp_path: Path) -> None:
     assert loader.bad_samples == (15,)
     assert all((batch != 15).all() for batch in labels)
     assert any((batch == -1).any() for batch in labels)
+
+
+def test_an_evaluation_leaves_bad_files_out(files: FileList, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.JPEG"
+    bad.write_bytes(Path(files.path(0)).read_bytes()[:1000])
+    at = (0, 17, NUM_FILES - 1)
+    paths = [str(bad) if i in at else files.path(i) for i in range(NUM_FILES)]
+    options: dict[str, Any] = {"batch_size": 16, "image_size": 96, "device": "cuda", **SHARED}
+    loader = EvalLoader(FileList.from_paths(paths, range(NUM_FILES)), max_bad_share=0.1, **options)
+    for _ in range(2):
+        labels = torch.cat([batch.cpu() for _, batch in loader])
+        assert sorted(labels[labels >= 0].tolist()) == sorted(set(range(NUM_FILES)) - set(at))
+    assert loader.bad_samples == at
+
+
+def test_rare_formats_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """4:1:1 and 16-bit PNG; test_rare_images holds the CPU's to the values."""
+    rows = np.linspace(0, 65535, 64 * 128 * 3).astype(">u2").reshape(64, -1)
+    deep = bad_images.png(128, 64, 16, b"".join(b"\0" + row.tobytes() for row in rows))
+    files = bad_images.write(tmp_path / "images", [bad_images.jpeg_411(), deep])
+    options: dict[str, Any] = {"batch_size": 2, "image_size": 56, "decoder": Decoder(fast_idct=False), **SHARED}
+    on_gpu, on_cpu = (
+        next(iter(EvalLoader(files, device=device, **options)))[0].cpu().numpy().astype(int)
+        for device in ("cuda", "cpu")
+    )
+    assert np.abs(on_gpu - on_cpu).mean(axis=(1, 2, 3)).max() < 3

@@ -1,0 +1,131 @@
+"""Samples that cannot be read or decoded: which they are, and how many are passed over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipelines import probe
+from pipelines.readers import Samples
+
+__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg"]
+
+log = logging.getLogger("dali_vit.data")  # among the training's own messages
+
+# Where this many samples are tried and all fail, it is not the samples: a disk is gone, or the device's memory full.
+_NOT_THE_SAMPLES = 16
+
+
+class DecodeError(ValueError):
+    """Samples that cannot be read or decoded, where that cannot be passed over."""
+
+    def __init__(self, message: str, paths: Sequence[str]) -> None:
+        super().__init__(message)
+        self.paths = list(paths)
+        """Names of the samples."""
+
+
+class BadSamples:
+    """What is known of the samples that cannot be read or decoded.
+
+    `indices`: those known from before. make: a pipeline that fails where a sample is bad. Raises DecodeError when
+    more are bad than the share max_share of all samples (1 is allowed in any case, unless the share is 0), and
+    ValueError for arguments out of range.
+    """
+
+    def __init__(self, samples: Samples, make: probe.MakePipeline, indices: Sequence[int], max_share: float) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_bad_share is {max_share}: it must be within [0, 1]")
+        if not all(0 <= index < len(samples) for index in indices):
+            raise ValueError(f"bad_samples holds other indices than those of the {len(samples)} samples")
+        self._samples, self._make = samples, make
+        self._max = max(int(max_share * len(samples) + 1e-6), int(max_share > 0))
+        self.mask = np.zeros(len(samples), bool)
+        """Which samples are bad, bool [N]; it changes in place."""
+        self.mask[list(indices)] = True
+        self.tried = self.mask.copy()
+        """Which samples are known to be good or bad, bool [N]."""
+        self._check_share()
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The bad samples, rising."""
+        return tuple(np.flatnonzero(self.mask).tolist())
+
+    def find(self, indices: np.ndarray, *, failed: bool) -> bool:
+        """Tries samples and marks the bad ones, each named in a warning; whether there are any.
+
+        failed: one of them is thought to have made a pipeline fail; if all fail, it is not them.
+        """
+        # After a failure those tried before are tried again: a file may have been removed since.
+        indices = indices[~(self.mask[indices] if failed else self.tried[indices])]
+        if len(indices) == 0:
+            return False
+        # Where none is passed over, all are to be named.
+        at_most = self._max - int(self.mask.sum()) if self._max else len(indices)
+        places, tried = _undecodable(self._samples.subset(indices), self._make, at_most)
+        if failed and len(places) == tried > min(at_most, _NOT_THE_SAMPLES - 1):
+            return False
+        bad = indices[places]
+        if len(bad) and not self._max:
+            names = [self._samples.path(i) for i in bad.tolist()]
+            raise DecodeError(f"cannot read or decode {_some(names)}: replace or remove the file", names)
+        self.tried[indices[:tried]] = True
+        self.mask[bad] = True
+        for index in bad.tolist():
+            log.warning("%s cannot be read or decoded: left out for the rest of the run", self._samples.path(index))
+        self._check_share()
+        return len(bad) > 0
+
+    def _check_share(self) -> None:
+        bad = self.indices
+        if len(bad) > self._max:
+            names = [self._samples.path(i) for i in bad]
+            raise DecodeError(
+                f"{len(bad)} of {len(self._samples)} samples cannot be read or decoded, more than the {self._max}"
+                f" that are passed over: {_some(names)}; find and remove them with `dali-vit verify PATH`",
+                names,
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tuple[list[int], int]:
+    """Places of the samples that fail when tried alone, and how many were tried.
+
+    It is given up at the first failure beyond at_most, or when the first _NOT_THE_SAMPLES all fail.
+    """
+    bad: list[int] = []
+    tried = 0
+    for tried, (place, decodes) in enumerate(probe.try_samples(samples, make), start=1):
+        if not decodes:
+            bad.append(place)
+        if tried == _NOT_THE_SAMPLES if len(bad) == tried else len(bad) > at_most:
+            break
+    return bad, tried
+
+
+def has_end_of_jpeg(last_bytes: np.ndarray) -> np.ndarray:
+    """Whether an end-of-image marker is among the last bytes of files, [N, bytes] -> bool [N]."""
+    return ((last_bytes[:, :-1] == 0xFF) & (last_bytes[:, 1:] == 0xD9)).any(axis=1)
+
+
+def begins_as_jpeg(samples: Samples, indices: np.ndarray) -> np.ndarray:
+    """Whether samples begin with a start-of-image marker or cannot be read any more, [N] -> bool [N]."""
+    starts = [_first_bytes(samples, payload) for payload in samples.payload(indices)]
+    return np.array([start in (b"\xff\xd8", None) for start in starts], bool)
+
+
+def _first_bytes(samples: Samples, payload: np.ndarray) -> bytes | None:
+    """The two bytes that an encoded image begins with; None if it cannot be read."""
+    if samples.encoded:
+        return payload[:2].tobytes()
+    try:
+        with open(payload.tobytes(), "rb") as file:
+            return file.read(2)
+    except OSError:
+        return None

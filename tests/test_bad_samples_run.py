@@ -1,0 +1,135 @@
+"""Whole runs and evaluations past what cannot be decoded, with exact counts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dali_vit.data import load_dataset
+from pipelines import probe
+from pipelines.crop import Decoder
+from pipelines.loader import DecodeError, EvalLoader
+from pipelines.readers import Samples
+from tests.bad_images import BAD, InMemory, encoded, mutations, with_bad, write
+from tests.conftest import CLASSES, TINY, dali_vit, read_metrics
+
+pytestmark = pytest.mark.timeout(240)
+
+LEFT_OUT = "cannot be read or decoded: left out"
+
+
+def undecodable(samples: Samples) -> set[str]:
+    """Names of the samples whose whole image DALI does not decode, each tried alone."""
+    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
+    return {samples.path(i) for i, decodes in probe.try_samples(samples, make, batch_size=1) if not decodes}
+
+
+def folder_of(root: Path, contents: list[bytes]) -> Path:
+    """Training images in turn of each class, and one image a class of val."""
+    for i, content in enumerate(contents):
+        path = root / "train" / CLASSES[i % len(CLASSES)] / f"{i:03d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    for i, name in enumerate(CLASSES):
+        (root / "val" / name).mkdir(parents=True)
+        (root / "val" / name / "0.JPEG").write_bytes(encoded(seed=i))
+    return root
+
+
+def test_a_run_survives_300_mutated_images_wherever_they_are(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", [encoded(seed=i) for i in range(300)] + mutations(300))
+    dataset = load_dataset(data, minival=0.1)
+    bad = {split: undecodable(dataset.split(split)) for split in ("train", "minival")}
+    assert 150 < len(bad["train"]) < 300
+    assert len(bad["minival"]) > 10
+    result = dali_vit(
+        *("train", "--data", data, "--runs-dir", tmp_path, "--name", "run", "--gpus", "0", "--threads", "1", *TINY),
+        *("--minival", "0.1", "--batch-size", "36", "--epochs", "2", "--log-every", "15", "--max-bad-share", "1"),
+        *("--checkpoint-every", "30"),
+    )
+    assert result.returncode == 0, result.stderr
+    named = re.findall(rf"^(.*) {LEFT_OUT}", result.stdout, re.MULTILINE)
+    assert sorted(named) == sorted(bad["train"] | bad["minival"])
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1]["step"] == 30
+    assert [m["data/bad_samples"] for m in metrics if "data/bad_samples" in m][-1] == len(bad["train"])
+    assert [m["minival/bad_samples"] for m in metrics if "minival/top1" in m] == [len(bad["minival"])] * 2
+    assert "val/bad_samples" not in metrics[-1]
+    assert np.isfinite(metrics[-1]["minival/loss"])
+
+
+def test_past_one_percent_a_run_stops(tmp_path: Path) -> None:
+    contents = [encoded(seed=i) for i in range(201)]
+    for i in (20, 60, 100):
+        contents[i] = contents[i][:-20]  # found only by decoding it
+    data = folder_of(tmp_path / "data", contents)
+    command = ["train", "--data", data, "--runs-dir", tmp_path, "--name", "run", "--gpus", "0", "--threads", "1", *TINY]
+    command += ["--minival", "0", "--steps", "25", "--log-every", "25", "--eval-every", "0"]
+    result = dali_vit(*command)
+    assert result.returncode == 2
+    assert re.search(r"3 of 201 (training images|samples) cannot be (read or )?decoded", result.stderr)
+    assert "dali-vit verify" in result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("dali-vit: ")
+    (data / "train" / CLASSES[0] / "100.JPEG").unlink()
+    result = dali_vit(*command, "--name", "again")
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(tmp_path / "again")[-2]["data/bad_samples"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def eval_loader(samples: Samples, **options: Any) -> EvalLoader:
+    defaults: dict[str, Any] = {"batch_size": 8, "image_size": 16, "rank": 0, "world_size": 1, "device": "cpu"}
+    return EvalLoader(samples, **(defaults | {"num_threads": 2} | options))
+
+
+def one_pass(loader: EvalLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_evaluation_leaves_bad_images_out_and_nothing_else(
+    in_memory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the first batch, in the last, and where padding repeats the first image."""
+    kinds = dict(zip((0, 9, 10, 37), ("half", "text", "half a PNG", "60,000 x 60,000 JPEG"), strict=True))
+    contents = with_bad(38, {i: BAD[kind] for i, kind in kinds.items()})
+    files = write(tmp_path / "images", contents)
+    samples = InMemory(contents, files.labels) if in_memory else files
+    good_images, good_labels = one_pass(eval_loader(write(tmp_path / "good", with_bad(38, {}))))
+    bad = torch.isin(good_labels, torch.tensor(list(kinds)))
+
+    loader = eval_loader(samples, max_bad_share=0.2)
+    with caplog.at_level(logging.WARNING, "dali_vit.data"):
+        passes = [one_pass(loader) for _ in range(3)]
+    assert loader.bad_samples == tuple(kinds)
+    assert [record.message.split(f" {LEFT_OUT}")[0] for record in caplog.records] == [samples.path(i) for i in kinds]
+    known = one_pass(eval_loader(samples, max_bad_share=0.2, bad_samples=tuple(kinds)))
+    for images, labels in (*passes, known):
+        assert torch.equal(labels, torch.where(bad, -1, good_labels))
+        assert torch.equal(images[~bad & (good_labels >= 0)], good_images[~bad & (good_labels >= 0)])
+        assert (images[bad] == 128).all()
+
+    ranks = [one_pass(eval_loader(samples, rank=rank, world_size=2, max_bad_share=0.2))[1] for rank in range(2)]
+    counted = torch.cat(ranks)
+    assert sorted(counted[counted >= 0].tolist()) == sorted(set(range(38)) - set(kinds))
+
+
+def test_an_evaluation_ends_past_its_share_and_every_time(tmp_path: Path) -> None:
+    files = write(tmp_path / "images", with_bad(38, dict.fromkeys((3, 12, 30), BAD["half"])))
+    with pytest.raises(DecodeError, match=r"3 of 38 samples .* more than the 2 .* `dali-vit verify"):
+        one_pass(eval_loader(files, max_bad_share=0.06))
+    strict = eval_loader(files)
+    for _ in range(2):
+        with pytest.raises(DecodeError, match=r"cannot read or decode .*/003.JPEG and|cannot read or decode .*/003"):
+            one_pass(strict)
+    assert strict.bad_samples == ()

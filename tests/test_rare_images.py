@@ -1,0 +1,80 @@
+"""Decompression bombs take no memory, and formats that are rare decode to RGB."""
+
+from __future__ import annotations
+
+import io
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.crop import MAX_PIXELS, Decoder
+from pipelines.loader import DecodeError, EvalLoader
+from pipelines.readers import FileList
+from tests.bad_images import BAD, encoded, jpeg_411, loader, png, take, with_bad, write
+
+pytestmark = pytest.mark.timeout(240)
+
+# ----------------------------------------------------------------------------------------------------- bombs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if " x " in kind])
+def test_a_bomb_takes_no_memory(kind: str, tmp_path: Path) -> None:
+    files = write(tmp_path / "images", with_bad(16, {3: BAD[kind]}))
+    take(loader(files), 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    take(loader(files), 2)
+    batches = EvalLoader(files, batch_size=4, image_size=16, rank=0, world_size=1, device="cpu", num_threads=1)
+    with pytest.raises(DecodeError) as error:
+        list(batches)
+    assert error.value.paths == [files.path(3)]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (8000, 8000), 77).save(path)
+    assert MAX_PIXELS > 8000 * 8000
+    train = loader(FileList.from_paths([str(path)], [2]), batch_size=1)
+    images, labels = next(train)
+    assert labels.tolist() == [2]
+    assert (images == 77).all()
+
+
+def test_evaluation_refuses_a_strip_that_scaled_up_would_be_a_bomb(tmp_path: Path) -> None:
+    files = write(tmp_path / "images", [encoded((3000, 40)), encoded((60_000, 1))])
+    batches = iter(EvalLoader(files, batch_size=1, image_size=64, rank=0, world_size=1, device="cpu", num_threads=1))
+    assert next(batches)[1].tolist() == [0]
+    with pytest.raises(DecodeError) as error:
+        next(batches)
+    assert error.value.paths == [files.path(1)]
+
+
+# ----------------------------------------------------------------------------------------------- rare formats
+
+
+def test_rare_formats_decode_to_rgb(tmp_path: Path) -> None:
+    """Besides those of test_crop."""
+    values = np.random.default_rng(0).integers(0, 2**16, (64, 128, 3), np.uint16)
+    grey = np.random.default_rng(1).integers(0, 2**16, (64, 128), np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(grey).save(stream, "PNG")
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    contents = [jpeg_411(), png(128, 64, 16, rows), stream.getvalue()]
+    expected = [
+        np.asarray(Image.open(io.BytesIO(contents[0])).convert("RGB")).astype(float),
+        values / 257,
+        np.broadcast_to(grey[:, :, None], (64, 128, 3)) / 257,
+    ]
+    files = write(tmp_path / "images", contents)
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "device": "cpu", "num_threads": 1}
+    batches = EvalLoader(files, batch_size=3, image_size=56, decoder=Decoder(fast_idct=False), **options)
+    images, _ = next(iter(batches))  # the smaller side stays 64
+    for image, pixels in zip(images.numpy(), expected, strict=True):
+        assert np.abs(image - pixels[4:60, 36:92]).mean() < 1
+    train = loader(files, batch_size=3)
+    assert sorted(next(train)[1].tolist()) == [0, 1, 2]
+    assert train.bad_samples == ()
