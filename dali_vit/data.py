@@ -1,18 +1,16 @@
 """Which images there are and which split each belongs to.
 
 An image folder holds `train/<class>/*` and `val/<class>/*`; the class index is the place of the folder's name
-among the sorted names. Nothing is opened or stat'ed while listing: 1.3 million files take seconds. Of a set that
+among the sorted names. Nothing is opened while listing, and the listing of a large folder is kept. Of a set that
 `prepare` made the manifest says what it holds.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,23 @@ from dali_vit.config import Config, UserError
 from dali_vit.demo import demo_folder
 from dali_vit.distributed import Group
 from dali_vit.environment import cpu_count
+from dali_vit.listing import (
+    IMAGE_SUFFIXES,
+    IO_THREADS,
+    check_root,
+    check_same_classes,
+    class_names,
+    list_split,
+    some,
+)
 from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
+from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
+from dali_vit.remote import fetch, is_remote
 from pipelines.loader import DecodeError, EvalLoader, TrainLoader
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
-from pipelines.train import Augment
+from pipelines.train import Augment, Decoder
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -39,17 +48,11 @@ __all__ = [
     "load_real_labels",
 ]
 
-# What DALI's decoders take on both devices (GIF is not among them); any case.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
-
 # First bytes of the same formats.
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|BM|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
-
-# Listing and peeking wait for the file system, which on a network answers many requests at once.
-_IO_THREADS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,8 @@ class Dataset:
 def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None = None) -> Dataset:
     """Index of an image folder, of a set made by prepare, or of the demo dataset (`demo`, made on first use).
 
+    Shards at s3://bucket/prefix or gs://bucket/prefix are copied to this machine first.
+
     minival: share of the training images held out, in [0, 1); exactly round(minival x images) of them.
     split: read only the folder of this split (`train`, `minival` or `val`), and need no other; by default
     `train/` must be there and `val/` may be.
@@ -97,24 +102,27 @@ def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None =
     assert split in (None, "train", "minival", "val"), split
     if not 0 <= minival < 1:
         raise UserError(f"--minival {minival:g}: must be a share from 0 to below 1")
+    if is_remote(data):
+        needed = {None: ("train", "val"), "val": ("val",)}.get(split, ("train",))
+        data = fetch(str(data), needed)
     root = demo_folder() if str(data) == "demo" else Path(data).expanduser().absolute()
     name = "demo" if str(data) == "demo" else root.name
     folder = "val" if split == "val" else "train"
     manifest = read_manifest(root)
     if manifest is not None:
         return _load_prepared(root, manifest, minival, split)
-    _check_root(root, folder)
+    check_root(root, folder)
 
     train: ImageList | None = None
     held_out = val = None
     has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
-    classes = _class_names(root / folder)
+    classes = class_names(root / folder)
     if has_train and has_val and split in (None, "val"):
-        _check_same_classes(root, _class_names(root / "train"), _class_names(root / "val"))
+        check_same_classes(root, class_names(root / "train"), class_names(root / "val"))
     if split != "val":
-        train, held_out = _split_minival(_list_split(root / "train", classes), root / "train", minival)
+        train, held_out = split_minival(list_split(root / "train", classes), root / "train", minival)
     if split in (None, "val") and has_val:
-        val = _list_split(root / "val", classes)
+        val = list_split(root / "val", classes)
     return Dataset(name, root, tuple(classes), train, held_out, val)
 
 
@@ -130,7 +138,7 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
             continue
         files: ImageList
         if manifest.layout == "folder":
-            files = _list_split(root / name, manifest.classes, some_empty=True)
+            files = list_split(root / name, manifest.classes, some_empty=True)
         else:
             files = load_shards(root, manifest, name)
         if len(files) != count:
@@ -140,7 +148,7 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
             )
         loaded[name] = files
     if loaded["train"] is not None:
-        loaded["train"], loaded["minival"] = _split_minival(loaded["train"], root / "train", minival)
+        loaded["train"], loaded["minival"] = split_minival(loaded["train"], root / "train", minival)
     return Dataset(root.name, root, manifest.classes, **loaded)
 
 
@@ -153,17 +161,17 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
     root = Path(path).expanduser().absolute()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one that holds <class>/* or, as ImageNet-V2, 0/* to 999/*")
-    names = _class_names(root)
+    names = class_names(root)
     index = {name: i for i, name in enumerate(classes)}
     if not set(names) <= set(index) and all(name.isdecimal() for name in names):
         index = {name: int(name) for name in names if int(name) < len(classes)}
     unknown = [name for name in names if name not in index]
     if unknown:
         raise UserError(
-            f"{root} has folders that are none of the model's {len(classes)} classes ({_some(unknown)}): "
+            f"{root} has folders that are none of the model's {len(classes)} classes ({some(unknown)}): "
             "name them as the training set's, or by class index"
         )
-    files = _list_split(root, names)
+    files = list_split(root, names)
     return replace(files, labels=np.array([index[name] for name in names], np.int64)[files.labels])
 
 
@@ -174,10 +182,11 @@ def check_images(samples: ImageList, max_bad_share: float = 0.0) -> None:
     else before training starts, at no cost on a network file system.
     """
     indices = range(len(samples)) if len(samples) <= 4096 else np.linspace(0, len(samples) - 1, 256, dtype=int)
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
-        if isinstance(samples, ShardList):
-            faults = list(pool.map(lambda i: _fault_of(samples.payload(np.array([i]))[0][:16].tobytes()), indices))
-        else:
+    if isinstance(samples, ShardList):
+        heads = replace(samples, lengths=np.minimum(samples.lengths, 16)).payload(np.asarray(indices))
+        faults = [_fault_of(head.tobytes()) for head in heads]
+    else:
+        with ThreadPoolExecutor(IO_THREADS) as pool:
             faults = list(pool.map(_fault, [samples.path(i) for i in indices]))
     bad = [(samples.path(i), fault) for i, fault in zip(indices, faults, strict=True) if fault]
     if len(bad) > max_bad_share * len(indices):
@@ -200,106 +209,15 @@ def _fault_of(head: bytes) -> str | None:
     return None if _MAGIC.match(head) else f"is no image (it begins with {head!r})"
 
 
-def _scan(folder: Path | str, *, folders: bool) -> list[str]:
-    """Sorted names of the subfolders, or of the images, that are not hidden."""
-    try:
-        with os.scandir(folder) as entries:
-            if folders:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-            # Symbolic links are not followed: that would be a stat for each.
-            return sorted(
-                e.name
-                for e in entries
-                if e.name.lower().endswith(IMAGE_SUFFIXES)
-                and not e.name.startswith(".")
-                and not e.is_dir(follow_symlinks=False)
-            )
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How the training stream is made ready: what decides how fast it is, not what is in it."""
 
-
-def _class_names(folder: Path) -> list[str]:
-    names = _scan(folder, folders=True)
-    if not names:
-        what = "images but no class folders" if _scan(folder, folders=False) else "no class folders"
-        raise UserError(f"{folder} has {what}: put the images into {folder.name}/<class>/")
-    return names
-
-
-def _list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
-    """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none (unless allowed)."""
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
-        names = list(pool.map(lambda name: _scan(os.path.join(folder, name), folders=False), classes))
-    empty = [name for name, files in zip(classes, names, strict=True) if not files]
-    if empty and not some_empty:
-        raise UserError(f"{folder} has classes without images ({_some(empty)}): add images or remove the folders")
-    paths = [f"{folder}/{name}/{file}" for name, files in zip(classes, names, strict=True) for file in files]
-    return FileList.from_paths(paths, np.repeat(np.arange(len(classes)), [len(files) for files in names]))
-
-
-def _split_minival(samples: ImageList, folder: Path, share: float) -> tuple[ImageList, ImageList | None]:
-    """Training images and minival: the round(share x N) images whose hashed `class/file` is smallest.
-
-    So it is random over the whole set, the same on every machine and in every layout, and adding or losing
-    a few files moves hardly any other image across.
-    """
-    count = round(share * len(samples))
-    if count == 0:
-        return samples, None
-    if count == len(samples):
-        raise UserError(f"--minival {share:g} of the {count} images of {folder} leaves none to train on: lower it")
-    if isinstance(samples, ShardList):
-        names, skipped = samples.names, 0
-    else:
-        names, skipped = samples, len(os.fsencode(folder)) + 1
-    paths = names.buffer.tobytes()
-    starts, ends = (names.starts + skipped).tolist(), (names.starts + names.lengths).tolist()
-    hashes = b"".join(blake2b(paths[i:j], digest_size=8).digest() for i, j in zip(starts, ends, strict=True))
-    held_out = np.zeros(len(samples), bool)
-    held_out[np.argsort(np.frombuffer(hashes, ">u8"), kind="stable")[:count]] = True
-    return samples.subset(np.flatnonzero(~held_out)), samples.subset(np.flatnonzero(held_out))
-
-
-def _check_root(root: Path, folder: str) -> None:
-    """Raises UserError, with the likeliest remedy, unless `root/folder` is a folder."""
-    if root.with_name(root.name + ".partial").exists():
-        raise UserError(f"{root} is still being prepared, or was cut short: run prepare to its end")
-    if not root.exists():
-        raise UserError(f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'")
-    if not root.is_dir():
-        raise UserError(f"{root} is a file: give the folder that holds train/<class>/* and val/<class>/*")
-    if (root / folder).is_dir():
-        return
-    subfolders = _scan(root, folders=True)
-    nested = next((name for name in subfolders if (root / name / folder).is_dir()), None)
-    if root.name in ("train", "val") and (root.parent / folder).is_dir():
-        remedy = f"give its parent, {root.parent}"
-    elif nested is not None:
-        remedy = f"did you mean {root / nested}?"
-    elif folder == "train" and "val" in subfolders:
-        remedy = "training needs train/<class>/* beside val/"
-    elif any(_scan(root / name, folders=False) for name in subfolders[:3]):
-        remedy = f"its class folders belong into {folder}/"
-    else:
-        remedy = f"give a folder that holds {folder}/<class>/*"
-    state = "is empty" if not any(root.iterdir()) else f"has no {folder}/"
-    raise UserError(f"{root} {state}: {remedy}")
-
-
-def _check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
-    faults = [
-        f"{len(names)} missing from {where}/ ({_some(sorted(names))})"
-        for names, where in [(set(train) - set(val), "val"), (set(val) - set(train), "train")]
-        if names
-    ]
-    if faults:
-        raise UserError(f"{root}: train/ and val/ differ in their classes, {'; '.join(faults)}: make them equal")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    threads: int
+    """DALI's CPU threads of this process."""
+    prefetch: int = 2
+    """Batches that are worked ahead."""
+    decoder: Decoder = field(default_factory=Decoder)
 
 
 def num_threads(config: Config, group: Group) -> int:
@@ -313,10 +231,17 @@ def default_threads(group: Group) -> int:
 
 
 def train_loader(
-    dataset: Dataset, config: Config, group: Group, *, start_step: int = 0, bad_samples: Sequence[int] = ()
+    dataset: Dataset,
+    config: Config,
+    group: Group,
+    *,
+    settings: LoaderSettings | None = None,
+    start_step: int = 0,
+    bad_samples: Sequence[int] = (),
 ) -> TrainLoader:
     """The training stream of this process from a step on, as the config has it; `bad_samples` are left out."""
     data = config.data
+    settings = settings or LoaderSettings(num_threads(config, group))
     return TrainLoader(
         dataset.split("train"),
         batch_size=config.optim.batch_size,
@@ -325,7 +250,9 @@ def train_loader(
         rank=group.rank,
         world_size=group.world_size,
         device=group.device,
-        num_threads=num_threads(config, group),
+        num_threads=settings.threads,
+        prefetch=settings.prefetch,
+        decoder=settings.decoder,
         start_step=start_step,
         bad_samples=bad_samples,
         max_bad_share=data.max_bad_share,
@@ -339,8 +266,20 @@ def train_loader(
     )
 
 
-def eval_loader(files: ImageList, *, batch_size: int, resolution: int, group: Group, threads: int) -> EvalLoader:
-    """Evaluation batches of this process's share of the files; batch_size is that of one process."""
+def eval_loader(
+    files: ImageList,
+    *,
+    batch_size: int,
+    resolution: int,
+    group: Group,
+    threads: int,
+    bad_samples: Sequence[int] = (),
+    max_bad_share: float = 0.0,
+) -> EvalLoader:
+    """Evaluation batches of this process's share of the files; batch_size is that of one process.
+
+    What cannot be decoded is left out up to a share of the files; by default it ends the evaluation.
+    """
     return EvalLoader(
         files,
         batch_size=batch_size,
@@ -349,6 +288,8 @@ def eval_loader(files: ImageList, *, batch_size: int, resolution: int, group: Gr
         world_size=group.world_size,
         device=group.device,
         num_threads=threads,
+        bad_samples=bad_samples,
+        max_bad_share=max_bad_share,
     )
 
 

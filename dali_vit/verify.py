@@ -205,6 +205,7 @@ def _inspect_split(
         found = []
         for i in range(start, min(start + _CHUNK, len(samples))):
             path = samples.path(i)
+            bar.update()
             try:
                 data = read_sample(samples, i)
             except OSError as error:
@@ -212,7 +213,6 @@ def _inspect_split(
                 continue
             digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
             found += [(i, Problem(kind, split, path, detail)) for kind, detail in inspect(data, path, max_pixels)]
-            bar.update()
         return found
 
     with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar:

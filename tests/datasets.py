@@ -1,4 +1,4 @@
-"""A small made-up ILSVRC in every form in which people have it."""
+"""A small made-up ILSVRC in every form in which people have it, and what tests of prepare share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
+
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.prepare.sources import read_sample, sample_names
 
 WNIDS = ("n01440764", "n01443537", "n02086910")
 TRAIN_PER_CLASS, VAL_IMAGES = 8, 9
@@ -70,8 +76,10 @@ def write_ilsvrc(root: Path, images: dict[str, Images]) -> Path:
     return root
 
 
-def write_devkit(root: Path, images: dict[str, Images], savemat: Any) -> None:
+def write_devkit(root: Path, images: dict[str, Images]) -> None:
     """The devkit's archive: ids by number of images, which is not the order of the WordNet ids."""
+    from scipy.io import savemat
+
     ids = {wnid: i + 1 for i, wnid in enumerate((WNIDS[2], WNIDS[0], WNIDS[1]))}
     synsets = np.zeros((len(ids), 1), [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
     for row, (wnid, number) in zip(synsets[:, 0], ids.items(), strict=True):
@@ -182,3 +190,46 @@ def write_parquet(root: Path, images: dict[str, Images], pyarrow: Any, parquet: 
             ).replace_schema_metadata({"huggingface": json.dumps(info)})
             parquet.write_table(table, root / "data" / f"{name}-{i:05d}-of-00002.parquet")
     return root
+
+
+IMAGES = draw_images()
+NUM_TRAIN = TRAIN_PER_CLASS * len(WNIDS)
+SOURCES = ("folder", "ilsvrc", "tfds", "inception", "parquet")
+
+
+def write_source(kind: str, root: Path, images: dict[str, Images] | None = None) -> PrepareArguments:
+    """Writes images (else IMAGES) in one of the forms; the arguments are complete but for the target."""
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        write_parquet(root, images or IMAGES, pyarrow, parquet)
+    else:
+        write = {"folder": write_folder, "ilsvrc": write_ilsvrc, "tfds": write_tfds, "inception": write_inception}
+        write[kind](root, images or IMAGES)
+    labels = root / "val_wnids.txt" if kind == "ilsvrc" else None
+    return PrepareArguments(root, root, val_labels=labels, workers=2)
+
+
+def contents(root: Path, *, minival: float = 0) -> dict[str, dict[str, tuple[int, bytes]]]:
+    """Label and bytes of every image, by split and name."""
+    dataset = load_dataset(root, minival=minival)
+    splits = {"train": dataset.train, "minival": dataset.minival, "val": dataset.val}
+    return {
+        split: {name: (int(samples.labels[i]), read_sample(samples, i)) for i, name in enumerate(sample_names(samples))}
+        for split, samples in splits.items()
+        if samples is not None
+    }
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Contents of every file, by its path below a folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def prepare_fails(arguments: PrepareArguments, *words: str) -> None:
+    """Asserts that prepare refuses with one line that has the given words."""
+    with pytest.raises(UserError) as error:
+        prepare(arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

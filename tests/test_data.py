@@ -1,4 +1,3 @@
-import json
 import os
 import time
 from pathlib import Path
@@ -6,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_vit import data
+from dali_vit import data, listing
 from dali_vit.config import UserError
-from dali_vit.data import IMAGE_SUFFIXES, check_images, load_dataset, load_eval_folder, load_real_labels
+from dali_vit.data import IMAGE_SUFFIXES, check_images, load_dataset
 from pipelines.readers import FileList
 
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01"
@@ -100,7 +99,9 @@ def test_order_does_not_depend_on_the_file_systems(tmp_path, monkeypatch):
 def test_a_hundred_thousand_files_take_seconds(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     classes = [f"n{i:08d}" for i in range(1000)]
-    monkeypatch.setattr(data, "_scan", lambda _, *, folders: classes if folders else [f"{i}.JPEG" for i in range(100)])
+    monkeypatch.setattr(
+        listing, "scan", lambda _, *, folders: classes if folders else [f"{i}.JPEG" for i in range(100)]
+    )
     start = time.perf_counter()
     dataset = load_dataset(tmp_path)
     assert time.perf_counter() - start < 10  # 0.2 s on one idle core
@@ -145,7 +146,7 @@ def test_minival_is_random_over_the_whole_set(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     classes = [f"n{i:08d}" for i in range(50)]
     monkeypatch.setattr(
-        data, "_scan", lambda _, *, folders: classes if folders else [f"{i:04d}.JPEG" for i in range(1000)]
+        listing, "scan", lambda _, *, folders: classes if folders else [f"{i:04d}.JPEG" for i in range(1000)]
     )
     minival = load_dataset(tmp_path, minival=0.1).minival
     # Of 1,000 images a class each is drawn with p = 0.1: 100 +- 9.5. Chi-square of 49 degrees of freedom.
@@ -330,75 +331,3 @@ def test_check_looks_at_256_spread_files_of_many(monkeypatch):
     places = np.sort(np.array([int(place) for place in looked_at]))
     assert (len(places), places[0], places[-1]) == (256, 0, 99_999)
     assert set(np.diff(places)) == {392, 393}
-
-
-# --- further evaluation sets
-
-
-def test_numeric_folders_are_class_indices(tmp_path):
-    make_files(tmp_path, "0/a.jpeg", "2/b.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg")
-    files = load_eval_folder(tmp_path, [f"n{i:08d}" for i in range(12)])
-    assert relative(files, tmp_path) == ["0/a.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg", "2/b.jpeg"]
-    assert files.labels.tolist() == [0, 10, 10, 11, 2]
-    assert files.labels.dtype == np.int64
-    fails(lambda: load_eval_folder(tmp_path, ["a"] * 11), "none of the model's 11 classes (11)")
-
-
-def test_named_folders_follow_the_models_classes(tmp_path):
-    make_files(tmp_path, "cat/1.jpg", "emu/1.jpg")
-    assert load_eval_folder(tmp_path, ["ape", "cat", "dog", "emu"]).labels.tolist() == [1, 3]
-    fails(lambda: load_eval_folder(tmp_path, ["ape", "cat"]), "none of the model's 2 classes (emu)")
-
-
-def test_classes_with_numeric_names_keep_their_order(tmp_path):
-    make_files(tmp_path, "2/1.jpg", "10/1.jpg")
-    files = load_eval_folder(tmp_path, ["0", "10", "2"])
-    assert dict(zip(relative(files, tmp_path), files.labels.tolist(), strict=True)) == {"10/1.jpg": 1, "2/1.jpg": 2}
-
-
-def test_missing_evaluation_folder(tmp_path):
-    fails(lambda: load_eval_folder(tmp_path / "v2", ["a"]), str(tmp_path / "v2"), "no such folder")
-
-
-def write_json(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
-
-def test_real_labels_go_by_file_name_across_classes(tmp_path):
-    make_files(tmp_path, "val/b/val_0001.jpg", "val/a/val_0002.jpg", "val/b/val_0003.jpg", "val/a/val_0004.jpg")
-    val = load_dataset(tmp_path, split="val").val
-    real = write_json(tmp_path / "real.json", [[1], [], [1, 0, 7], [0, 1]])
-    assert [Path(val.path(i)).stem[-1] for i in range(4)] == ["2", "4", "1", "3"]
-    expected = [[-1, -1, -1], [0, 1, -1], [1, -1, -1], [1, 0, 7]]
-    np.testing.assert_array_equal(load_real_labels(real, val), np.array(expected, np.int64), strict=True)
-
-
-def test_real_labels_of_repeated_file_names_go_by_path(tmp_path):
-    make_files(tmp_path, "val/a/1.jpg", "val/a/2.jpg", "val/b/1.jpg")
-    val = load_dataset(tmp_path, split="val").val
-    real = write_json(tmp_path / "real.json", [[3], [4], [5]])
-    assert load_real_labels(real, val).tolist() == [[3], [4], [5]]
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        ({"a": [1]}, "is not a list of label lists"),
-        ([1, 2], "is not a list of label lists"),
-        ([["cat"], [1]], "is not a list of label lists"),
-        ([[-1], [1]], "is not a list of label lists"),
-        ([[1]], "labels for 1 images but val has 2"),
-    ],
-)
-def test_real_file_of_another_layout(tmp_path, content, fault):
-    make_split(tmp_path, "val", "a b", 1)
-    val = load_dataset(tmp_path, split="val").val
-    fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val), "real.json", fault)
-
-
-def test_real_file_that_is_no_json(tmp_path):
-    val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
-    make_files(tmp_path, "real.json")
-    fails(lambda: load_real_labels(tmp_path / "real.json", val), "real.json cannot be read as JSON")
-    fails(lambda: load_real_labels(tmp_path / "none.json", val), "none.json cannot be read as JSON")

@@ -25,8 +25,9 @@ import tyro
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count
 from dali_vit.manifest import Manifest, read_manifest, write_manifest
+from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Format, Source, open_source, sample_names
-from dali_vit.prepare.targets import Settings, write_folder, write_index, write_shards
+from dali_vit.prepare.targets import Job, Settings, write_folder, write_index, write_shards
 from pipelines.shards import ShardList
 
 __all__ = ["PrepareArguments", "prepare"]
@@ -102,8 +103,8 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     splits = {}
     write = {"shards": write_shards, "folder": write_folder, "index": write_index}[arguments.to]
     for name, samples in source.splits.items():
-        split = write(samples, name, source.classes, folder, state, settings, arguments.workers or cpu_count())
-        splits[name] = split
+        workers = arguments.workers or cpu_count()
+        splits[name] = split = write(Job(samples, name, source.classes, folder, state, settings, workers))
         _log.info(
             "%s: %s images of %.1f KB on average%s",
             name,
@@ -154,11 +155,10 @@ def _exclusive(partial: Path) -> Iterator[None]:
 def _claim(state: Path, plan: str) -> None:
     """Notes what TARGET.partial is becoming; UserError if it was becoming something else."""
     path = state / "plan.json"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"plan": plan}))
-        temporary.rename(path)
-    elif json.loads(path.read_text())["plan"] != plan:
+    begun = read_receipt(path)
+    if begun is None:
+        write_receipt(path, {"plan": plan})
+    elif begun["plan"] != plan:
         raise UserError(
             f"{state.parent} was begun with another source or other settings: give those, or remove the folder"
         )

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dali_vit.config import UserError
+from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges
 
 __all__ = ["open_parquet", "open_tfrecords"]
@@ -231,12 +232,17 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install 'dali-vit[parquet]'") from None
-    listing = target.with_suffix(".rows.json")
+    receipt = target.with_suffix(".json")
     try:
         with parquet.ParquetFile(path) as file:
             metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
             label_type = json.loads(metadata).get("info", {}).get("features", {}).get("label", {})
-            if not listing.exists():
+            about = path.stat()
+            origin = [str(path), about.st_size, about.st_mtime_ns]
+            done = read_receipt(receipt)
+            if done is not None and done["origin"] == origin:  # else it is of a source given before
+                rows = done["rows"]
+            else:
                 rows, position = [], 0
                 with open(target, "wb") as out:
                     for batch in file.iter_batches(256, columns=["image", "label"]):
@@ -245,11 +251,9 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                             out.write(data)
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
-                temporary = listing.with_suffix(".tmp")
-                temporary.write_text(json.dumps(rows))
-                temporary.rename(listing)
+                write_receipt(receipt, {"origin": origin, "rows": rows})
     except (ArrowException, KeyError, TypeError) as error:
         raise UserError(
             f"{path} has no columns image (bytes) and label ({error}): give Hugging Face's files"
         ) from error
-    return target, [tuple(row) for row in json.loads(listing.read_text())], label_type.get("names")
+    return target, [tuple(row) for row in rows], label_type.get("names")

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,9 +214,9 @@ def _devkit_classes(root: Path) -> list[str]:
         ids = [int(word) for word in files[0].split()]
         synsets = _read_synsets(files[1])
         return [synsets[i] for i in ids]
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, ValueError) as error:
         raise UserError(
             f"{archive or root / _DEVKIT} is not ILSVRC2012's devkit ({error}): download it again"
         ) from error
@@ -227,8 +228,11 @@ def _read_synsets(meta: bytes) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError:
         raise UserError(
-            "the devkit's meta.mat is a MATLAB file: pip install scipy, "
+            "the devkit's meta.mat is a MATLAB file: pip install 'dali-vit[ilsvrc]', "
             "or give --val-labels a text file with the class of each validation image"
         ) from None
-    synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
-    return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    except Exception as error:  # scipy has one for every way in which a file can be damaged
+        raise ValueError(f"meta.mat: {error}") from error

@@ -7,7 +7,6 @@ has its receipt is not written again.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import tarfile
@@ -25,11 +24,12 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.manifest import Shard, Split, save_index
+from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import read_sample, sample_names
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Settings", "shrink", "write_folder", "write_index", "write_shards"]
+__all__ = ["Job", "Settings", "shrink", "write_folder", "write_index", "write_shards"]
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
@@ -55,10 +55,28 @@ class Settings:
         resized = {} if self.shorter_side is None else {"shorter_side": self.shorter_side, "quality": self.quality}
         return packing | resized
 
-    def image(self, samples: ImageList, index: int) -> bytes:
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One split to be written."""
+
+    samples: ImageList
+    split: str
+    """`train` or `val`."""
+    classes: tuple[str, ...]
+    folder: Path
+    """The set's folder."""
+    state: Path
+    """Folder of the receipts and of what is being written."""
+    settings: Settings
+    workers: int
+    """Threads."""
+
+    def image(self, index: int) -> bytes:
         """Bytes of a sample as the target gets them."""
-        data = read_sample(samples, index)
-        return data if self.shorter_side is None else shrink(data, self.shorter_side, self.quality)
+        data = read_sample(self.samples, index)
+        side = self.settings.shorter_side
+        return data if side is None else shrink(data, side, self.settings.quality)
 
 
 # Writes a part and returns its receipt; to be given up, by any exception, when the event is set.
@@ -86,136 +104,103 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
         return data
 
 
-def write_shards(
-    samples: ImageList,
-    split: str,
-    classes: tuple[str, ...],
-    folder: Path,
-    state: Path,
-    settings: Settings,
-    workers: int,
-) -> Split:
+def write_shards(job: Job) -> Split:
     """Writes `split/shard-000000.tar` and on, an index for DALI beside each, and the split's own index.
 
     The samples lie shuffled over all shards, which are of about equal counts. Members are `<place>.jpg` (or the
     suffix the image had) and `<place>.cls`, the class index in decimal, as WebDataset has it.
     """
-    assert settings.shard_bytes is not None
-    (folder / split).mkdir(exist_ok=True)
+    samples, shard_bytes = job.samples, job.settings.shard_bytes
+    assert shard_bytes is not None
+    target = job.folder / job.split
+    target.mkdir(exist_ok=True)
     names = sample_names(samples)
     order = np.random.Generator(np.random.PCG64(_SHUFFLE_SEED)).permutation(len(samples))
     probes = np.unique(np.linspace(0, len(samples) - 1, 256, dtype=int))
-    mean = np.mean([len(settings.image(samples, i)) for i in probes.tolist()]) + _TAR_OVERHEAD
-    count = max(1, round(len(samples) * mean / settings.shard_bytes))
+    mean = np.mean([len(job.image(i)) for i in probes.tolist()]) + _TAR_OVERHEAD
+    count = max(1, round(len(samples) * mean / shard_bytes))
     cuts = np.linspace(0, len(samples), count + 1).astype(int).tolist()
+    paths = [target / f"shard-{i:06d}.tar" for i in range(count)]
 
     def part(number: int) -> Part:
-        path = folder / split / f"shard-{number:06d}.tar"
         chosen = range(cuts[number], cuts[number + 1])
-        return lambda stop, bar: _write_shard(path, samples, names, order, chosen, state, settings, stop, bar)
+        return lambda stop, bar: _write_shard(job, paths[number], names, order, chosen, stop, bar)
 
-    receipts = _carry_out([part(i) for i in range(count)], split, state, cuts, workers)
+    receipts = _carry_out(job, [part(i) for i in range(count)], cuts)
 
     offsets, lengths = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
     shard = np.empty(len(samples), np.int32)
     shards = []
-    for i, receipt in enumerate(receipts):
-        path = folder / split / f"shard-{i:06d}.tar"
+    for i, (path, receipt) in enumerate(zip(paths, receipts, strict=True)):
         chosen = order[cuts[i] : cuts[i + 1]]
         offsets[chosen], lengths[chosen] = _read_dali_index(path.with_suffix(".idx"))
         shard[chosen] = i
-        shards.append(Shard(f"{split}/{path.name}", len(chosen), path.stat().st_size, receipt["sha256"]))
-    placed = ShardList(
-        tuple(s.file for s in shards),
-        FileList.from_paths(names, samples.labels),
-        shard,
-        offsets,
-        lengths,
-        samples.labels,
-    )
-    checksum = save_index(folder / f"{split}.index.npz", placed)
+        shards.append(Shard(f"{job.split}/{path.name}", len(chosen), path.stat().st_size, receipt["sha256"]))
+    files, labels = tuple(s.file for s in shards), samples.labels
+    placed = ShardList(files, FileList.from_paths(names, labels), shard, offsets, lengths, labels)
+    checksum = save_index(job.folder / f"{job.split}.index.npz", placed)
     return Split(len(samples), int(lengths.sum()), checksum, tuple(shards))
 
 
-def write_folder(
-    samples: ImageList,
-    split: str,
-    classes: tuple[str, ...],
-    folder: Path,
-    state: Path,
-    settings: Settings,
-    workers: int,
-) -> Split:
+def write_folder(job: Job) -> Split:
     """Writes `split/<class>/<file>`; UserError if two samples of a class bear the same name."""
-    names = sample_names(samples)
+    names, target = sample_names(job.samples), job.folder / job.split
     if len(set(names)) < len(names):
-        raise UserError(f"{split} has several images of the same class and name: choose --to shards")
-    for name in classes:
-        (folder / split / name).mkdir(parents=True, exist_ok=True)
-    cuts = [*range(0, len(samples), _FOLDER_PART), len(samples)]
+        raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
+    for name in job.classes:
+        (target / name).mkdir(parents=True, exist_ok=True)
+    cuts = [*range(0, len(names), _FOLDER_PART), len(names)]
 
     def part(number: int) -> Part:
         def write(stop: threading.Event, bar: tqdm[Any]) -> dict[str, Any]:
             written = 0
             for i in range(cuts[number], cuts[number + 1]):
                 _check_stop(stop)
-                data = settings.image(samples, i)
-                (folder / split / names[i]).write_bytes(data)
+                data = job.image(i)
+                (target / names[i]).write_bytes(data)
                 written += len(data)
                 bar.update()
             return {"bytes": written}
 
         return write
 
-    receipts = _carry_out([part(i) for i in range(len(cuts) - 1)], split, state, cuts, workers)
-    return Split(len(samples), sum(receipt["bytes"] for receipt in receipts))
+    receipts = _carry_out(job, [part(i) for i in range(len(cuts) - 1)], cuts)
+    return Split(len(names), sum(receipt["bytes"] for receipt in receipts))
 
 
-def write_index(
-    samples: ImageList,
-    split: str,
-    classes: tuple[str, ...],
-    folder: Path,
-    state: Path,
-    settings: Settings,
-    workers: int,
-) -> Split:
+def write_index(job: Job) -> Split:
     """Writes only where the images lie in the source's own tars or TFRecords; UserError for other sources."""
-    if not isinstance(samples, ShardList) or any(Path(path).parent == state for path in samples.shards):
+    samples, side = job.samples, job.settings.shorter_side
+    if not isinstance(samples, ShardList) or any(Path(path).parent == job.state for path in samples.shards):
         raise UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
-    if settings.shorter_side is not None:
-        raise UserError(f"--shorter-side {settings.shorter_side}: --to index changes no image; choose --to shards")
+    if side is not None:
+        raise UserError(f"--shorter-side {side}: --to index changes no image; choose --to shards")
     counts = np.bincount(samples.shard, minlength=len(samples.shards)).tolist()
     shards = [
         Shard(path, count, os.path.getsize(path), None) for path, count in zip(samples.shards, counts, strict=True)
     ]
-    checksum = save_index(folder / f"{split}.index.npz", samples)
+    checksum = save_index(job.folder / f"{job.split}.index.npz", samples)
     return Split(len(samples), int(samples.lengths.sum()), checksum, tuple(shards))
 
 
-def _carry_out(parts: list[Part], split: str, state: Path, cuts: list[int], workers: int) -> list[dict[str, Any]]:
+def _carry_out(job: Job, parts: list[Part], cuts: list[int]) -> list[dict[str, Any]]:
     """Does the parts that have no receipt yet and returns all receipts."""
     stop = threading.Event()
-    receipts: dict[int, dict[str, Any]] = {}
-    paths = [state / f"{split}-{i:06d}.json" for i in range(len(parts))]
-    for i, path in enumerate(paths):
-        if path.exists():
-            receipts[i] = json.loads(path.read_text())
+    paths = [job.state / f"{job.split}-{i:06d}.json" for i in range(len(parts))]
+    receipts = {i: receipt for i, path in enumerate(paths) if (receipt := read_receipt(path)) is not None}
     if receipts:
-        _log.info("%s: %d of %d parts are done already", split, len(receipts), len(parts))
+        _log.info("%s: %d of %d parts are done already", job.split, len(receipts), len(parts))
     done = sum(cuts[i + 1] - cuts[i] for i in receipts)
     with (
-        tqdm(total=cuts[-1], initial=done, desc=split, unit=" images", disable=None) as bar,
-        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=cuts[-1], initial=done, desc=job.split, unit=" images", disable=None) as bar,
+        ThreadPoolExecutor(job.workers) as pool,
     ):
         futures = {pool.submit(part, stop, bar): i for i, part in enumerate(parts) if i not in receipts}
         try:
             for future in as_completed(futures):
                 i = futures[future]
                 receipts[i] = future.result()
-                temporary = paths[i].with_suffix(".tmp")
-                temporary.write_text(json.dumps(receipts[i]))
-                temporary.rename(paths[i])
+                write_receipt(paths[i], receipts[i])
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -229,18 +214,16 @@ def _check_stop(stop: threading.Event) -> None:
 
 
 def _write_shard(
+    job: Job,
     path: Path,
-    samples: ImageList,
     names: list[str],
     order: np.ndarray,
     places: range,
-    state: Path,
-    settings: Settings,
     stop: threading.Event,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
     """Writes a shard and its DALI index under other names, then renames them; the receipt is its checksum."""
-    temporary, index = state / path.name, state / f"{path.stem}.idx"
+    temporary, index = job.state / path.name, job.state / f"{path.stem}.idx"
     digest = sha256()
     position = 0
     lines = [f"{_INDEX_VERSION} {len(places)}"]
@@ -248,8 +231,8 @@ def _write_shard(
         for place, i in zip(places, order[places.start : places.stop].tolist(), strict=True):
             _check_stop(stop)
             fields = []
-            label = str(samples.labels[i]).encode()
-            for extension, data in ((_extension(names[i]), settings.image(samples, i)), ("cls", label)):
+            label = str(job.samples.labels[i]).encode()
+            for extension, data in ((_extension(names[i]), job.image(i)), ("cls", label)):
                 name = f"{place:09d}.{extension}"
                 header = _tar_header(name, len(data))
                 for piece in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
@@ -262,8 +245,6 @@ def _write_shard(
         end = bytes(2 * tarfile.BLOCKSIZE)
         file.write(end)
         digest.update(end)
-        file.flush()
-        os.fsync(file.fileno())
     index.write_text("\n".join(lines) + "\n")
     index.rename(path.with_suffix(".idx"))
     temporary.rename(path)

@@ -1,0 +1,106 @@
+"""Flags of the commands that have no module of their own for them; the text under a field is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dali_vit.config import Config
+
+__all__ = [
+    "ConvertArguments",
+    "DoctorArguments",
+    "EvalArguments",
+    "ExportArguments",
+    "PredictArguments",
+    "PreviewArguments",
+]
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Accuracy of a checkpoint on a labelled set."""
+
+    checkpoint: Path
+    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    data: str
+    """Folder with val/<class>/* (or train/<class>/* for the other splits), or `demo`."""
+    gpus: int | None = None
+    """GPUs to use; 0: the CPU; default: all, else the CPU."""
+    split: Literal["val", "minival", "train"] = "val"
+    """Which images."""
+    minival: float = 0.01
+    """Share of the training images that is minival."""
+    v2: bool = False
+    """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
+    real: Path | None = None
+    """ReaL's real.json: also report accuracy against its labels."""
+    batch_size: int = 256
+    """Images per step and process."""
+    resolution: int | None = None
+    """Side of the images; default: the checkpoint's. Position embeddings are resampled."""
+    threads: int | None = None
+    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class PredictArguments:
+    """The likeliest classes of image files."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files."""
+    checkpoint: Path
+    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    top: int = 5
+    """Classes to name per image."""
+    gpus: int | None = None
+    """1: a GPU; 0: the CPU; default: a GPU where there is one."""
+    json: bool = False
+    """Print one JSON array instead of a table."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """What this machine has and what it will be used for."""
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """A big_vision .npz checkpoint as .safetensors, or the converse."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """IN: .npz, or a checkpoint of ours."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """OUT: .safetensors or .npz; must not exist."""
+    resolution: int | None = None
+    """Resample the position embeddings for images of this side."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """A checkpoint as a folder that timm loads: model.safetensors and config.json."""
+
+    checkpoint: Path
+    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    out: Path
+    """Folder to be made; it must not exist, or be empty."""
+    resolution: int | None = None
+    """Resample the position embeddings for images of this side."""
+
+
+@dataclass(frozen=True)
+class PreviewArguments:
+    """Draws the images of a training step, each below the image it was made of, with its class."""
+
+    out: Path
+    """PNG file to be made; must not exist."""
+    config: Config
+    at_step: int = 0
+    """Which step's images: those that a run with the same settings trains on, before Mixup."""
+    images: int = 32
+    """How many of the step's batch."""

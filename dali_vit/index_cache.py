@@ -1,0 +1,165 @@
+"""The listing of a large image folder, kept beside the images so that a run need not list it again.
+
+An index is good for as long as every class folder's times of change are those it was made at: a file that comes,
+goes or is renamed changes them, and the time of the last status change cannot be set back by a program that copies
+files. What is in a file does not matter to an index. It is a plain .npz whose checksums are verified as it is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+import uuid
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from dali_vit.environment import cache_folder
+
+__all__ = ["INDEX", "Listing", "load", "save", "stamps"]
+
+INDEX = ".dali-vit-index.npz"
+
+_VERSION = 1
+# Below this many images, listing takes no longer than reading an index.
+_MIN_IMAGES = 10_000
+# File systems note times as coarsely as this: of a folder that changed so recently, a further change may not show.
+_SETTLED_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+# What reading a damaged file, or something else under its name, may raise.
+_DAMAGED = (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The images of all classes."""
+
+    names: np.ndarray
+    """`class/file` of each image behind a zero byte, ordered by class and name, uint8."""
+    counts: np.ndarray
+    """Images of each class, int64 [classes]."""
+
+
+def stamps(folders: Sequence[str], pool: Executor) -> np.ndarray | None:
+    """Times of change of each folder in ns, int64 [folders, 2]; None where one cannot be looked at."""
+
+    def stamp(folder: str) -> tuple[int, int]:
+        status = os.stat(folder)
+        return status.st_mtime_ns, status.st_ctime_ns
+
+    try:
+        return np.array(list(pool.map(stamp, folders)), np.int64).reshape(-1, 2)
+    except OSError:
+        return None
+
+
+def load(folder: Path, classes: Sequence[str], times: np.ndarray | None, suffixes: Sequence[str]) -> Listing | None:
+    """The listing kept of a folder; None, after a line in the log, where it is of no use any more."""
+    if times is None:
+        return None
+    for path in (folder / INDEX, _elsewhere(folder)):
+        try:
+            with np.load(path) as arrays:
+                columns = {name: arrays[name] for name in arrays.files}
+            listing = Listing(columns["names"], columns["counts"])
+            reason = _outdated(columns, classes, times, suffixes)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except _DAMAGED as error:
+            reason = f"cannot be used ({error})"
+        if reason is None:
+            return listing
+        _log.info("%s %s: the images are listed again", path, reason)
+    return None
+
+
+def save(
+    folder: Path, classes: Sequence[str], times: np.ndarray | None, suffixes: Sequence[str], listing: Listing
+) -> None:
+    """Keeps a listing beside the images or, where that is not allowed, in the user's cache.
+
+    Nothing is kept of a small folder, nor of one that changed a moment ago.
+    """
+    count = int(listing.counts.sum())
+    if times is None or count < _MIN_IMAGES or times.max() > time.time_ns() - _SETTLED_SECONDS * 1e9:
+        return
+    columns = {
+        "rule": _bytes(_rule(suffixes)),
+        "classes": _bytes("\0".join(classes)),
+        "times": times,
+        "counts": listing.counts,
+        "names": listing.names,
+    }
+    fallback = _elsewhere(folder)
+    try:
+        _write(folder / INDEX, columns)
+    except OSError as denied:
+        try:
+            fallback.parent.mkdir(parents=True, exist_ok=True)
+            _write(fallback, columns)
+        except OSError as error:
+            _say(f"{folder} is listed anew each time: its index can be kept neither there nor in {fallback} ({error})")
+        else:
+            _say(f"the index of {folder} is kept in {fallback}, as it cannot be beside the images ({denied.strerror})")
+
+
+def _outdated(
+    columns: dict[str, np.ndarray], classes: Sequence[str], times: np.ndarray, suffixes: Sequence[str]
+) -> str | None:
+    """Why an index is of no use; None if it is good."""
+    if columns["rule"].tobytes() != _rule(suffixes).encode():
+        return "was made by another version"
+    before = os.fsdecode(columns["classes"].tobytes()).split("\0")
+    if before != list(classes):
+        changed = len(set(before) ^ set(classes))
+        return f"is out of date ({changed} class folders came, went or were renamed)"
+    if columns["times"].shape != times.shape:
+        return "is of another form"
+    changed = int((columns["times"] != times).any(axis=1).sum())
+    if changed:
+        return f"is out of date ({changed} of {len(classes)} class folders changed)"
+    names, counts = columns["names"], columns["counts"]
+    if names.dtype != np.uint8 or counts.shape != (len(classes),) or counts.sum() != np.count_nonzero(names == 0):
+        return "is of another form"
+    return None
+
+
+def _rule(suffixes: Sequence[str]) -> str:
+    return f"dali-vit index {_VERSION}: {' '.join(suffixes)}"
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(os.fsencode(text), np.uint8)
+
+
+def _elsewhere(folder: Path) -> Path:
+    name = blake2b(os.fsencode(folder.absolute()), digest_size=16).hexdigest()
+    return cache_folder() / "index" / f"{name}.npz"
+
+
+def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """In one piece: of processes that write at once, the last one's stays, and readers see a whole one."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, allow_pickle=False, **columns)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@functools.cache  # once a process
+def _say(message: str) -> None:
+    _log.info("%s", message)

@@ -1,0 +1,143 @@
+"""Image folders: their classes, and the images of each, listed once and then kept in an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dali_vit import index_cache
+from dali_vit.config import UserError
+from dali_vit.index_cache import Listing
+from pipelines.readers import FileList
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "IO_THREADS",
+    "check_root",
+    "check_same_classes",
+    "class_names",
+    "list_split",
+    "scan",
+    "some",
+]
+
+# What DALI's decoders take on both devices (GIF is not among them); any case.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
+
+# Listing and peeking wait for the file system, which on a network answers many requests at once.
+IO_THREADS = 16
+
+
+def scan(folder: Path | str, *, folders: bool) -> list[str]:
+    """Sorted names of the subfolders, or of the images, that are not hidden; UserError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            if folders:
+                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+            # Symbolic links are not followed: that would be a stat for each.
+            return sorted(
+                e.name
+                for e in entries
+                if e.name.lower().endswith(IMAGE_SUFFIXES)
+                and not e.name.startswith(".")
+                and not e.is_dir(follow_symlinks=False)
+            )
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
+
+
+def class_names(folder: Path) -> list[str]:
+    """Sorted names of the class folders; UserError if there are none."""
+    names = scan(folder, folders=True)
+    if not names:
+        what = "images but no class folders" if scan(folder, folders=False) else "no class folders"
+        raise UserError(f"{folder} has {what}: put the images into {folder.name}/<class>/")
+    return names
+
+
+def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
+    """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none (unless allowed)."""
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        paths = [os.path.join(folder, name) for name in classes]
+        stamps = index_cache.stamps(paths, pool)  # before the listing: a change in between shows the next time
+        listing = index_cache.load(folder, classes, stamps, IMAGE_SUFFIXES)
+        if listing is None:
+            listed = pool.map(lambda path: _list_class(path), paths)
+            listing = _collect(classes, listed)
+            index_cache.save(folder, classes, stamps, IMAGE_SUFFIXES, listing)
+    empty = [name for name, count in zip(classes, listing.counts.tolist(), strict=True) if not count]
+    if empty and not some_empty:
+        raise UserError(f"{folder} has classes without images ({some(empty)}): add images or remove the folders")
+    return _file_list(folder, listing)
+
+
+def _list_class(path: str) -> tuple[bytes, int]:
+    """`\\0class/file` for each image of a class, and their number."""
+    files = scan(path, folders=False)
+    prefix = f"\0{os.path.basename(path)}/"
+    return os.fsencode(prefix + prefix.join(files)) if files else b"", len(files)
+
+
+def _collect(classes: Sequence[str], listed: Iterable[tuple[bytes, int]]) -> Listing:
+    counts = np.zeros(len(classes), np.int64)
+    pieces = []
+    for i, (names, count) in enumerate(listed):
+        pieces.append(names)
+        counts[i] = count
+    return Listing(np.frombuffer(b"".join(pieces), np.uint8), counts)
+
+
+def _file_list(folder: Path, listing: Listing) -> FileList:
+    root = os.fsencode(folder) + b"/"
+    begins = np.flatnonzero(listing.names == 0)
+    lengths = np.diff(begins, append=len(listing.names)) - 1 + len(root)
+    buffer = np.frombuffer(listing.names.tobytes().replace(b"\0", root), np.uint8)
+    labels = np.repeat(np.arange(len(listing.counts)), listing.counts)
+    return FileList(buffer, np.cumsum(lengths) - lengths, lengths.astype(np.int32), labels)
+
+
+def check_root(root: Path, folder: str) -> None:
+    """Raises UserError, with the likeliest remedy, unless `root/folder` is a folder."""
+    if root.with_name(root.name + ".partial").exists():
+        raise UserError(f"{root} is still being prepared, or was cut short: run prepare to its end")
+    if not root.exists():
+        raise UserError(f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'")
+    if not root.is_dir():
+        raise UserError(f"{root} is a file: give the folder that holds train/<class>/* and val/<class>/*")
+    if (root / folder).is_dir():
+        return
+    subfolders = scan(root, folders=True)
+    nested = next((name for name in subfolders if (root / name / folder).is_dir()), None)
+    if root.name in ("train", "val") and (root.parent / folder).is_dir():
+        remedy = f"give its parent, {root.parent}"
+    elif nested is not None:
+        remedy = f"did you mean {root / nested}?"
+    elif folder == "train" and "val" in subfolders:
+        remedy = "training needs train/<class>/* beside val/"
+    elif any(scan(root / name, folders=False) for name in subfolders[:3]):
+        remedy = f"its class folders belong into {folder}/"
+    else:
+        remedy = f"give a folder that holds {folder}/<class>/*"
+    state = "is empty" if not any(root.iterdir()) else f"has no {folder}/"
+    raise UserError(f"{root} {state}: {remedy}")
+
+
+def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
+    """Raises UserError, with the names, where the splits differ in their classes."""
+    faults = [
+        f"{len(names)} missing from {where}/ ({some(sorted(names))})"
+        for names, where in [(set(train) - set(val), "val"), (set(val) - set(train), "train")]
+        if names
+    ]
+    if faults:
+        raise UserError(f"{root}: train/ and val/ differ in their classes, {'; '.join(faults)}: make them equal")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,201 @@
+"""Sets of shards in an object store: copied once to this machine's disk, then read like any other.
+
+Shards are fetched whole and read from a memory map. Reading single images out of a store would take a request for
+each, and DALI's readers for stores shuffle within a buffer and cannot be set to a step: order, exact epochs and
+resuming would be lost. A copy keeps them, and training runs at the speed of the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from dali_vit.config import UserError
+from dali_vit.environment import cache_folder
+from dali_vit.manifest import MANIFEST, Manifest, file_sha256, read_manifest
+
+__all__ = ["fetch", "is_remote"]
+
+_log = logging.getLogger(__name__)
+
+_SCHEMES = {"s3": None, "gs": "https://storage.googleapis.com"}
+_PARALLEL = 4  # files at a time; each is fetched in several ranges at once
+
+
+def is_remote(data: str | Path) -> bool:
+    """Whether this names a place in an object store: s3://bucket/prefix or gs://bucket/prefix."""
+    return str(data).partition("://")[0] in _SCHEMES and "://" in str(data)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a set: its path below the set, and what it must be."""
+
+    path: str
+    bytes: int | None
+    sha256: str | None
+
+
+class _Store:
+    """One prefix of a bucket, through the S3 interface that both stores have."""
+
+    def __init__(self, uri: str) -> None:
+        try:
+            import boto3
+            from boto3.s3.transfer import TransferConfig
+            from botocore.config import Config
+            from botocore.exceptions import BotoCoreError, ClientError
+        except ImportError as error:
+            raise UserError(f"{uri}: {error.name} is not installed: pip install 'dali-vit[s3]'") from error
+        scheme, _, rest = uri.partition("://")
+        self.uri = uri.rstrip("/")
+        self.bucket, _, prefix = rest.partition("/")
+        self.prefix = prefix.strip("/")
+        self._errors: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
+        self._transfer = TransferConfig(max_concurrency=8)
+        settings = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
+        session = boto3.session.Session()
+        # An endpoint in the environment or in AWS's configuration counts more than Google's.
+        named = session.client("s3", config=settings, region_name=session.region_name or "us-east-1")
+        endpoint = _SCHEMES[scheme]
+        if endpoint and named.meta.endpoint_url.endswith("amazonaws.com"):
+            named = session.client("s3", config=settings, region_name="auto", endpoint_url=endpoint)
+        self._client = named
+
+    def key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+    def read(self, path: str) -> bytes:
+        """A small file."""
+        return self._ask(path, lambda: self._client.get_object(Bucket=self.bucket, Key=self.key(path))["Body"].read())
+
+    def copy(self, path: str, to: Path, progress: Callable[[int], None]) -> None:
+        with open(to, "wb") as file:
+            self._ask(
+                path,
+                lambda: self._client.download_fileobj(
+                    self.bucket, self.key(path), file, Callback=progress, Config=self._transfer
+                ),
+            )
+
+    def _ask(self, path: str, request: Callable[[], Any]) -> Any:
+        try:
+            return request()
+        except self._errors as error:
+            code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
+            if code in ("404", "NoSuchKey", "NoSuchBucket"):
+                what = f"there is no bucket {self.bucket}" if code == "NoSuchBucket" else f"there is no {path}"
+                remedy = "give the place that a set made by `dali-vit prepare --to shards` was copied to"
+            elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+                what, remedy = f"access to {path} is denied", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            else:
+                reason = " ".join(str(error).split())
+                what = f"{path} cannot be read ({reason})"
+                remedy = "check the network, the credentials and AWS_ENDPOINT_URL"
+            raise UserError(f"{self.uri}: {what}: {remedy}") from error
+
+
+def fetch(uri: str, splits: tuple[str, ...]) -> Path:
+    """Copies what these splits of a set need to this machine, as far as it is not there, and returns its folder.
+
+    The copy lies in the cache folder (DALI_VIT_CACHE, by default ~/.cache/dali-vit), under a name that changes
+    with the set's manifest. Files appear there when they are whole and have the manifest's checksums; what was
+    interrupted goes on with the missing files. Processes that want the same set wait for the one that copies.
+    Raises UserError for a set that is not there, not of shards or damaged, and for a disk that is too small.
+    """
+    store = _Store(uri)
+    text = store.read(MANIFEST)
+    digest = sha256(store.uri.encode() + b"\0" + text).hexdigest()[:16]
+    root = cache_folder() / "sets" / f"{PurePosixPath(store.prefix or store.bucket).name}-{digest}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f"{root.name}.lock")):
+            if not (root / MANIFEST).exists():
+                _place(root / MANIFEST, lambda path: path.write_bytes(text))
+            manifest = read_manifest(root)
+            assert manifest is not None
+            _copy_files(store, root, _files(uri, manifest, splits))
+    except OSError as error:
+        raise UserError(
+            f"{uri}: cannot be copied to {root} ({error.strerror or error}): make room there, or set DALI_VIT_CACHE"
+        ) from error
+    return root
+
+
+def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]:
+    if manifest.layout != "shards":
+        raise UserError(
+            f"{uri}: is of layout {manifest.layout}: only sets that `prepare --to shards` made can be fetched"
+        )
+    files = []
+    for name in splits:
+        if split := manifest.splits.get(name):
+            files.append(_File(f"{name}.index.npz", None, split.index_sha256))
+            files += [_File(shard.file, shard.bytes, shard.sha256) for shard in split.shards]
+    for file in files:
+        path = PurePosixPath(file.path)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{uri}: its {MANIFEST} names {file.path}, which lies outside of the set")
+    return files
+
+
+def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
+    missing = [file for file in files if not (root / file.path).exists()]
+    if not missing:
+        return
+    total = sum(file.bytes or 0 for file in missing)
+    free = shutil.disk_usage(root).free
+    if total > free:
+        raise UserError(
+            f"{store.uri}: {total / 2**30:.1f} GiB are to be copied to {root}, where {free / 2**30:.1f} GiB are free:"
+            " make room there, or set DALI_VIT_CACHE to a folder on a larger disk"
+        )
+    _log.info("%s is copied to %s: %d files, %.2f GiB", store.uri, root, len(missing), total / 2**30)
+    counting = threading.Lock()
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="fetching", disable=None) as bar,
+        ThreadPoolExecutor(_PARALLEL) as pool,
+    ):
+
+        def progress(count: int) -> None:
+            with counting:
+                bar.update(count)
+
+        jobs = [pool.submit(_copy_file, store, root, file, progress) for file in missing]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+
+
+def _copy_file(store: _Store, root: Path, file: _File, progress: Callable[[int], None]) -> None:
+    def write(path: Path) -> None:
+        store.copy(file.path, path, progress)
+        if file.sha256 is not None and file_sha256(path) != file.sha256:
+            raise UserError(f"{store.uri}: {file.path} is not the file that prepare wrote: copy the set there again")
+
+    (root / file.path).parent.mkdir(parents=True, exist_ok=True)
+    _place(root / file.path, write)
+
+
+def _place(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name first: under its own it is whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

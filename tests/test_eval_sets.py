@@ -1,0 +1,81 @@
+"""Further evaluation sets: folders named by class or by number, and ReaL's labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_vit.data import load_dataset, load_eval_folder, load_real_labels
+from tests.test_data import fails, make_files, make_split, relative
+
+
+def test_numeric_folders_are_class_indices(tmp_path):
+    make_files(tmp_path, "0/a.jpeg", "2/b.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg")
+    files = load_eval_folder(tmp_path, [f"n{i:08d}" for i in range(12)])
+    assert relative(files, tmp_path) == ["0/a.jpeg", "10/c.jpeg", "10/d.jpeg", "11/e.jpeg", "2/b.jpeg"]
+    assert files.labels.tolist() == [0, 10, 10, 11, 2]
+    assert files.labels.dtype == np.int64
+    fails(lambda: load_eval_folder(tmp_path, ["a"] * 11), "none of the model's 11 classes (11)")
+
+
+def test_named_folders_follow_the_models_classes(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "emu/1.jpg")
+    assert load_eval_folder(tmp_path, ["ape", "cat", "dog", "emu"]).labels.tolist() == [1, 3]
+    fails(lambda: load_eval_folder(tmp_path, ["ape", "cat"]), "none of the model's 2 classes (emu)")
+
+
+def test_classes_with_numeric_names_keep_their_order(tmp_path):
+    make_files(tmp_path, "2/1.jpg", "10/1.jpg")
+    files = load_eval_folder(tmp_path, ["0", "10", "2"])
+    assert dict(zip(relative(files, tmp_path), files.labels.tolist(), strict=True)) == {"10/1.jpg": 1, "2/1.jpg": 2}
+
+
+def test_missing_evaluation_folder(tmp_path):
+    fails(lambda: load_eval_folder(tmp_path / "v2", ["a"]), str(tmp_path / "v2"), "no such folder")
+
+
+def write_json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_real_labels_go_by_file_name_across_classes(tmp_path):
+    make_files(tmp_path, "val/b/val_0001.jpg", "val/a/val_0002.jpg", "val/b/val_0003.jpg", "val/a/val_0004.jpg")
+    val = load_dataset(tmp_path, split="val").val
+    real = write_json(tmp_path / "real.json", [[1], [], [1, 0, 7], [0, 1]])
+    assert [Path(val.path(i)).stem[-1] for i in range(4)] == ["2", "4", "1", "3"]
+    expected = [[-1, -1, -1], [0, 1, -1], [1, -1, -1], [1, 0, 7]]
+    np.testing.assert_array_equal(load_real_labels(real, val), np.array(expected, np.int64), strict=True)
+
+
+def test_real_labels_of_repeated_file_names_go_by_path(tmp_path):
+    make_files(tmp_path, "val/a/1.jpg", "val/a/2.jpg", "val/b/1.jpg")
+    val = load_dataset(tmp_path, split="val").val
+    real = write_json(tmp_path / "real.json", [[3], [4], [5]])
+    assert load_real_labels(real, val).tolist() == [[3], [4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ({"a": [1]}, "is not a list of label lists"),
+        ([1, 2], "is not a list of label lists"),
+        ([["cat"], [1]], "is not a list of label lists"),
+        ([[-1], [1]], "is not a list of label lists"),
+        ([[1]], "labels for 1 images but val has 2"),
+    ],
+)
+def test_real_file_of_another_layout(tmp_path, content, fault):
+    make_split(tmp_path, "val", "a b", 1)
+    val = load_dataset(tmp_path, split="val").val
+    fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val), "real.json", fault)
+
+
+def test_real_file_that_is_no_json(tmp_path):
+    val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
+    make_files(tmp_path, "real.json")
+    fails(lambda: load_real_labels(tmp_path / "real.json", val), "real.json cannot be read as JSON")
+    fails(lambda: load_real_labels(tmp_path / "none.json", val), "none.json cannot be read as JSON")

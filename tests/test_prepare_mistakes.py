@@ -1,0 +1,151 @@
+"""prepare: what says which class an image is of, and everything that can be wrong with a source or a set."""
+
+import os
+import sys
+import tarfile
+from dataclasses import replace
+
+import pytest
+
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.manifest import MANIFEST
+from dali_vit.prepare import PrepareArguments, prepare
+from tests import datasets
+from tests.datasets import IMAGES, NUM_TRAIN, VAL_IMAGES, WNIDS, contents, prepare_fails, tree, write_source
+
+# --- ILSVRC's labels of validation images
+
+
+def test_the_devkit_says_what_the_validation_images_show(tmp_path):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    datasets.write_devkit(root, IMAGES)
+    by_text = prepare(PrepareArguments(root, tmp_path / "text", val_labels=root / "val_wnids.txt"))
+    (root / "val_wnids.txt").unlink()
+    by_devkit = prepare(PrepareArguments(root, tmp_path / "devkit"))
+    assert tree(by_text) == tree(by_devkit)
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz") as tar:
+        tar.extractall(root, filter="data")
+    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    assert tree(prepare(PrepareArguments(root, tmp_path / "extracted"))) == tree(by_devkit)
+
+
+def test_val_labels_may_name_the_images(tmp_path):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    lines = [f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4" for wnid, name, _ in reversed(IMAGES["val"])]
+    (tmp_path / "solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
+    prepare(PrepareArguments(root, tmp_path / "set", val_labels=tmp_path / "solution.csv"))
+    assert {name: label for name, (label, _) in contents(tmp_path / "set")["val"].items()} == {
+        f"{wnid}/{name}": WNIDS.index(wnid) for wnid, name, _ in IMAGES["val"]
+    }
+
+
+@pytest.mark.parametrize("damage", ["half an archive", "half a table", "another table", "no table"])
+def test_a_damaged_devkit_is_named(tmp_path, damage):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    datasets.write_devkit(root, IMAGES)
+    archive = root / "ILSVRC2012_devkit_t12.tar.gz"
+    if damage == "half an archive":
+        archive.write_bytes(archive.read_bytes()[:300])
+    else:
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+        archive.unlink()
+        meta = root / "ILSVRC2012_devkit_t12/data/meta.mat"
+        changes = {"half a table": meta.read_bytes()[:200], "another table": b"MATLAB 5.0 MAT-file" + bytes(200)}
+        meta.unlink() if damage == "no table" else meta.write_bytes(changes[damage])
+    arguments = PrepareArguments(root, tmp_path / "set")
+    prepare_fails(arguments, "ILSVRC2012_devkit_t12", "is not ILSVRC2012's devkit", "download it again")
+
+
+def test_without_scipy_the_devkits_remedy_is_named(tmp_path, monkeypatch):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    datasets.write_devkit(root, IMAGES)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), "pip install 'dali-vit[ilsvrc]'", "--val-labels")
+
+
+# --- mistakes
+
+
+def test_mistakes_are_named_with_their_remedy(tmp_path):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    prepare_fails(replace(arguments, source=tmp_path / "absent"), "absent", "no such folder")
+    prepare_fails(replace(arguments, shard_mb=0), "--shard-mb 0", "at least 1")
+    prepare_fails(replace(arguments, quality=96), "--quality 96", "from 1 to 95")
+    prepare_fails(replace(arguments, shorter_side=2), "--shorter-side 2")
+    prepare_fails(replace(arguments, workers=0), "--workers 0")
+    prepare_fails(replace(arguments, val_labels=tmp_path / "x"), "--val-labels", "only ILSVRC")
+    prepare_fails(replace(arguments, source_format="tfrecord"), "no TFRecords with 'train'")
+    prepare_fails(replace(arguments, source_format="ilsvrc"), "ILSVRC2012_img_train.tar")
+    assert not list(tmp_path.glob("set*"))
+
+
+def test_mistakes_with_ilsvrc(tmp_path):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    arguments = PrepareArguments(root, tmp_path / "set")
+    prepare_fails(arguments, "ILSVRC2012_devkit_t12.tar.gz", "--val-labels")
+    labels = tmp_path / "labels.txt"
+    for text, *words in [
+        ("n01440764\n" * 8, "8 lines", "9 images"),
+        ("n01440764\n" * 8 + "n09999999\n", "n09999999"),
+        ("ILSVRC2012_val_00000001.JPEG n01440764\n" * 9, "does not name ILSVRC2012_val_00000002"),
+    ]:
+        labels.write_text(text)
+        prepare_fails(replace(arguments, val_labels=labels), *words)
+    prepare_fails(replace(arguments, val_labels=tmp_path / "absent"), "absent", "cannot be read")
+    for name in ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"):
+        data = (root / name).read_bytes()
+        (root / name).write_bytes(data[: len(data) // 2])
+        prepare_fails(
+            replace(arguments, val_labels=root / "val_wnids.txt"), name, "not a whole tar file", "download it again"
+        )
+    assert not list(tmp_path.glob("set*"))
+
+
+def test_mistakes_with_tfrecords(tmp_path):
+    root = datasets.write_tfds(tmp_path / "source", IMAGES)
+    path = root / "imagenet2012-train.tfrecord-00001-of-00002"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), path.name, "cut off or compressed at byte")
+    path.write_bytes(data.replace(b"\x05image", b"\x05pixel"))
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), path.name, "record at byte 0", "image/encoded")
+    path.write_bytes(data)
+    (root / "label.labels.txt").write_text("one\ntwo\n")
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), "label 2 is none of the 2 class names")
+
+
+def test_what_the_manifest_says_must_be_there(tmp_path):
+    target = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set"))
+    shard = target / "train/shard-000000.tar"
+    data = shard.read_bytes()
+    for change, *words in [
+        (
+            lambda: shard.write_bytes(data[:-512]),
+            "train/shard-000000.tar",
+            f"{len(data) - 512} bytes",
+            "prepare it again",
+        ),
+        (shard.unlink, "train/shard-000000.tar", "cannot be found"),
+    ]:
+        change()
+        with pytest.raises(UserError) as error:
+            load_dataset(target)
+        assert all(word in str(error.value) for word in words), error.value
+    shard.write_bytes(data)
+    assert load_dataset(target).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+    os.truncate(target / "train.index.npz", 100)
+    with pytest.raises(UserError, match=r"train.index.npz is not the file that prepare wrote"):
+        load_dataset(target)
+    (target / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=r"dataset.json is of version None"):
+        load_dataset(target)
+
+
+def test_a_prepared_folder_holds_what_its_manifest_counts(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))
+    next((target / "train" / WNIDS[1]).iterdir()).unlink()
+    with pytest.raises(UserError, match=rf"train has {NUM_TRAIN - 1} images but dataset.json {NUM_TRAIN}"):
+        load_dataset(target)

@@ -1,0 +1,130 @@
+"""prepare stopped at any point and started again, beside itself, and on a set that is there already."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.prepare import prepare
+from tests.conftest import environment
+from tests.datasets import NUM_TRAIN, VAL_IMAGES, prepare_fails, tree, write_source
+
+SLOW_PREPARE = """
+import sys, time
+from pathlib import Path
+from dali_vit.prepare import PrepareArguments, prepare, targets
+
+source, target, to, slow = sys.argv[1:]
+targets._TAR_OVERHEAD, targets._FOLDER_PART = 200_000, 5
+read, reads = targets.read_sample, []
+
+def read_slowly(samples, index):
+    reads.append(index)
+    if len(reads) > int(slow):
+        time.sleep(60)
+    return read(samples, index)
+
+targets.read_sample = read_slowly
+prepare(PrepareArguments(Path(source), Path(target), to=to, shard_mb=1, workers=1))
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("to", ["shards", "folder"])
+def test_killed_and_started_again_it_ends_in_the_same_bytes(tmp_path, monkeypatch, to):
+    arguments = write_source("folder", tmp_path / "source")
+    monkeypatch.setattr("dali_vit.prepare.targets._TAR_OVERHEAD", 200_000)
+    monkeypatch.setattr("dali_vit.prepare.targets._FOLDER_PART", 5)
+    whole = prepare(replace(arguments, target=tmp_path / "whole", to=to, shard_mb=1))
+
+    slow = 12 + (NUM_TRAIN if to == "shards" else 0)  # shards: every image is read once to know their size
+    command = [sys.executable, "-c", SLOW_PREPARE, arguments.source, tmp_path / "set", to, str(slow)]
+    process = subprocess.Popen(command, env=environment())
+    receipts = tmp_path / "set.partial" / ".state"
+    deadline = time.monotonic() + 60
+    while len(list(receipts.glob("train-*.json"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(UserError, match=r"still being prepared, or was cut short"):
+        load_dataset(tmp_path / "set")
+    with pytest.raises(UserError):
+        load_dataset(tmp_path / "set.partial")
+    prepare_fails(replace(arguments, target=tmp_path / "set", to=to, shard_mb=1, shorter_side=32), "other settings")
+    read: list[int] = []
+    from dali_vit.prepare import targets
+
+    original = targets.read_sample
+    monkeypatch.setattr(targets, "read_sample", lambda samples, i: (read.append(i), original(samples, i))[1])
+    prepare(replace(arguments, target=tmp_path / "set", to=to, shard_mb=1))
+    assert tree(tmp_path / "set") == tree(whole)
+    probes = NUM_TRAIN + VAL_IMAGES if to == "shards" else 0
+    assert len(read) - probes <= NUM_TRAIN + VAL_IMAGES - 9  # two parts were not made again
+    assert not (tmp_path / "set.partial").exists()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("kind", "to", "how", "stride"),
+    [
+        ("folder", "shards", "kill", 7),
+        ("parquet", "shards", "kill", 7),
+        ("tfds", "folder", "kill", 7),
+        ("ilsvrc", "index", "kill", 3),
+        ("parquet", "folder", "full", 11),
+    ],
+)
+def test_stopped_before_any_file_operation_and_started_again_it_ends_in_the_same_bytes(tmp_path, kind, to, how, stride):
+    """Killed, or on a disk that is full for a moment; before it goes on there is no target, or a whole one."""
+    arguments = write_source(kind, tmp_path / "source")
+    labels = [] if arguments.val_labels is None else [arguments.val_labels]
+    command = [sys.executable, "-m", "tests.killed_prepare", arguments.source, tmp_path / "set", to, how, str(stride)]
+    ran = subprocess.run(
+        [*command, *labels],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=environment(),
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert result["digests"] == [result["digest"]]
+    assert result["stops"] >= 12
+    assert result["whole"] >= 1  # while the folder of the receipts was being removed
+    if how == "full":
+        lines = ran.stderr.splitlines()
+        assert len(lines) == result["stops"]
+        assert all("No space left on device" in line and "run the command again" in line for line in lines)
+
+
+def test_a_finished_set_is_left_alone_and_no_other_put_in_its_place(tmp_path):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    before = {path: path.stat().st_mtime_ns for path in prepare(arguments).rglob("*")}
+    prepare(arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")} == before
+    prepare_fails(replace(arguments, shorter_side=32), "other settings", "another TARGET")
+    prepare_fails(replace(arguments, target=arguments.source / "train"), "lies within")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    prepare_fails(replace(arguments, target=tmp_path / "other"), "exists already")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_number_of_workers_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr("dali_vit.prepare.targets._TAR_OVERHEAD", 200_000)
+    arguments = replace(write_source("folder", tmp_path / "source"), shard_mb=1)
+    one, four = (prepare(replace(arguments, target=tmp_path / str(n), workers=n)) for n in (1, 4))
+    assert tree(one) == tree(four)

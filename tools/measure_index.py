@@ -1,0 +1,118 @@
+"""Start-up time and memory of the data path on a made-up image folder of as many files as asked for.
+
+    python tools/measure_index.py --folder /data/scratch --images 130000 1300000
+
+The files are hard links to a few small JPEGs, so a million takes no disk but inodes of folders; they are removed
+afterwards. Times are of a warm page cache. Each measurement is made in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_SOURCES = 40  # a file of ext4 takes 65,000 links
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files")
+    parser.add_argument("--images", type=int, nargs="+", default=[130_000, 1_300_000], help="sizes to measure")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=300, help="training batches to load")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if max(arguments.images) > 60_000 * _SOURCES:
+        sys.exit(f"measure_index: --images {max(arguments.images)}: at most {60_000 * _SOURCES}")
+    results = []
+    for images in arguments.images:
+        root = Path(tempfile.mkdtemp(prefix="measure-index-", dir=arguments.folder))
+        try:
+            _link(root, images, arguments.classes)
+            time.sleep(3)  # an index is kept only of folders that have been left alone for a while
+            result: dict[str, float] = {"images": images}
+            result |= {"start s, listing the images": _alone(_start, root)}
+            result |= {"start s, reading the index": _alone(_start, root)}
+            result |= _alone(_load, root, arguments.steps, arguments.batch_size)
+        finally:
+            shutil.rmtree(root)
+        results.append(result)
+        for name, value in result.items():
+            print(f"{name:<34} {value:>14,}" if isinstance(value, int) else f"{name:<34} {value:>14.2f}")
+        print(flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _link(root: Path, images: int, classes: int) -> None:
+    """`train/<class>/*`, links in turn to small JPEGs of noise."""
+    rng = np.random.default_rng(0)
+    for i in range(_SOURCES):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(root / f"{i}.jpg")
+    for c, numbers in enumerate(np.array_split(np.arange(images), classes)):
+        folder = root / "train" / f"n{c:08d}"
+        folder.mkdir(parents=True)
+        for i in numbers.tolist():
+            os.link(root / f"{i % _SOURCES}.jpg", folder / f"{folder.name}_{i}.JPEG")
+
+
+def _alone(function: Any, *arguments: Any) -> Any:
+    """The function's result, from a process that has done nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _start(root: Path) -> float:
+    """Seconds to a dataset whose splits are made and checked, as a run has it at its start."""
+    from dali_vit import data
+
+    began = time.perf_counter()
+    data.check_images(data.load_dataset(root).split("train"))
+    return time.perf_counter() - began
+
+
+def _load(root: Path, steps: int, batch_size: int) -> dict[str, float]:
+    """Resident memory, in MiB, before the index, with it, and after the first and the last of the steps."""
+    from dali_vit import data
+    from pipelines.loader import TrainLoader
+    from pipelines.readers import FileList
+
+    before = _resident()
+    train = data.load_dataset(root).split("train")
+    assert isinstance(train, FileList)
+    indexed = _resident()
+    options: dict[str, Any] = {"image_size": 32, "rank": 0, "world_size": 1, "device": "cpu", "num_threads": 1}
+    loader = TrainLoader(train, batch_size=batch_size, seed=0, **options)
+    for _ in range(steps // 3):
+        next(loader)
+    first = _resident()
+    for _ in range(steps - steps // 3):
+        next(loader)
+    last = _resident()
+    return {
+        "index bytes an image": sum(c.nbytes for c in (train.buffer, train.starts, train.lengths, train.labels))
+        / len(train),
+        "index MiB": indexed - before,
+        f"loader MiB after {steps // 3} steps": first - indexed,
+        f"loader MiB after {steps} steps": last - indexed,
+    }
+
+
+def _resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()
