@@ -17,18 +17,20 @@ class BackgroundWriter:
     """Runs one write at a time in a thread of its own.
 
     A write that fails (a full disk, a folder that became read-only) is reported and given up: what is on the disk
-    stays, and training goes on. `close` waits for the last write and raises its error.
+    stays, and training goes on. `close` waits for the last write and raises its error. The copies are kept and
+    written over by the next one: host memory is pinned once, which takes longer than to fill it.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
+        self._copies: Any = None
 
     def submit(self, write: Callable[..., Path], state: Mapping[str, Any], **arguments: Any) -> None:
         """Calls write(**state, **arguments) later, with the tensors of `state` as they are now."""
-        self.wait()
-        copied, event = snapshot(state)
-        self._pending = self._thread.submit(_write, write, copied, event, arguments)
+        self.wait()  # else what is being written would be written over
+        self._copies, event = snapshot(state, self._copies)
+        self._pending = self._thread.submit(_write, write, self._copies, event, arguments)
 
     def wait(self) -> None:
         """Waits for the write under way, if any, and reports its failure as a warning."""
@@ -50,31 +52,46 @@ class BackgroundWriter:
             pending.result()
 
 
-def snapshot(state: Any) -> tuple[Any, torch.cuda.Event | None]:
+def snapshot(state: Any, before: Any = None) -> tuple[Any, torch.cuda.Event | None]:
     """A copy of nested dicts and lists whose tensors lie in host memory, and the event that says it is complete.
 
-    From a GPU the copies go into pinned memory, queued behind the work already on the stream: nothing waits here.
+    `before` is an earlier copy that is needed no more: its tensors are written over where they fit. From a GPU the
+    copies go into pinned memory, queued on the stream that trains: nothing waits here, and the next update of the
+    weights, queued behind them, cannot be faster. (A stream of their own would have that update wait for them,
+    for a copy of some ten milliseconds.)
     """
     event = None
 
-    def copy(value: Any) -> Any:
+    def copy(value: Any, old: Any) -> Any:
         nonlocal event
         if isinstance(value, torch.Tensor):
-            if value.device.type != "cuda":
-                return value.detach().clone()
-            event = event or torch.cuda.Event()
-            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            return pinned.copy_(value.detach(), non_blocking=True)
+            on_gpu = value.device.type == "cuda"
+            if on_gpu:
+                event = event or torch.cuda.Event()
+            if not _fits(old, value):
+                old = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
+            return old.copy_(value.detach(), non_blocking=True)
         if isinstance(value, Mapping):
-            return {key: copy(item) for key, item in value.items()}
+            known = old if isinstance(old, Mapping) else {}
+            return {key: copy(item, known.get(key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(copy(item) for item in value)
+            items = old if isinstance(old, list | tuple) and len(old) == len(value) else [None] * len(value)
+            return type(value)(copy(item, i) for item, i in zip(value, items, strict=True))
         return value
 
-    copied = copy(state)
+    copied = copy(state, before)
     if event is not None:
         event.record()
     return copied, event
+
+
+def _fits(old: Any, value: torch.Tensor) -> bool:
+    return (
+        isinstance(old, torch.Tensor)
+        and old.shape == value.shape
+        and old.dtype == value.dtype
+        and old.is_pinned() == (value.device.type == "cuda")
+    )
 
 
 def _write(

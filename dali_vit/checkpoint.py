@@ -131,7 +131,7 @@ def _write(
     os.replace(temporary, final)
     _flush(folder)
     shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
-    _prune(folder, config.run.keep_checkpoints)
+    _prune(folder, config.run.keep_checkpoints, final)
     return final
 
 
@@ -268,9 +268,10 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name))
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the best one."""
-    folders = _step_folders(folder)
+def _prune(folder: Path, keep: int, written: Path) -> None:
+    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one."""
+    # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
+    folders = [f for f in _step_folders(folder) if f.name <= written.name]
     scores: dict[Path, float] = {}
     for step_folder in folders:
         try:

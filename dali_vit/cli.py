@@ -15,90 +15,37 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
 from dali_vit import recipes
+from dali_vit.arguments import (
+    ConvertArguments,
+    DoctorArguments,
+    EvalArguments,
+    ExportArguments,
+    PredictArguments,
+    PreviewArguments,
+)
 from dali_vit.config import Config, UserError, to_yaml
 
 PROGRAM = "dali-vit"
 
 
-@dataclass(frozen=True)
-class EvalArguments:
-    """Accuracy of a checkpoint on a labelled set."""
-
-    checkpoint: Path
-    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
-    data: str
-    """Folder with val/<class>/* (or train/<class>/* for the other splits), or `demo`."""
-    gpus: int | None = None
-    """GPUs to use; 0: the CPU; default: all, else the CPU."""
-    split: Literal["val", "minival", "train"] = "val"
-    """Which images."""
-    minival: float = 0.01
-    """Share of the training images that is minival."""
-    v2: bool = False
-    """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
-    real: Path | None = None
-    """ReaL's real.json: also report accuracy against its labels."""
-    batch_size: int = 256
-    """Images per step and process."""
-    resolution: int | None = None
-    """Side of the images; default: the checkpoint's. Position embeddings are resampled."""
-    threads: int | None = None
-    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-
-
-@dataclass(frozen=True)
-class PredictArguments:
-    """The likeliest classes of image files."""
-
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files."""
-    checkpoint: Path
-    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
-    top: int = 5
-    """Classes to name per image."""
-    gpus: int | None = None
-    """1: a GPU; 0: the CPU; default: a GPU where there is one."""
-    json: bool = False
-    """Print one JSON array instead of a table."""
-
-
-@dataclass(frozen=True)
-class DoctorArguments:
-    """What this machine has and what it will be used for."""
-
-
-@dataclass(frozen=True)
-class ConvertArguments:
-    """A big_vision .npz checkpoint as .safetensors, or the converse."""
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """IN: .npz, or a checkpoint of ours."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """OUT: .safetensors or .npz; must not exist."""
-    resolution: int | None = None
-    """Resample the position embeddings for images of this side."""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `dali-vit`; exits with the code the module's docstring gives."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
+    # srun's variables are not taken over yet.
+    under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if under_srun else 0))
     _set_up_logging(rank)
     try:
         code = _dispatch(argv)
     except ValueError as error:
         if not _is_the_users(error):
             raise
-        if rank == 0:
+        if rank == 0 or not isinstance(error, UserError):  # which is raised on all ranks alike
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -123,8 +70,10 @@ def _dispatch(argv: list[str]) -> int:
         "eval": _eval,
         "predict": _predict,
         "convert": _convert,
+        "export": _export,
         "prepare": _prepare,
         "verify": _verify,
+        "preview": _preview,
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -145,14 +94,16 @@ def _overview() -> str:
 
 Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
 
-  {PROGRAM} train --recipe demo             a ViT on the built-in dataset, in minutes
-  {PROGRAM} train --data PATH --gpus 8      the paper's ViT-S/16 on ImageNet-1k, 90 epochs
+  {PROGRAM} train --recipe demo              a ViT on the built-in dataset, in minutes
+  {PROGRAM} train --data PATH --gpus 8       the paper's ViT-S/16 on ImageNet-1k, 90 epochs
   {PROGRAM} eval --checkpoint C --data PATH
   {PROGRAM} predict --checkpoint C IMAGE...
   {PROGRAM} convert IN.npz OUT.safetensors
-  {PROGRAM} prepare SOURCE TARGET           shards or folders from ILSVRC's tars, TFRecords, parquet, a folder
-  {PROGRAM} verify PATH                     reads every image and names what would hurt training
-  {PROGRAM} doctor                          what this machine has and what it will be used for
+  {PROGRAM} export --checkpoint C --out DIR  a folder that timm.create_model loads
+  {PROGRAM} prepare SOURCE TARGET            shards or folders from ILSVRC's tars, TFRecords, parquet, a folder
+  {PROGRAM} verify PATH                      reads every image and names what would hurt training
+  {PROGRAM} preview --data PATH --out F.png  a grid of augmented images; takes all flags of train
+  {PROGRAM} doctor                           what this machine has and what it will be used for
 
 `{PROGRAM} COMMAND --help` lists a command's options."""
 
@@ -174,9 +125,9 @@ def _train(argv: list[str]) -> int:
             train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
             return distributed.launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
     try:
-        with distributed.connect(config.run.gpus) as group:
-            prepared = train.plan(config, group.world_size)
-            with runfolder.locked(config) if group.is_main else contextlib.nullcontext():
+        with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
+            prepared = distributed.together(lambda: train.plan(config, group.world_size))
+            with runfolder.locked(config, group):
                 train.train(config, group, prepared)
     except Interrupted as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -191,6 +142,20 @@ def _parse_train(argv: list[str]) -> tuple[Config, bool]:
     print_config = "--print-config" in argv
     if print_config:
         argv.remove("--print-config")
+    config: Config = _parse(
+        Config,
+        argv,
+        "train",
+        default=_recipe(argv),
+        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
+        "--print-config prints the resolved settings instead.\n\n"
+        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
+    )
+    return config, print_config
+
+
+def _recipe(argv: list[str]) -> Config:
+    """The settings of the recipe that the flags name, or of the default one."""
     names = [re.split("[= ]", " ".join(argv[i : i + 2]))[1] for i, a in enumerate(argv) if a.startswith("--recipe")]
     defaults = recipes.get(names[-1] if names else Config().run.recipe)
     given = {argument.split("=")[0] for argument in argv}
@@ -198,16 +163,7 @@ def _parse_train(argv: list[str]) -> tuple[Config, bool]:
         raise UserError("--epochs and --steps: give one of them, not both")
     if "--steps" in given:
         defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
-    config: Config = _parse(
-        Config,
-        argv,
-        "train",
-        default=defaults,
-        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
-        "--print-config prints the resolved settings instead.\n\n"
-        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
-    )
-    return config, print_config
+    return defaults
 
 
 def _eval(argv: list[str]) -> int:
@@ -269,6 +225,14 @@ def _convert(argv: list[str]) -> int:
     return 0
 
 
+def _export(argv: list[str]) -> int:
+    arguments: ExportArguments = _parse(ExportArguments, argv, "export")
+    from dali_vit.export import export
+
+    print(export(arguments.checkpoint, arguments.out, arguments.resolution))
+    return 0
+
+
 def _prepare(argv: list[str]) -> int:
     from dali_vit.prepare import PrepareArguments, prepare
 
@@ -286,6 +250,18 @@ def _verify(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(report.to_json()))
     return report.exit_code
+
+
+def _preview(argv: list[str]) -> int:
+    defaults = PreviewArguments(out=tyro.MISSING, config=_recipe(argv))
+    arguments: PreviewArguments = _parse(PreviewArguments, argv, "preview", default=defaults)
+    from dali_vit import distributed
+    from dali_vit.preview import preview
+
+    config = arguments.config
+    with distributed.connect(config.run.gpus) as group:
+        print(preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images))
+    return 0
 
 
 def _doctor(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def operational(default: Any) -> Any:
-    """A field that may change when a run is resumed, because the trained weights do not depend on it."""
+    """A field that may change when a run is resumed: the weights of a healthy run do not depend on it."""
     return field(default=default, metadata={"operational": True})
 
 
@@ -28,7 +28,7 @@ class DataConfig:
     """Where the images come from and how they are augmented."""
 
     data: str | None = operational(None)
-    """Folder with train/<class>/* and val/<class>/*, or `demo`."""
+    """Folder with train/<class>/* and val/<class>/*, shards that `prepare` made (s3://bucket/prefix too), or `demo`."""
     resolution: int = 224
     """Side of the square training and evaluation images, in pixels."""
     minival: float = 0.01
@@ -99,6 +99,9 @@ class OptimConfig:
     """Type Adam's first moment is kept in (big_vision: bfloat16; no measurable difference)."""
     grad_clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None switches clipping off."""
+    spike_threshold: float = operational(10.0)
+    """Deviations above its running mean at which a loss is a spike and its step left out; one counts as a tenth of
+    the mean and 0.1 at least, which healthy runs never reach; 0: never."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     mixup_alpha: float = 0.2
@@ -121,6 +124,9 @@ class RunConfig:
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = operational(None)
     """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    autotune: Literal["auto", "on", "off"] = operational("auto")
+    """Search for the loader's fastest settings at the start, a minute at most; the result is kept for this machine
+    and data set. auto: on GPUs."""
     compile: Literal["auto", "off", "default", "max-autotune"] = operational("auto")
     """torch.compile of the training step; auto: default mode on GPUs, off on the CPU."""
     resume: bool = operational(True)
@@ -138,7 +144,7 @@ class RunConfig:
     max_restarts: int = operational(3)
     """How often --gpus starts the processes again, from the last checkpoint, after one has died."""
     max_skipped_steps: int = operational(10)
-    """Steps left out for a gradient that is not finite before the run stops."""
+    """Steps left out for a gradient that is not finite or a loss spike before the run stops."""
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
@@ -184,6 +190,7 @@ def validate(config: Config) -> None:
         ("--weight-decay", optim.weight_decay),
         ("--warmup-steps", optim.warmup_steps),
         ("--mixup-alpha", optim.mixup_alpha),
+        ("--spike-threshold", optim.spike_threshold),
         ("--randaug-layers", data.randaug_layers),
         ("--eval-every", run.eval_every),
         ("--seed", run.seed),

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dali_vit.config import UserError
+from dali_vit.environment import cache_folder
 
 __all__ = ["CLASSES", "demo_folder", "draw_image", "make_demo"]
 
@@ -42,10 +43,7 @@ def demo_folder() -> Path:
     It lies in DALI_VIT_CACHE, or else in `dali-vit` under XDG_CACHE_HOME or ~/.cache.
     Raises UserError if that cannot be written.
     """
-    cache = os.environ.get("DALI_VIT_CACHE")
-    if not cache:
-        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dali-vit")
-    folder = Path(cache).absolute() / f"demo-v{_VERSION}"
+    folder = cache_folder() / f"demo-v{_VERSION}"
     try:
         make_demo(folder)
     except OSError as error:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from dali_vit.config import UserError
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
-    os.environ["LOCAL_WORLD_SIZE"] = slurm["SLURM_STEP_TASKS_PER_NODE"].split("(")[0]
+    os.environ["LOCAL_WORLD_SIZE"] = re.split("[(,]", slurm["SLURM_STEP_TASKS_PER_NODE"])[0]  # "8(x2),4": the first
 
 
 def _follow_launcher() -> None:
@@ -118,8 +121,13 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     raise AssertionError
 
 
+def collective_timeout(hang_timeout: float) -> timedelta:
+    """How long ranks wait for each other: longer than the watchdog does, which alone can name who hangs, and where."""
+    return timedelta(seconds=max(600.0, 2 * hang_timeout)) if hang_timeout else timedelta(days=7)
+
+
 @contextmanager
-def connect(gpus: int | None) -> Iterator[Group]:
+def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
     """The Group of this process, with the process group initialised while more than one process runs."""
     if not is_worker():
         device = torch.device("cuda", 0) if resolve_gpus(gpus) else torch.device("cpu")
@@ -132,17 +140,18 @@ def connect(gpus: int | None) -> Iterator[Group]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = gpus != 0 and torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    here = max(local_rank + 1, local_world_size)  # so that all of them say so, the first among them
+    if on_gpu and here > torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; "
-            "start that many processes, or give --gpus 0 for the CPU"
+            f"{here} processes on this machine, which see {torch.cuda.device_count()} GPUs each: start as many as"
+            " there are GPUs and let each see all of them, or give --gpus 0 for the CPU"
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        timeout=timedelta(minutes=10),
+        timeout=collective_timeout(hang_timeout),
         device_id=device if on_gpu else None,
     )
     try:
@@ -165,6 +174,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Does something that may raise UserError on every rank; one that any of them raises is raised on all.
+
+    Else the others would wait for those that have ended. The error of the lowest rank is taken, which it names.
+    """
+    message = None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    for rank, found in enumerate(gather_objects(message)):
+        if found is not None:
+            raise UserError(f"rank {rank}: {found}" if rank else found)
+    return result
 
 
 def share_buffers(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,6 +34,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def cache_folder() -> Path:
+    """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("DALI_VIT_CACHE"):
+        return Path(given).absolute()
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if parent.startswith("~"):  # a user without a home, as containers have
+        parent = tempfile.gettempdir()
+    return Path(parent).absolute() / "dali-vit"
 
 
 def cpu_count() -> int:

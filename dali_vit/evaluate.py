@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from dali_vit.distributed import sum_over_ranks
+from dali_vit import data as datasets
+from dali_vit.config import Config
+from dali_vit.distributed import Group, share_buffers, sum_over_ranks
 from dali_vit.step import normalize
 
 
@@ -59,3 +61,47 @@ def evaluate(
         "loss": loss_sum.item() / max(images_seen, 1),
         "count": images_seen,
     }
+
+
+def evaluate_splits(
+    model: torch.nn.Module,
+    dataset: datasets.Dataset,
+    config: Config,
+    group: Group,
+    left_out: dict[str, Sequence[int]],
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`<split>/top1`, `/top5` and `/loss` on minival and val, and `/bad_samples` where images were left out.
+
+    left_out: the images of each split that this process has found undecodable, kept from one call to the next.
+    `progress` is called before each batch.
+    """
+
+    def counted(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        progress()
+        for batch in batches:
+            yield batch
+            progress()
+
+    metrics: dict[str, float] = {}
+    share_buffers(model)
+    for name, files in (("minival", dataset.minival), ("val", dataset.val)):
+        if files is None:
+            continue
+        batches = datasets.eval_loader(
+            files,
+            batch_size=config.optim.batch_size // group.world_size,
+            resolution=config.data.resolution,
+            group=group,
+            threads=datasets.num_threads(config, group),
+            bad_samples=left_out.get(name, ()),
+            max_bad_share=config.data.max_bad_share,
+        )
+        result = evaluate(model, counted(batches), group.device)
+        left_out[name] = batches.bad_samples
+        batches.close()
+        bad = len(files) - int(result.pop("count"))
+        if bad:
+            result["bad_samples"] = bad
+        metrics |= {f"{name}/{key}": value for key, value in result.items()}
+    return metrics

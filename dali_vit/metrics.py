@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_vit.distributed import Group, sum_over_ranks
+
+log = logging.getLogger(__name__)
 
 # Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). First match wins.
 _PEAK_BF16 = [
@@ -126,39 +130,69 @@ class MetricLog:
     """The run's scalars, images and texts: TensorBoard events and `metrics.jsonl` in the run's folder.
 
     `start_step` is the step the run goes on from: what an interrupted run logged past it is dropped from both,
-    because those steps run again.
+    because those steps run again. What cannot be written (a full disk, a folder that became read-only) is lost with
+    a warning: of metrics.jsonl those lines, of TensorBoard's events all from there on.
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        self._writer = SummaryWriter(str(run_dir), purge_step=start_step or None)
+        self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step or None)
         path = run_dir / "metrics.jsonl"
         if path.exists():
             _drop_lines_past(path, start_step)
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = path.open("ab", buffering=0)
+        self._writable = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        def to_events(events: SummaryWriter) -> None:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+        self._to_tensorboard(to_events)
         # JSON has no NaN or infinity: they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-        self._lines.flush()
+        try:
+            _append(self._lines, json.dumps({"step": step, **finite}).encode() + b"\n")
+        except OSError as error:
+            if self._writable:
+                log.warning("%s takes no lines (%s); training goes on", self._lines.name, error.strerror)
+            self._writable = False
+        else:
+            self._writable = True
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """One image, uint8 [H, W, 3]."""
-        self._writer.add_image(name, image, step, dataformats="HWC")
-        self._writer.flush()
+        self._to_tensorboard(lambda events: events.add_image(name, image, step, dataformats="HWC"))
+        self._to_tensorboard(SummaryWriter.flush)
 
     def text(self, name: str, text: str) -> None:
         """A block of preformatted text."""
-        self._writer.add_text(name, f"```\n{text}\n```")
-
-    def flush(self) -> None:
-        self._writer.flush()
+        self._to_tensorboard(lambda events: events.add_text(name, f"```\n{text}\n```"))
 
     def close(self) -> None:
-        self._writer.close()
+        self._to_tensorboard(SummaryWriter.close)
         self._lines.close()
+
+    def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
+        if self._events is None:
+            return
+        try:
+            write(self._events)
+        except OSError as error:  # which has ended the writer's thread
+            log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)
+            self._events = None
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Writes a line whole or not at all; OSError where it cannot be."""
+    size = os.fstat(file.fileno()).st_size
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise
 
 
 def _drop_lines_past(path: Path, step: int) -> None:

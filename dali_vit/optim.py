@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from dali_vit.config import OptimConfig, UserError
+from dali_vit.spikes import is_spike
 
 
 def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -90,18 +91,35 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm
 
 
-def optimizer_step(optimizer: Optimizer, grad_clip_norm: float | None) -> Tensor:
+def optimizer_step(
+    optimizer: Optimizer, grad_clip_norm: float | None, loss: Tensor | None = None, spike_threshold: float = 0.0
+) -> Tensor:
     """Clips the gradients, updates the parameters and clears the gradients; returns the norm before clipping.
 
-    With several GPUs the gradients must be averaged over them already. The learning rate is `set_lr`'s. Where the
-    norm is not finite the update is left out: parameters and optimiser state stay as they are.
+    With several GPUs the gradients must be averaged over them already, and the loss, too. The learning rate is
+    `set_lr`'s. Where the norm is not finite, or the loss (0-d) a spike by a threshold above 0, the update is left
+    out: parameters and optimiser state stay as they are, and the norm returned is NaN.
     """
     norm = clip_grad_norm((p for group in optimizer.param_groups for p in group["params"]), grad_clip_norm)
+    left_out = ~torch.isfinite(norm)
+    if loss is not None and spike_threshold > 0:
+        left_out |= is_spike(_losses_seen(optimizer, loss), loss, spike_threshold)
     # What GradScaler sets, too: fused optimisers then decide on the device whether to update.
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm.masked_fill(left_out, math.nan)
+
+
+def _losses_seen(optimizer: Optimizer, loss: Tensor) -> Tensor:
+    """The statistics of `is_spike`, kept like the learning rate in a group, which is saved with the optimiser.
+
+    Checkpoints from before they were kept have none: they are then begun anew.
+    """
+    group = optimizer.param_groups[0]
+    seen = group.get("losses_seen")
+    group["losses_seen"] = torch.zeros(3, device=loss.device) if seen is None else seen.to(loss.device)
+    return group["losses_seen"]
 
 
 class AdamWBFloat16Moment(Optimizer):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, ModelConfig
@@ -99,10 +103,22 @@ class StarvationWarning:
         if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
             self._said = True
             log.warning(
-                "training waits for data %.0f %% of the time: more --threads (a machine with more cores), files on a"
-                " local disk, or fewer --randaug-layers would help; tools/bench_throughput.py --sweep finds out",
+                "training waits for data %.0f %% of the time: more --threads (a machine with more cores), shards on a"
+                " local disk (`dali-vit prepare`), GPUs that decode JPEGs in hardware (A100, H100 and later) or fewer"
+                " --randaug-layers would help; tools/bench_throughput.py --sweep finds out",
                 data_wait_pct,
             )
+
+
+@contextmanager
+def progress_bar(total: int, start: int, *, visible: bool) -> Iterator[tqdm]:
+    """A bar with the time left on a terminal; in a log file the lines alone."""
+    shown = visible and sys.stderr.isatty()
+    with (
+        logging_redirect_tqdm(loggers=[logging.getLogger("dali_vit")]),
+        tqdm(total=total, initial=start, disable=not shown, unit="step", dynamic_ncols=True) as bar,
+    ):
+        yield bar
 
 
 def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, float], eta: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 
 from dali_vit.config import Config, UserError, to_yaml
-from dali_vit.distributed import Group
+from dali_vit.distributed import Group, together
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import MetricLog
 from dali_vit.report import image_grid
+
+log = logging.getLogger(__name__)
 
 PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
 
@@ -32,34 +35,40 @@ def write_run_files(config: Config) -> None:
 
 
 @contextmanager
-def locked(config: Config) -> Iterator[None]:
-    """Keeps other processes from running the same run; UserError where one already does.
+def locked(config: Config, group: Group) -> Iterator[None]:
+    """Keeps other processes from running the same run; UserError, on every rank, where one already does.
 
     The lock is the kernel's: it goes with the process that holds it, however that ends.
     """
+    with ExitStack() as held:
+        together(lambda: _lock(config, held) if group.is_main else None)
+        yield
+
+
+def _lock(config: Config, held: ExitStack) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(config.run_dir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+    held.callback(os.close, descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
-    """The first augmented images of a run: to TensorBoard and to samples/train.png."""
+    """The first augmented images of a run: to TensorBoard and to samples/train.png; a warning where that fails."""
     grid = image_grid(images)
     writer.image("samples/train", grid, 0)
-    (run_dir / "samples").mkdir(exist_ok=True)
-    Image.fromarray(grid).save(run_dir / "samples" / "train.png")
+    try:
+        (run_dir / "samples").mkdir(exist_ok=True)
+        Image.fromarray(grid).save(run_dir / "samples" / "train.png")
+    except OSError as error:
+        log.warning("%s is not written (%s); training goes on", run_dir / "samples", error.strerror)
 
 
 class _NoProfiler:

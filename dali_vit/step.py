@@ -14,6 +14,7 @@ from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
+from dali_vit.spikes import SharedLoss
 
 # torch 2.15 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -50,15 +51,16 @@ def build_update(
     compiled, in words.
 
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
-    nothing waits for them.
+    nothing waits for them. The loss is this process's, the norm that of all; it is NaN where the step was left out.
     """
     on_gpu = group.device.type == "cuda"
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
-    if group.world_size > 1:
+    shared = SharedLoss(step, group.device) if group.world_size > 1 else None
+    if shared is not None:
         step = DistributedDataParallel(
-            step,
+            shared,
             device_ids=[group.device.index] if on_gpu else None,
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
             gradient_as_bucket_view=True,
@@ -80,7 +82,9 @@ def build_update(
         loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
         loss.backward()
         set_lr(optimizer, lr)
-        return loss.detach(), optimizer_step(optimizer, config.optim.grad_clip_norm)
+        loss = loss.detach()
+        mean = loss if shared is None else shared.take_mean()
+        return loss, optimizer_step(optimizer, config.optim.grad_clip_norm, mean, config.optim.spike_threshold)
 
     return update, compiled
 

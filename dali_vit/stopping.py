@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dali_vit.distributed import REQUEUE, Group
+from dali_vit.distributed import REQUEUE, Group, collective_timeout
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,14 +36,16 @@ class Stop:
     `agreed` is collective, and where that costs something it is asked for every few steps only.
     """
 
-    def __init__(self, group: Group, max_hours: float | None) -> None:
+    def __init__(self, group: Group, max_hours: float | None, hang_timeout: float) -> None:
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
         self._signal: str | None = None
         self._first = 0.0
         self._world_size = group.world_size
         # On the CPU the ranks wait for each other at every step anyway; on GPUs the hosts run ahead.
         self._every = 1 if group.device.type == "cpu" else 10
-        self._gloo: Any = dist.new_group(backend="gloo") if group.world_size > 1 else None
+        self._gloo: Any = None
+        if group.world_size > 1:
+            self._gloo = dist.new_group(backend="gloo", timeout=collective_timeout(hang_timeout))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,7 +107,10 @@ class Watchdog:
         """Called whenever a stage begins: "loader", "step", "evaluation" or "checkpoint"."""
         self._stage, self._step, self._since = stage, step, time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def _watch(self) -> None:

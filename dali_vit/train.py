@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import report
+from dali_vit.autotune import loader_settings
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, differences, to_yaml, total_steps, validate
-from dali_vit.distributed import Group, gather_objects, share_buffers
-from dali_vit.evaluate import evaluate
+from dali_vit.distributed import Group, gather_objects, together
+from dali_vit.evaluate import evaluate_splits
 from dali_vit.metrics import MetricLog, StepTimer, Window, duration
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import create_model, flops_per_image, num_parameters
@@ -93,11 +92,12 @@ def plan(config: Config, world_size: int) -> Plan:
 def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
-    Collective over the group. Raises UserError for gradients that stay not finite and for a disk that takes no
-    checkpoint, and Interrupted where a signal or the clock stopped the run.
+    Collective over the group. Raises UserError for losses and gradients that stay of no use and for a disk that
+    takes no checkpoint, and Interrupted where a signal or the clock stopped the run.
     """
     dataset, model, checkpoint, total = prepared.dataset, prepared.model, prepared.checkpoint, prepared.total_steps
     start = checkpoint.step if checkpoint else 0
+    _check_same_start(start, config)
     if checkpoint and start >= total:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         return checkpoint.metrics
@@ -120,12 +120,13 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         dataset,
         config,
         group,
+        settings=loader_settings(dataset, config, group),
         start_step=start,
         bad_samples=_bad_samples(checkpoint.loader["ranks"]) if checkpoint else [],
     )
+    together(lambda: write_run_files(config) if group.is_main else None)
     writer = None
     if group.is_main:
-        write_run_files(config)
         writer = MetricLog(config.run_dir, start)
         summary = report.summary(
             config,
@@ -163,14 +164,17 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
+    left_out: dict[str, Sequence[int]] = {}
     evaluations = _evaluation_steps(config.run.eval_every, epoch_steps, total)
     timer, window = StepTimer(group.device), Window(group)
     starving = report.StarvationWarning()
-    stop, watchdog = Stop(group, config.run.max_hours), Watchdog(group, config.run.hang_timeout)
+    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)
     began = time.perf_counter()
     with (
+        closing(loader),
         stop.watching(),
-        _progress_bar(total, start, visible=group.is_main) as progress,
+        Watchdog(group, config.run.hang_timeout) as watchdog,
+        report.progress_bar(total, start, visible=group.is_main) as progress,
         profiling(config, group, start) as profiler,
     ):
         for step in range(start, total):
@@ -195,7 +199,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 continue
             seconds, waited = timer.read()
             loss_mean, grad_norm_mean = window.read()
-            _check_skipped(window, range(done - timer.steps, done), total, config)
+            _check_skipped(window, range(done - timer.steps, done), total, config, background)
             bad_samples = _bad_samples(gather_objects(loader.state_dict()))
             _check_bad_samples(bad_samples, dataset, config)
             if writer:
@@ -213,27 +217,29 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
+            scalars = {}
             if evaluating:
-                watchdog.enter("evaluation", step)
-                metrics = evaluate_splits(model, dataset, config, group)
-                if writer:
-                    writer.scalars(done, metrics)
-                    log.info("%s", report.evaluation_line(done, total, metrics))
+                entered = partial(watchdog.enter, "evaluation", step)
+                metrics = evaluate_splits(model, dataset, config, group, left_out, entered)
+                scalars |= metrics
+                log.info("%s", report.evaluation_line(done, total, metrics))
             if saving and window.healthy:
                 watchdog.enter("checkpoint", step)
+                stands_still = time.perf_counter()
                 save(done)
+                timer.reset()  # waits for the copy on a GPU
+                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stands_still)
             elif saving:
-                log.warning("no checkpoint at step %d: its gradient was not finite", done)
+                log.warning("no checkpoint at step %d, because that step was left out", done)
+            if writer and scalars:
+                writer.scalars(done, scalars)
             timer.reset()
             if stopping:
                 break
+        # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
+        watchdog.enter("checkpoint", step)
+        together(lambda: _close(background))
 
-    watchdog.close()
-    loader.close()
-    try:
-        background.close()
-    except OSError as error:
-        raise UserError(f"the last checkpoint could not be written ({error}); make room and start again") from error
     if writer:
         writer.close()
     if stopping:
@@ -242,26 +248,11 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     return metrics
 
 
-def evaluate_splits(
-    model: torch.nn.Module, dataset: datasets.Dataset, config: Config, group: Group
-) -> dict[str, float]:
-    """`<split>/top1`, `/top5` and `/loss` on minival and val, as far as the data set has them."""
-    metrics: dict[str, float] = {}
-    share_buffers(model)
-    for name, files in (("minival", dataset.minival), ("val", dataset.val)):
-        if files is None:
-            continue
-        batches = datasets.eval_loader(
-            files,
-            batch_size=config.optim.batch_size // group.world_size,
-            resolution=config.data.resolution,
-            group=group,
-            threads=datasets.num_threads(config, group),
-        )
-        result = evaluate(model, batches, group.device)
-        batches.close()
-        metrics |= {f"{name}/{key}": value for key, value in result.items() if key != "count"}
-    return metrics
+def _close(background: BackgroundWriter) -> None:
+    try:
+        background.close()
+    except OSError as error:
+        raise UserError(f"the last checkpoint could not be written ({error}); make room and start again") from error
 
 
 def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
@@ -272,6 +263,15 @@ def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None
         raise UserError(
             f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
             " choose another --name, or give the same settings to go on with it"
+        )
+
+
+def _check_same_start(start: int, config: Config) -> None:
+    starts = gather_objects(start)
+    if len(set(starts)) > 1:
+        raise UserError(
+            f"--runs-dir {config.run.runs_dir}: the processes would go on from different steps"
+            f" ({', '.join(map(str, starts))}); the folder must be on a file system that all nodes see"
         )
 
 
@@ -318,27 +318,18 @@ def _evaluation_steps(every: float, epoch_steps: float, total: int) -> set[int]:
     return steps
 
 
-def _check_skipped(window: Window, steps: range, total: int, config: Config) -> None:
+def _check_skipped(window: Window, steps: range, total: int, config: Config, background: BackgroundWriter) -> None:
     """UserError, on every rank alike, once more steps were left out than allowed, or if the run would end on one."""
     last = steps.stop == total and not window.healthy
     if window.skipped > config.run.max_skipped_steps or last:
+        background.wait()
         kept = checkpoints.newest(config.run_dir)
         raise UserError(
-            f"the gradient was not finite in {window.skipped} steps, the last of them between steps {steps.start + 1}"
-            f" and {steps.stop} (--max-skipped-steps {config.run.max_skipped_steps}); lower --lr;"
+            f"{window.skipped} steps were left out, the last of them between steps {steps.start + 1} and {steps.stop}:"
+            f" the gradient was not finite or the loss a spike (--max-skipped-steps {config.run.max_skipped_steps},"
+            f" --spike-threshold {config.optim.spike_threshold:g}); lower --lr;"
             f" last good checkpoint: {kept.path if kept else 'none yet'}"
         )
-
-
-@contextmanager
-def _progress_bar(total: int, start: int, *, visible: bool) -> Iterator[tqdm]:
-    """A bar with the time left on a terminal; in a log file the lines alone."""
-    shown = visible and sys.stderr.isatty()
-    with (
-        logging_redirect_tqdm(loggers=[logging.getLogger("dali_vit")]),
-        tqdm(total=total, initial=start, disable=not shown, unit="step", dynamic_ncols=True) as bar,
-    ):
-        yield bar
 
 
 @contextmanager

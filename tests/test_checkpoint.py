@@ -23,12 +23,12 @@ CONFIG = Config(
 CONFIG = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, resolution=32))
 
 
-def save(run_dir: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
+def save(run_dir: Path, step: int, metrics: dict[str, float] | None = None, config: Config = CONFIG) -> Path:
     model = create_model(CONFIG.model, num_classes=len(CLASSES), resolution=32, seed=step)
     return checkpoint.save(
         run_dir,
         step=step,
-        config=CONFIG,
+        config=config,
         classes=CLASSES,
         model_state=model.state_dict(),
         trainer_state={"optimizer": {"state": {0: {"exp_avg": torch.full((2,), float(step))}}}, "rng": []},
@@ -81,6 +81,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, file, da
     with caplog.at_level("WARNING", logger="dali_vit"):
         assert checkpoint.newest(tmp_path).step == 1
     assert "step_000000002" in caplog.text
+
+
+def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path):
+    """A run that went on from step 1, because that of step 9 is damaged, keeps what it writes from there on."""
+    for step in (1, 9):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/step_000000009/trainer.pt").write_bytes(b"")
+    keep_one = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, keep_checkpoints=1))
+    for step in (4, 6):
+        save(tmp_path, step, config=keep_one)
+        assert checkpoint.newest(tmp_path).step == step
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step_000000006", "step_000000009"]
+    save(tmp_path, 9, config=keep_one)
+    assert checkpoint.newest(tmp_path).step == 9
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000000009"]
 
 
 def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):

@@ -2,55 +2,95 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dali_vit import checkpoint
-from tests.conftest import TINY, dali_vit, environment, read_metrics
+from dali_vit.mixup import sample_lambda
+from tests.conftest import TINY, environment, read_metrics
+
+RECORDER = str(Path(__file__).with_name("recorder.py"))
+PLAIN = ("--mixup-alpha", "0", "--randaug-layers", "0")
 
 
-def arguments(image_folder, runs_dir, name):
+def arguments(image_folder: Path, runs_dir: Path, *more: str, steps: int = 20) -> list[str]:
     return [
-        *("train", "--data", str(image_folder), "--runs-dir", str(runs_dir), "--name", name, "--gpus", "0", *TINY),
-        *("--steps", "20", "--threads", "1", "--log-every", "1", "--mixup-alpha", "0", "--randaug-layers", "0"),
-        *("--eval-every", "0"),
+        *("train", "--data", str(image_folder), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
+        *("--steps", str(steps), "--threads", "1", "--log-every", "1", "--eval-every", "0", *more),
     ]
 
 
-def torchrun(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, "-m", "dali_vit", *command],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=150,
-        env=environment(),
+        env={**environment(), **variables},
         check=False,
     )
 
 
-@pytest.mark.timeout(300)
-def test_two_processes_train_like_one(image_folder, tmp_path):
-    one = dali_vit(*arguments(image_folder, tmp_path, "one"))
-    assert one.returncode == 0, one.stderr
-    two = torchrun(2, *arguments(image_folder, tmp_path, "two"))
-    assert two.returncode == 0, two.stderr
+def record(folder: Path, processes: int, command: list[str], **variables: str) -> list[list[dict[str, Any]]]:
+    """Runs a command under the recorder; what each rank trained on, by rank and step."""
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = python(*(launcher if processes > 1 else []), RECORDER, *command, RECORD=str(folder), **variables)
+    assert result.returncode == 0, result.stderr
+    files = [folder / f"rank{rank}.jsonl" for rank in range(processes)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
-    losses = [[m["train/loss"] for m in read_metrics(tmp_path / n) if "train/loss" in m] for n in ("one", "two")]
-    assert len(losses[0]) == len(losses[1]) == 20
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
-    finals = [checkpoint.newest(tmp_path / n) for n in ("one", "two")]
-    # Counts of right answers do not depend on how the images are spread over processes.
-    assert finals[0].metrics["val/top1"] == finals[1].metrics["val/top1"]
-    assert finals[0].metrics["val/loss"] == pytest.approx(finals[1].metrics["val/loss"], abs=1e-5)
+
+@pytest.mark.timeout(300)
+def test_two_and_four_processes_train_like_one(image_folder, tmp_path):
+    ranks, losses, ends = {}, {}, {}
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        ranks[processes] = record(folder, processes, arguments(image_folder, folder, *PLAIN))
+        logged = [m for m in read_metrics(folder / "run") if "train/loss" in m]
+        assert [m["step"] for m in logged] == list(range(1, 21))
+        losses[processes] = torch.tensor([m["train/loss"] for m in logged])
+        ends[processes] = checkpoint.newest(folder / "run")
+    for processes in (2, 4):
+        # The same images with the same windows and labels in every step, whoever gets them.
+        for step in range(20):
+            expected = sorted(ranks[1][0][step]["samples"])
+            shares = [rank[step]["samples"] for rank in ranks[processes]]
+            assert [len(share) for share in shares] == [8 // processes] * processes
+            assert sorted(sample for share in shares for sample in share) == expected
+            assert len({rank[step]["weights"] for rank in ranks[processes]}) == 1
+        torch.testing.assert_close(losses[processes], losses[1], rtol=0, atol=1e-5)
+        # Counts of right answers do not depend on how the images are spread over processes.
+        assert ends[processes].metrics["val/top1"] == ends[1].metrics["val/top1"]
+        assert ends[processes].metrics["val/loss"] == pytest.approx(ends[1].metrics["val/loss"], abs=1e-5)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(image_folder, tmp_path):
+    """One rank alone has a spike: the mean over both is one, so that both leave the step out."""
+    command = arguments(image_folder, tmp_path / "a", "--grad-clip-norm", "None", steps=115)
+    ranks = record(tmp_path / "a", 2, command, SPIKE="1:110:113")
+    lams = [[line["lam"] for line in rank] for rank in ranks]
+    assert lams[0] == lams[1] == [sample_lambda(0.2, 0, step) for step in range(115)]
+    assert len(set(lams[0])) > 100
+    assert ranks[0][0]["samples"] != ranks[1][0]["samples"]
+    for rank in ranks:
+        assert [line["left_out"] for line in rank] == [False] * 110 + [True] * 3 + [False] * 2
+    assert [line["weights"] for line in ranks[0]] == [line["weights"] for line in ranks[1]]
+    assert len({line["weights"] for line in ranks[0][109:113]}) == 1
+    assert read_metrics(tmp_path / "a" / "run")[-2]["train/skipped_steps"] == 3
 
 
 @pytest.mark.timeout(150)
 def test_a_mistake_is_said_once_by_the_workers(image_folder, tmp_path):
-    result = torchrun(2, *arguments(image_folder, tmp_path, "odd"), "--batch-size", "7")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
+    result = python(*launcher, *arguments(image_folder, tmp_path / "odd"), "--batch-size", "7")
     assert result.returncode != 0
     assert result.stderr.count("dali-vit: --batch-size 7: not divisible by 2 processes; use 8") == 1
     assert not (tmp_path / "odd").exists()

@@ -229,12 +229,13 @@ def test_update_never_waits_for_the_gpu(name: str) -> None:
     model = linear().cuda()
     optimizer = create_optimizer(model, OPTIMIZERS[name])
     grads = [[g.cuda() for g in gradients(step)] for step in range(3)]
+    loss = torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for weight, bias in grads:
             model.weight.grad, model.bias.grad = weight, bias
             set_lr(optimizer, 0.01)
-            optimizer_step(optimizer, 1.0)
+            optimizer_step(optimizer, 1.0, loss, 10.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert model.weight.isfinite().all()

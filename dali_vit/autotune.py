@@ -1,0 +1,197 @@
+"""Which settings of the loader are fastest on this machine and these files, found in a minute and remembered.
+
+Only settings that leave the stream as it is are tried: the threads and how far they work ahead, and on a GPU how the
+JPEGs are shared among the decoders, which moves a pixel by a level at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dali_vit import data as datasets
+from dali_vit import environment
+from dali_vit.config import Config
+from dali_vit.data import Decoder, LoaderSettings
+from dali_vit.distributed import Group, gather_objects
+
+log = logging.getLogger(__name__)
+
+MAX_SECONDS = 60.0
+"""No further setting is tried once the search has taken so long."""
+_SECONDS_PER_SETTING = 1.5
+_GAIN = 1.02  # rates of windows as short as these differ by as much by themselves
+
+
+def loader_settings(dataset: datasets.Dataset, config: Config, group: Group) -> LoaderSettings:
+    """The settings to load with: as found here before, else searched for, or the defaults where that is off.
+
+    `--autotune` decides; by default it is on where training is on GPUs. Collective: all ranks get the same.
+    """
+    defaults = LoaderSettings(datasets.num_threads(config, group))
+    wanted = config.run.autotune
+    if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
+        return defaults
+    conditions = _conditions(dataset, config, group)
+    path = cache_path(conditions)
+    found = gather_objects(_read(path, conditions) if group.is_main else None)[0]
+    if found is not None:
+        log.info("autotune: %s, as found before (%s)", describe(found), path)
+        return found
+    began = time.monotonic()
+    rates = search(dataset, config, group, defaults, began + MAX_SECONDS)
+    best = max(rates, key=rates.__getitem__)
+    if rates[best] < _GAIN * rates[defaults]:
+        best = defaults
+    if group.is_main:
+        kept = _write(path, conditions, best, rates[best])
+        log.info(
+            "autotune: %s loads %s images/s, the defaults %s; %d settings tried in %.0f s, %s",
+            describe(best),
+            f"{rates[best]:,.0f}",
+            f"{rates[defaults]:,.0f}",
+            len(rates),
+            time.monotonic() - began,
+            f"kept in {path}" if kept else "not kept",
+        )
+    return best
+
+
+def describe(settings: LoaderSettings) -> str:
+    """What may be found in a search, as `name value, ...`."""
+    decoder = {key: value for key, value in asdict(settings.decoder).items() if value != asdict(Decoder())[key]}
+    values = {"threads": settings.threads, "prefetch": settings.prefetch} | decoder
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def search(
+    dataset: datasets.Dataset, config: Config, group: Group, defaults: LoaderSettings, deadline: float
+) -> dict[LoaderSettings, float]:
+    """Images/s over all ranks of the defaults and of the settings tried, 0 where one fails; by `time.monotonic`.
+
+    One setting after the other is varied on top of the best so far, those first that matter most. Collective.
+    """
+    rates = {defaults: _rate(dataset, config, group, defaults)}
+    best = defaults
+    for alternatives in _alternatives(defaults, vary_threads=config.run.threads is None, group=group):
+        base = best
+        for change in alternatives:
+            settings = replace(base, **change(base))
+            if settings in rates:
+                continue
+            if gather_objects(time.monotonic() > deadline)[0]:
+                return rates
+            rates[settings] = _rate(dataset, config, group, settings)
+            if rates[settings] > _GAIN * rates[best]:
+                best = settings
+    return rates
+
+
+def _alternatives(defaults: LoaderSettings, *, vary_threads: bool, group: Group) -> Iterator[Sequence[Any]]:
+    if vary_threads:
+        half = defaults.threads // 2
+        yield [_set(threads=n) for n in (defaults.threads + half, half) if 0 < n != defaults.threads]
+    if group.device.type == "cuda":
+        yield [_set_decoder(hw_decoder_load=load) for load in (0.8, 0.9, 1.0, 0.5, 0.0)]
+    yield [_set(prefetch=n) for n in (3, 4)]  # never 1: training would wait for every batch
+
+
+def _set(**values: Any) -> Any:
+    return lambda settings: values
+
+
+def _set_decoder(**values: Any) -> Any:
+    return lambda settings: {"decoder": replace(settings.decoder, **values)}
+
+
+def _rate(dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings) -> float:
+    """Images/s of the training stream alone, over all ranks as fast as the slowest; 0 where it fails."""
+    try:
+        seconds = _seconds_per_batch(dataset, config, group, settings)
+    # Of DALI, as when the device's memory does not hold the buffers; and of too many bad samples, which training is to
+    # report. Raised here on one rank, either would leave the others waiting.
+    except (RuntimeError, datasets.DecodeError) as error:
+        log.debug("autotune: %s fails: %s", describe(settings), error)
+        seconds = float("inf")
+    return config.optim.batch_size / max(gather_objects(seconds))
+
+
+def _seconds_per_batch(dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings) -> float:
+    loader = datasets.train_loader(dataset, config, group, settings=settings)
+    try:
+        for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
+            next(loader)
+        count, began = 0, _now(group)
+        while True:
+            next(loader)
+            count += 1
+            if time.perf_counter() - began >= _SECONDS_PER_SETTING:
+                return (_now(group) - began) / count
+    finally:
+        loader.close()
+
+
+def _now(group: Group) -> float:
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+    return time.perf_counter()
+
+
+def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict[str, Any]:
+    """All that the fastest settings may depend on."""
+    return {
+        "gpus": environment.gpu_names() if group.device.type == "cuda" else [],
+        "driver": environment.gpu_driver(),
+        "cpu": f"{environment.cpu_name()} x {environment.cpu_count()}",
+        "dali": environment.versions()["nvidia-dali-cuda120"],
+        "processes": [group.local_world_size, group.world_size],
+        "threads": config.run.threads,
+        "data": str(dataset.root),
+        "images": len(dataset.split("train")),
+        "batch_size": config.optim.batch_size,
+        "resolution": config.data.resolution,
+        "augment": [config.data.crop, config.data.antialias, config.data.randaug_layers],
+    }
+
+
+def cache_path(conditions: dict[str, Any]) -> Path:
+    """Where what was found under these conditions is kept, in the user's cache."""
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+    return environment.cache_folder() / f"autotune-{digest[:16]}.json"
+
+
+def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["conditions"] != conditions:
+            return None
+        settings = kept["settings"]
+        return LoaderSettings(settings["threads"], settings["prefetch"], Decoder(**settings["decoder"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("autotune: %s cannot be used and is made anew: %s", path, error)
+        return None
+
+
+def _write(path: Path, conditions: dict[str, Any], settings: LoaderSettings, rate: float) -> bool:
+    """Whether it could be kept."""
+    text = json.dumps({"conditions": conditions, "settings": asdict(settings), "images_per_sec": rate}, indent=1)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("autotune: %s cannot be written: %s", path, error)
+        return False
+    return True

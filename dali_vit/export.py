@@ -1,0 +1,142 @@
+"""Checkpoints as folders that timm loads by itself: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+```
+config.json              architecture, arguments, input statistics and class names, as timm has them
+model.safetensors        the weights
+classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dali_vit import checkpoint
+from dali_vit.config import UserError
+from dali_vit.model import TIMM_PREFIX, PlainViT, resolve_variant
+
+__all__ = ["export"]
+
+# Registered models that our sizes are nearest to; every argument in which one might differ is given as well.
+_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
+_ANY_VIT = "vit_base_patch16_224"
+_CLASSIFIER = "classifier.safetensors"
+
+
+def export(source: Path, target: Path, resolution: int | None = None) -> str:
+    """Writes a checkpoint as a folder for timm; returns what to say of it, one line or two.
+
+    `resolution` resamples the position embeddings. A model with an MLP head becomes one without a classifier, and
+    the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--out {target}: exists; choose another folder or remove it")
+    opened = checkpoint.open_model(source, resolution)
+    state = dict(opened.model.state_dict())
+    classifier: dict[str, Tensor] = {}
+    if isinstance(opened.model, PlainViT):
+        architecture, arguments = _plain_vit(opened)
+        if opened.model.pre_logits is not None:
+            classifier = {name: state.pop(name) for name in list(state) if name.startswith(("pre_logits.", "head."))}
+    else:
+        architecture = opened.config.model.removeprefix(TIMM_PREFIX)
+        fixed = opened.model.pretrained_cfg.get("fixed_input_size", False)  # type: ignore[union-attr, operator]
+        arguments = {"img_size": opened.resolution} if fixed else {}
+    num_classes = 0 if classifier else int(opened.model.num_classes)  # type: ignore[arg-type]
+    stock = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **arguments)
+    stock.load_state_dict(state)  # what timm's own model does not take is not written
+
+    config = _config(stock, architecture, arguments, num_classes, opened)
+    files = {"model.safetensors": state} | ({_CLASSIFIER: classifier} if classifier else {})
+    try:
+        _write(target, config, files)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"--out {target}: cannot write there ({reason})") from error
+    what = f"[N, {stock.num_features}] features" if classifier else f"[N, {num_classes}] logits"
+    lines = [f'{target}: timm.create_model("local-dir:{target}", pretrained=True) gives {what}']
+    if classifier:
+        lines.append(
+            f"timm's ViT has no MLP head: logits = head(tanh(pre_logits(features))) with {target / _CLASSIFIER}"
+        )
+    return "\n".join(lines)
+
+
+def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
+    """The registered name and the arguments with which timm's VisionTransformer is ours but for an MLP head.
+
+    Fixed positions are saved as learned ones are.
+    """
+    variant, patch = resolve_variant(opened.config)
+    name = f"vit_{_SIZES.get(opened.config.model.split('/')[0], '')}_patch{patch}_224"
+    cls_token = opened.config.pool == "tok"
+    return name if timm.is_model(name) else _ANY_VIT, {
+        "img_size": opened.resolution,
+        "patch_size": patch,
+        "embed_dim": variant.width,
+        "depth": variant.depth,
+        "num_heads": variant.num_heads,
+        "mlp_ratio": (variant.mlp_dim + 0.5) / variant.width,  # as in create_model
+        "class_token": cls_token,
+        "no_embed_class": True,
+        "global_pool": "token" if cls_token else "avg",
+        "fc_norm": False,
+        "norm_layer": "layernorm",  # timm's has big_vision's epsilon, 1e-6
+        "act_layer": "gelu_tanh",
+    }
+
+
+def _config(
+    stock: torch.nn.Module,
+    architecture: str,
+    arguments: dict[str, Any],
+    num_classes: int,
+    opened: checkpoint.OpenedModel,
+) -> dict[str, Any]:
+    """What timm reads from config.json; the preprocessing is that of our evaluation."""
+    known: Any = stock.pretrained_cfg
+    plain = isinstance(opened.model, PlainViT)
+    statistics = {key: [0.5] * 3 if plain else list(known[key]) for key in ("mean", "std")}
+    classes = {"label_names": list(opened.classes)} if opened.classes and num_classes else {}
+    return {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "num_features": stock.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, opened.resolution, opened.resolution],
+            "fixed_input_size": plain or bool(known.get("fixed_input_size", False)),
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,  # 224 / 256
+            "crop_mode": "center",
+            **statistics,
+            "num_classes": num_classes,
+            "first_conv": known["first_conv"],
+            "classifier": known["classifier"],
+            **classes,
+        },
+    }
+
+
+def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+    """Writes the folder under another name and renames it, so that it is there as a whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for name, tensors in files.items():
+            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, temporary / name, {"format": "pt"})
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

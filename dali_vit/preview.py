@@ -1,0 +1,116 @@
+"""`dali-vit preview`: the images of a training step, each below the whole image that it was made of."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dali_vit import data as datasets
+from dali_vit.config import Config, UserError, validate
+from dali_vit.distributed import Group
+from dali_vit.prepare.sources import read_sample
+from pipelines.order import TrainOrder
+
+__all__ = ["preview"]
+
+_COLUMNS = 8
+_CELL = 96  # pixels an image has at least: smaller ones are shown enlarged, as the class would not fit below
+_TEXT = 16  # pixels a line of text has
+_BLANK = (128, 128, 128)
+
+
+def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: int = 32) -> str:
+    """Writes the first `count` images of a step, as the training graph gives them, as a labelled grid.
+
+    They are those that a run of this config trains on at that step (before Mixup), pixel for pixel on the same
+    kind of device; above each is the image it was made of, below it the class. Returns one line to print.
+    Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
+    """
+    _check(config, out, step, count)
+    assert config.data.data is not None
+    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+    samples = dataset.split("train")
+    # One of many ranks has the first rows of the batch and nothing else to do.
+    total = config.optim.batch_size
+    local = next(n for n in range(min(count, total), total + 1) if total % n == 0)
+    alone = dataclasses.replace(group, rank=0, world_size=total // local)
+    loader = datasets.train_loader(dataset, config, alone, start_step=step)
+    try:
+        augmented, labels = next(loader)
+        pixels = augmented[:count].cpu().numpy()
+        names = [dataset.classes[label] if label >= 0 else "cannot be decoded" for label in labels[:count].tolist()]
+    finally:
+        loader.close()
+    indices = TrainOrder(len(samples), total, 0, alone.world_size, config.run.seed).indices(step)[:count]
+    originals = [_open(samples, index) for index in indices.tolist()]
+    aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
+    title = f"{dataset.name}: step {step}, seed {config.run.seed}, {config.data.crop} crop, {aug}, before Mixup"
+    grid = _grid(originals, pixels, names, title)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(temporary, "PNG")
+        temporary.rename(out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
+    return f"{out}: {len(names)} images of step {step}, {grid.width} x {grid.height} pixels"
+
+
+def _check(config: Config, out: Path, step: int, count: int) -> None:
+    validate(config)
+    if config.data.data is None:
+        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: the name must end in .png")
+    if out.exists():
+        raise UserError(f"--out {out}: exists; choose another name or remove it")
+    if step < 0:
+        raise UserError(f"--at-step {step}: must not be negative")
+    if count < 1:
+        raise UserError(f"--images {count}: must be at least 1")
+
+
+def _open(samples: datasets.ImageList, index: int) -> Image.Image | None:
+    """The whole image as RGB; None where it cannot be decoded."""
+    try:
+        with Image.open(io.BytesIO(read_sample(samples, index))) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _grid(originals: list[Image.Image | None], augmented: np.ndarray, names: list[str], title: str) -> Image.Image:
+    """A title, and rows of cells: an original, its augmented image [S, S, 3] uint8, its class."""
+    count, resolution = len(names), augmented.shape[1]
+    scale = -(-_CELL // resolution)
+    side, columns = scale * resolution, min(_COLUMNS, count)
+    height = 2 * side + _TEXT
+    grid = Image.new("RGB", (columns * side, _TEXT + -(-count // columns) * height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_TEXT - 5)
+    draw.text((2, 1), _fit(title, grid.width - 4, draw, font), "black", font)
+    for i, (original, pixels, name) in enumerate(zip(originals, augmented, names, strict=True)):
+        x, y = i % columns * side, _TEXT + i // columns * height
+        grid.paste(_BLANK, (x, y, x + side, y + side))
+        if original is not None:
+            original.thumbnail((side, side))
+            grid.paste(original, (x + (side - original.width) // 2, y + (side - original.height) // 2))
+        grid.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y + side))
+        draw.text((x + 2, y + 2 * side + 1), _fit(name, side - 4, draw, font), "black", font)
+    return grid
+
+
+def _fit(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of a text as there is room for, in pixels."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(f"{text}...", font) > width:
+        text = text[:-1]
+    return f"{text}..."

@@ -1,0 +1,155 @@
+"""The search for the loader's settings: what it tries, what it takes, what it remembers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_vit import autotune
+from dali_vit import data as datasets
+from dali_vit.config import Config
+from dali_vit.data import Decoder, LoaderSettings
+from dali_vit.distributed import Group
+
+CPU = Group(0, 1, 0, 1, torch.device("cpu"))
+CUDA = replace(CPU, device=torch.device("cuda", 0))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("DALI_VIT_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "data"
+    for name, count in {"train/a": 4, "train/b": 4, "val/a": 1, "val/b": 1}.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (48, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg")
+    config = Config()
+    return replace(
+        config,
+        data=replace(config.data, data=str(root), resolution=32, minival=0.0),
+        optim=replace(config.optim, batch_size=4),
+        run=replace(config.run, autotune="on"),
+    )
+
+
+@pytest.fixture
+def dataset(config: Config) -> datasets.Dataset:
+    return datasets.load_dataset(config.data.data, minival=0.0)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> list[LoaderSettings]:
+    """Rates instead of measurements: the sum of those whose name is in the settings; and what is asked for."""
+    asked: list[LoaderSettings] = []
+
+    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings) -> float:
+        asked.append(settings)
+        return 100.0 + sum(gain for name, gain in rates.items() if name in autotune.describe(settings).split(", "))
+
+    monkeypatch.setattr(autotune, "_rate", rate)
+    return asked
+
+
+def test_a_search_combines_what_is_best_of_each_setting(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = pretend(monkeypatch, {"threads 12": 10, "hw_decoder_load 0.9": 20, "prefetch 3": 5})
+    rates = autotune.search(dataset, config, CUDA, LoaderSettings(8), deadline=float("inf"))
+    best = LoaderSettings(12, 3, Decoder(hw_decoder_load=0.9))
+    assert max(rates, key=rates.__getitem__) == best
+    assert rates[best] == 135
+    assert len(asked) == len(set(asked)) == len(rates) == 10  # 1 + 2 threads, 5 loads, 2 prefetches
+
+
+def test_threads_that_the_user_chose_stay(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = pretend(monkeypatch, {})
+    config = replace(config, run=replace(config.run, threads=5))
+    assert autotune.loader_settings(dataset, config, CPU) == LoaderSettings(5)
+    assert {settings.threads for settings in asked} == {5}
+
+
+def test_a_search_ends_at_its_deadline(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, {})
+    assert list(autotune.search(dataset, config, CUDA, LoaderSettings(8), deadline=0.0)) == [LoaderSettings(8)]
+
+
+def test_what_is_hardly_faster_does_not_replace_the_defaults(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, {"prefetch 3": 1.5})
+    defaults = LoaderSettings(datasets.num_threads(config, CPU))
+    assert autotune.loader_settings(dataset, config, CPU) == defaults
+
+
+@pytest.mark.timeout(120)
+def test_real_loaders_are_measured_once_and_the_result_is_kept(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
+    caplog.set_level(logging.INFO, autotune.log.name)
+    found = autotune.loader_settings(dataset, config, CPU)
+    (line,) = (message for message in caplog.messages if "images/s" in message)
+    (kept,) = (Path(line.split("kept in ")[1]).parent).iterdir()
+    assert json.loads(kept.read_text())["settings"]["threads"] == found.threads
+    assert json.loads(kept.read_text())["images_per_sec"] > 0
+
+    asked = pretend(monkeypatch, {})
+    assert autotune.loader_settings(dataset, config, CPU) == found
+    assert asked == []
+    assert "as found before" in caplog.messages[-1]
+    other = replace(config, optim=replace(config.optim, batch_size=2))
+    autotune.loader_settings(dataset, other, CPU)
+    assert asked  # other conditions are searched anew
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"conditions": 1}'])
+def test_a_damaged_file_is_made_anew(
+    content: str, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = autotune.cache_path(autotune._conditions(dataset, config, CPU))
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    asked = pretend(monkeypatch, {"prefetch 4": 50})
+    found = autotune.loader_settings(dataset, config, CPU)
+    assert asked
+    assert found.prefetch == json.loads(path.read_text())["settings"]["prefetch"] == 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), datasets.DecodeError("too many bad", [])])
+def test_settings_that_fail_are_passed_over(
+    error: Exception, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "train_loader", fail)
+    assert autotune._rate(dataset, config, CPU, LoaderSettings(1)) == 0
+
+
+def test_it_is_off_on_the_cpu_unless_asked_for(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = pretend(monkeypatch, {})
+    for wanted, group, searches in (
+        ("auto", CPU, False),
+        ("off", CUDA, False),
+        ("auto", CUDA, True),
+        ("on", CPU, True),
+    ):
+        del asked[:]
+        autotune.loader_settings(dataset, replace(config, run=replace(config.run, autotune=wanted)), group)
+        assert bool(asked) == searches
+        for path in autotune.cache_path({}).parent.glob("*"):
+            path.unlink()

@@ -1,0 +1,124 @@
+"""Checkpoints are written beside the training, which waits for a copy alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dali_vit import checkpoint
+from dali_vit.background import BackgroundWriter, snapshot
+from dali_vit.train import plan, train
+from tests.conftest import read_metrics
+
+
+class HeldWrite:
+    """A write that does not end before it may, and what it has written."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.written: list[dict[str, Any]] = []
+
+    def __call__(self, **state: Any) -> Path:
+        assert self.may_end.wait(30)
+        self.written.append({name: value.clone() for name, value in state.items()})
+        return Path()
+
+
+@pytest.mark.timeout(60)
+def test_a_write_is_not_waited_for_and_holds_the_state_of_its_submission():
+    weight, write, background = torch.zeros(1000), HeldWrite(), BackgroundWriter()
+    background.submit(write, {"weight": weight})  # would not come back if it waited
+    weight += 1
+    assert write.written == []
+    write.may_end.set()
+    background.submit(write, {"weight": weight})
+    weight += 1
+    background.close()
+    assert [float(state["weight"].sum()) for state in write.written] == [0, 1000]
+
+
+@pytest.mark.timeout(60)
+def test_the_next_copy_is_not_made_before_the_last_is_written():
+    weight, write, background = torch.zeros(1000), HeldWrite(), BackgroundWriter()
+    background.submit(write, {"weight": weight})
+    weight += 1
+    second = threading.Thread(target=background.submit, args=(write, {"weight": weight}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    write.may_end.set()
+    second.join()
+    background.close()
+    assert [float(state["weight"].sum()) for state in write.written] == [0, 1000]
+
+
+def test_a_failed_write_is_a_warning_and_the_last_one_an_error(caplog):
+    def fail(**_: Any) -> Path:
+        raise OSError("no space")
+
+    background = BackgroundWriter()
+    background.submit(fail, {})
+    with caplog.at_level("WARNING", logger="dali_vit"):
+        background.wait()
+    assert "no checkpoint was written (no space)" in caplog.text
+    background.submit(fail, {})
+    with pytest.raises(OSError, match="no space"):
+        background.close()
+
+
+def test_copies_are_written_over_where_they_fit():
+    state = {"a": torch.rand(3, 4), "deep": [torch.rand(5), {"b": torch.rand(2)}], "text": "x", "pair": (1, 2)}
+    first, event = snapshot(state)
+    assert event is None
+    state["a"] += 1
+    state["deep"][0] = torch.rand(6)
+    second, _ = snapshot(state, first)
+    assert second["a"] is first["a"]
+    assert second["deep"][1]["b"] is first["deep"][1]["b"]
+    assert torch.equal(second["a"], state["a"])
+    assert second["a"].data_ptr() != state["a"].data_ptr()
+    assert torch.equal(second["deep"][0], state["deep"][0])
+    assert (second["text"], second["pair"]) == ("x", (1, 2))
+    for other in (torch.rand(3, 4, dtype=torch.float64), torch.rand(4, 3)):
+        assert torch.equal(snapshot({"a": other}, first)[0]["a"], other)
+
+
+@pytest.mark.timeout(60)
+def test_what_a_checkpoint_costs_the_training_is_logged(tiny_config, cpu, monkeypatch):
+    """Each write takes a second, of which the step that it follows sees nothing."""
+    save = checkpoint.save
+
+    def slow_save(*arguments: Any, **options: Any) -> Path:
+        time.sleep(1)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    train(tiny_config, cpu, plan(tiny_config, 1))
+    stalls = {m["step"]: m["perf/checkpoint_stall_ms"] for m in read_metrics(tiny_config.run_dir) if len(m) in (2, 8)}
+    assert list(stalls) == [5, 10, 12]
+    assert 0 < stalls[5] < 500
+    assert stalls[12] > 500  # the one before was still being written
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_copy_from_the_gpu_waits_for_nothing_and_is_overtaken_by_nothing():
+    weight = torch.zeros(64 << 20, device="cuda")
+    copied, _ = snapshot({"weight": weight})  # pins the memory
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weight += 1
+        again, event = snapshot({"weight": weight}, copied)
+        weight += 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert again["weight"] is copied["weight"]
+    assert again["weight"].is_pinned()
+    event.synchronize()
+    assert again["weight"].eq(1).all()

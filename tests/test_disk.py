@@ -1,0 +1,150 @@
+"""Disks that take nothing more: full ones, read-only ones, before a run and in the middle of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from dali_vit import checkpoint
+from dali_vit.metrics import MetricLog
+from tests.conftest import dali_vit, environment, read_metrics
+from tests.test_faults import LAUNCH, command, logged_steps, running, wait_for
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.mark.timeout(120)
+def test_a_full_disk_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path, small_disk):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=120)) as process:
+        wait_for(lambda: list(small_disk.glob("step_*")), "the first checkpoint")
+        (small_disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 2, err
+    assert "training goes on" in out
+    assert err.splitlines()[-1].startswith("dali-vit: the last checkpoint could not be written")
+    assert not list(small_disk.glob(".tmp*"))
+    kept = checkpoint.newest(run_dir)
+    assert kept.step >= 10
+    (small_disk / "ballast").unlink()
+    assert dali_vit(*command(image_folder, tmp_path, steps=120)).returncode == 0
+    assert checkpoint.newest(run_dir).step == 120
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_without_its_log(image_folder, small_disk):
+    """Everything but the checkpoints lies on the full disk; lines are whole or missing, and come again with room."""
+    run_dir = small_disk / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    steps = 400
+    with running(
+        "-m", "dali_vit", *command(image_folder, small_disk, "--checkpoint-every", "1000", steps=steps)
+    ) as process:
+        wait_for(lambda: logged_steps(run_dir) > 12, "step 12")
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "takes no lines" in line:
+                ballast.unlink()
+                break
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert "takes no lines" not in out
+    logged = [m["step"] for m in read_metrics(run_dir) if "train/loss" in m]
+    assert logged == sorted(set(logged))
+    assert set(range(1, 13)) <= set(logged)
+    assert 12 < len(logged) < steps
+    assert logged[-1] == steps
+    assert checkpoint.newest(run_dir).step == steps
+
+
+def remount(folder: Path, mode: str) -> bool:
+    """Whether a file system is now as asked for; while a file on it is being written it cannot become read-only."""
+    return (
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("starter", "exists"),
+    [(("-m", "dali_vit"), False), (("-m", "dali_vit"), True), (("-c", LAUNCH), True)],
+    ids=["new", "existing", "two-processes"],
+)
+def test_a_read_only_folder_is_named_before_anything_is_trained(image_folder, small_disk, exists, starter):
+    if exists:
+        (small_disk / "run").mkdir()
+    assert remount(small_disk, "ro")
+    result = subprocess.run(
+        [sys.executable, *starter, *command(image_folder, small_disk)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert (
+        f"dali-vit: --runs-dir {small_disk}: cannot write there (Read-only file system)" in result.stderr.splitlines()
+    )
+    assert len(result.stderr.splitlines()) == 1
+    assert "loss" not in result.stdout
+
+
+@pytest.mark.timeout(120)
+def test_a_folder_that_becomes_read_only_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path, small_disk):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=200)) as process:
+        wait_for(lambda: list(small_disk.glob("step_*")), "the first checkpoint")
+        wait_for(lambda: remount(small_disk, "ro"), "the remount")
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 2, err
+    assert out.count("Read-only file system") >= 1
+    assert "training goes on" in out
+    assert err.splitlines()[-1].startswith("dali-vit: the last checkpoint could not be written")
+    assert 10 <= checkpoint.newest(run_dir).step < 200
+    assert read_metrics(run_dir)[-1]["step"] == 200
+    assert remount(small_disk, "rw")
+    assert dali_vit(*command(image_folder, tmp_path, steps=200)).returncode == 0
+    assert checkpoint.newest(run_dir).step == 200
+
+
+def test_events_that_cannot_be_written_are_given_up_with_one_warning(tmp_path, monkeypatch, caplog):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = MetricLog(tmp_path, 0)
+    log.scalars(1, {"train/loss": 1.0})
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with caplog.at_level("WARNING", logger="dali_vit"):
+        log.scalars(2, {"train/loss": 2.0})
+        log.scalars(3, {"train/loss": 3.0})
+        log.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "TensorBoard's events are written no more (No space left on device); training goes on"
+    ]
+    assert [m["train/loss"] for m in read_metrics(tmp_path)] == [1, 2, 3]

@@ -1,0 +1,116 @@
+"""What export writes: timm's own create_model makes the same model of it, whatever the pooling, positions and head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from dali_vit import checkpoint
+from dali_vit.config import ModelConfig
+from dali_vit.model import create_model
+from tests.test_cli import run
+
+SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48}
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def save(path: Path, config: ModelConfig, resolution: int = 32, classes: tuple[str, ...] | None = CLASSES) -> Path:
+    """A checkpoint in which every value is drawn anew, so that no two tensors can be mistaken for each other."""
+    model = create_model(config, num_classes=len(CLASSES), resolution=resolution)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    checkpoint.save_model(path, model.state_dict(), config, resolution, classes, 7)
+    return path
+
+
+def images(resolution: int) -> torch.Tensor:
+    """Values in [0, 1], [3, 3, H, W]."""
+    return torch.rand(3, 3, resolution, resolution, generator=torch.Generator().manual_seed(1))
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["gap", "tok"])
+@pytest.mark.parametrize("posemb", ["sincos2d", "learn"])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
+    config = ModelConfig(model="S/8", pool=pool, posemb=posemb, head=head, **SIZES)
+    source, folder = save(tmp_path / "a.safetensors", config), tmp_path / "out"
+    code, out, err = run("export", "--checkpoint", str(source), "--out", str(folder), capsys=capsys)
+    assert code == 0, err
+    stock = loaded(folder)
+    assert type(stock) is timm.models.vision_transformer.VisionTransformer
+    x = images(32) * 2 - 1
+    result = stock(x)
+    if head == "mlp":
+        assert "timm's ViT has no MLP head: logits = head(tanh(pre_logits(features)))" in out
+        assert "gives [N, 32] features" in out.splitlines()[0]
+        parts = load_file(folder / "classifier.safetensors")
+        hidden = torch.tanh(torch.nn.functional.linear(result, parts["pre_logits.weight"], parts["pre_logits.bias"]))
+        result = torch.nn.functional.linear(hidden, parts["head.weight"], parts["head.bias"])
+    else:
+        assert len(out.splitlines()) == 1
+        assert not (folder / "classifier.safetensors").exists()
+        assert stock.pretrained_cfg["label_names"] == list(CLASSES)
+    assert torch.equal(result, checkpoint.load_model(source)(x))
+
+    # What timm prepares images with is what our evaluation does.
+    data = timm.data.resolve_data_config(model=stock)
+    assert [list(data[key]) for key in ("mean", "std", "input_size")] == [[0.5] * 3, [0.5] * 3, [3, 32, 32]]
+    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == ("bilinear", 0.875, "center")
+
+    # And another classifier may be put on it.
+    other = loaded(folder, num_classes=3)
+    assert other(x).shape == (3, 3)
+    assert torch.equal(other.forward_features(x), stock.forward_features(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model", "resolution"), [("timm:test_resnet", 64), ("timm:test_vit", 96)])
+def test_comparators_keep_timms_name_and_statistics(model, resolution, tmp_path, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model=model), resolution)
+    code, _, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 0, err
+    stock = loaded(tmp_path / "out")
+    data = timm.data.resolve_data_config(model=stock)
+    mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    x = images(resolution)
+    expected = checkpoint.load_model(source)(x * 2 - 1)
+    torch.testing.assert_close(stock((x - mean) / std), expected, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == model.removeprefix("timm:")
+
+
+@torch.no_grad()
+def test_another_resolution_and_the_nearest_registered_name(tmp_path, capsys):
+    for name, registered in [("S/16", "vit_small_patch16_224"), ("M/8", "vit_base_patch16_224")]:
+        config = ModelConfig(model=name, posemb="learn", head="linear", **SIZES)
+        source = save(tmp_path / f"{name[0]}.safetensors", config, classes=None)
+        folder = tmp_path / name[0]
+        arguments = ("export", "--checkpoint", str(source), "--out", str(folder), "--resolution", "64")
+        assert run(*arguments, capsys=capsys)[0] == 0
+        assert json.loads((folder / "config.json").read_text())["architecture"] == registered
+        x = images(64) * 2 - 1
+        assert torch.equal(loaded(folder)(x), checkpoint.open_model(source, 64).model(x))
+
+
+def test_nothing_is_overwritten_and_nothing_left_half_done(tmp_path, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    for out, words in [("out", "exists"), ("file", "exists"), ("file/below", "cannot write there")]:
+        code, _, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / out), capsys=capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"--out {tmp_path / out}: {words}" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "file", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]

@@ -1,0 +1,119 @@
+"""`dali-vit train` under the variables that srun sets: two "nodes" of one task each, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dali_vit import checkpoint, distributed
+from tests.conftest import environment
+from tests.test_faults import command, logged_steps, wait_for
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """A job's variables; scontrol, which resolves the list of nodes, names this machine."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && echo 127.0.0.1 && echo node2\n'
+    )
+    (tools / "scontrol").chmod(0o755)
+    return {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(1_000_000 + free_port() - 20_000),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_LOCALID": "0",
+    }
+
+
+def free_port() -> int:
+    for port in range(20_000 + os.getpid() % 10_000, 40_000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError
+
+
+def start(job: dict[str, str], rank: int, arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dali_vit", *arguments],
+        env={**environment(), **job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(tasks: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    try:
+        return [task.communicate(timeout=90) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+
+
+@pytest.mark.timeout(240)
+def test_a_job_is_one_run_and_is_requeued_by_its_signal(image_folder, tmp_path, job):
+    arguments = command(image_folder, tmp_path, steps=150)
+    tasks = [start(job, rank, arguments) for rank in (0, 1)]
+    wait_for(lambda: logged_steps(tmp_path / "run") > 12, "step 12")
+    for task in tasks:  # as scancel and --signal do
+        task.send_signal(signal.SIGTERM)
+    outputs = finish(tasks)
+    assert [task.returncode for task in tasks] == [75, 75], outputs
+    assert "2 x CPU" in outputs[0][0]
+    assert "stopped by SIGTERM" in outputs[0][1]
+    assert "dali-vit" not in outputs[1][0] + outputs[1][1]  # rank 0 speaks for all
+    stopped = checkpoint.newest(tmp_path / "run")
+    assert 12 < stopped.step < 150
+    assert stopped.loader["world_size"] == 2
+
+    # The job started again, of which one node does not see the folder: nothing is trained.
+    tasks = [start(job, 0, arguments), start(job, 1, command(image_folder, tmp_path / "elsewhere", steps=150))]
+    outputs = finish(tasks)
+    assert [task.returncode for task in tasks] == [2, 2], outputs
+    assert outputs[0][1] == (
+        f"dali-vit: --runs-dir {tmp_path}: the processes would go on from different steps ({stopped.step}, 0);"
+        " the folder must be on a file system that all nodes see\n"
+    )
+    # ... nor where one does not see the images.
+    tasks = [start(job, 0, arguments), start(job, 1, command(tmp_path / "nowhere", tmp_path, steps=150))]
+    outputs = finish(tasks)
+    assert [task.returncode for task in tasks] == [2, 2], outputs
+    assert outputs[0][1].startswith("dali-vit: rank 1: ")
+    assert "nowhere" in outputs[0][1]
+    assert checkpoint.newest(tmp_path / "run").step == stopped.step
+
+    tasks = [start(job, rank, arguments) for rank in (0, 1)]
+    outputs = finish(tasks)
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert f"after step {stopped.step}" in outputs[0][0]
+    assert checkpoint.newest(tmp_path / "run").step == 150
+
+
+@pytest.mark.parametrize(("tasks_per_node", "expected"), [("8(x2)", "8"), ("8(x2),4", "8"), ("2,1", "2"), ("3", "3")])
+def test_tasks_per_node(monkeypatch, tasks_per_node, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    variables = {"NUM_TASKS": "20", "TASKS_PER_NODE": tasks_per_node}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_STEP_{name}", value)
+    for name, value in {"JOB_ID": "7", "PROCID": "9", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert distributed.is_worker()
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
+    assert found == ["9", "20", "1", expected, "20007"]

@@ -1,0 +1,62 @@
+"""A run that waits for its data says so, once and with what helps; one that does not says nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dali_vit.step
+import dali_vit.train
+from dali_vit.train import plan, train
+from tests.conftest import read_metrics
+
+
+def waits(config: Any, group: Any) -> list[float]:
+    """Trains and returns `perf/data_wait_pct` of every step but the first, whose window fills the queues."""
+    train(config, group, plan(config, 1))
+    return [m["perf/data_wait_pct"] for m in read_metrics(config.run_dir) if "perf/data_wait_pct" in m][1:]
+
+
+@pytest.mark.timeout(120)
+def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp_path, caplog):
+    """Photographs of five megapixels, decoded by one thread, for a step of milliseconds."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 3200, 3), np.uint8)
+    for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
+        folder = tmp_path / "large" / split / name
+        folder.mkdir(parents=True)
+        for i in range(4 if split == "train" else 1):
+            Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
+    config = replace(tiny_config, data=replace(tiny_config.data, data=str(tmp_path / "large"), minival=0.0))
+    with caplog.at_level("WARNING", logger="dali_vit"):
+        found = waits(config, cpu)
+    assert len(found) == 11
+    assert sorted(found)[5] > 60
+    warnings = [r.getMessage() for r in caplog.records if "training waits for data" in r.getMessage()]
+    assert len(warnings) == 1
+    for remedy in ("--threads", "shards on a local disk", "decode JPEGs in hardware", "--randaug-layers"):
+        assert remedy in warnings[0]
+
+
+@pytest.mark.timeout(120)
+def test_a_fast_reader_is_not_warned_of(tiny_config, cpu, caplog, monkeypatch):
+    """The same 8 small images a step, for a step that takes 0.2 s."""
+
+    def build_update(*arguments: Any) -> Any:
+        update, compiled = dali_vit.step.build_update(*arguments)
+
+        def slow_update(*batch: Any) -> Any:
+            time.sleep(0.2)
+            return update(*batch)
+
+        return slow_update, compiled
+
+    monkeypatch.setattr(dali_vit.train, "build_update", build_update)
+    with caplog.at_level("WARNING", logger="dali_vit"):
+        found = waits(tiny_config, cpu)
+    assert max(found) < 10
+    assert "training waits for data" not in caplog.text
