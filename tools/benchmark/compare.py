@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dali_vit import data as datasets
+from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, DataConfig, UserError
 from dali_vit.distributed import Group, gather_objects
 from pipelines.loader import TrainLoader
@@ -131,7 +132,7 @@ def compare(config: Config, dataset: datasets.Dataset, group: Group, seconds: fl
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
             next(batches)
-    loader = datasets.train_loader(dataset, config, group)
+    loader = datasets.train_loader(dataset, config, group, settings=loader_settings(dataset, config, group))
     contestants = {OURS: _Ours(loader), **contestants}
     rounds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
+from dali_vit.autotune import loader_settings
 from dali_vit.config import Config
 from dali_vit.distributed import Group, barrier
 from dali_vit.metrics import StepTimer, Window
@@ -18,6 +19,7 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.step import build_update
 from dali_vit.train import Plan
+from pipelines.loader import TrainLoader
 
 TrainOn = Callable[[Tensor, Tensor], None]
 
@@ -42,9 +44,14 @@ def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, st
     return train_on, compiled
 
 
+def _train_loader(config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
+    """As the trainer makes it."""
+    return datasets.train_loader(dataset, config, group, settings=loader_settings(dataset, config, group))
+
+
 def measure_loader(config: Config, dataset: datasets.Dataset, group: Group, seconds: float) -> Measurement:
     """The training graph alone: batches are taken as fast as they come and dropped."""
-    loader = datasets.train_loader(dataset, config, group)
+    loader = _train_loader(config, dataset, group)
     try:
         return measure(
             lambda: next(loader),
@@ -61,7 +68,7 @@ def measure_model(
     train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
 ) -> Measurement:
     """The training step alone, on one real batch that stays on the device."""
-    loader = datasets.train_loader(dataset, config, group)
+    loader = _train_loader(config, dataset, group)
     images, labels = next(loader)
     loader.close()
     return measure(
@@ -77,7 +84,7 @@ def measure_joint(
     train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
 ) -> Measurement:
     """The trainer's loop between two log lines: a new batch for every step."""
-    loader = datasets.train_loader(dataset, config, group)
+    loader = _train_loader(config, dataset, group)
     timer = StepTimer(group.device)
 
     def step() -> None:
@@ -98,7 +105,7 @@ def profile_joint(
 
     TensorBoard's profiler plugin and https://ui.perfetto.dev open it.
     """
-    loader = datasets.train_loader(dataset, config, group)
+    loader = _train_loader(config, dataset, group)
     warm_up(lambda: train_on(*next(loader)), group)
     with torch.profiler.profile() as profiler:
         for number in range(steps):

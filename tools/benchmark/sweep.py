@@ -12,7 +12,7 @@ from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.metrics import StepTimer
 from pipelines.loader import TrainLoader
-from pipelines.train import Augment, Decoder
+from pipelines.train import Decoder
 
 # Rates closer than this are taken as equal, and the worst batch decides: windows of a second differ by as much.
 EQUAL_RATES = 0.02
@@ -140,23 +140,6 @@ def _other_images(settings: Settings) -> list[Settings]:
 
 
 def _loader(settings: Settings, config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
-    data = config.data
-    return TrainLoader(
-        dataset.split("train"),
-        batch_size=config.optim.batch_size,
-        image_size=data.resolution,
-        seed=config.run.seed,
-        rank=group.rank,
-        world_size=group.world_size,
-        device=group.device,
-        num_threads=settings.threads,
-        augment=Augment(
-            crop=data.crop,
-            antialias=settings.antialias,
-            randaug_layers=data.randaug_layers,
-            randaug_magnitude=data.randaug_magnitude,
-            randaug_contrast=data.randaug_contrast,
-        ),
-        decoder=settings.decoder,
-        prefetch=settings.prefetch,
-    )
+    config = replace(config, data=replace(config.data, antialias=settings.antialias))
+    loading = datasets.LoaderSettings(settings.threads, settings.prefetch, settings.decoder)
+    return datasets.train_loader(dataset, config, group, settings=loading)
