@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -61,15 +62,23 @@ def forked(work: Callable[[], Any]) -> int:
 def before_each_operation(root: Path, act: Callable[[int], None]) -> None:
     """From now on calls act with the number of each file operation below a folder, before it is carried out."""
     numbers = itertools.count()
-    folders: set[str] = set()  # two workers may both try to make one: the first attempt counts, else runs would differ
+    # Two workers may both make a folder or map a file to read from it, whoever comes first. Only the first attempt
+    # counts, else runs would differ in their operations.
+    shared: set[tuple[str, str]] = set()
+    lock = threading.Lock()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         path = arguments[0] if event in OPERATIONS else None
-        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(root)):
-            name = os.fspath(path)
-            if event != "os.mkdir" or name not in folders:
-                folders.update([name] if event == "os.mkdir" else [])
-                act(next(numbers))
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith(str(root)):
+            return
+        reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event == "os.mkdir" or reads:
+            with lock:
+                key = event, os.fspath(path)
+                if key in shared:
+                    return
+                shared.add(key)
+        act(next(numbers))
 
     sys.addaudithook(hook)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
-import tracemalloc
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,52 +14,32 @@ import numpy as np
 import pytest
 from nvidia.dali import pipeline_def
 
-from pipelines import order, readers
-from pipelines.loader import TrainLoader
+from pipelines import readers
 from pipelines.order import EvalOrder
 from pipelines.readers import EvalSource, FileList
+from tests.conftest import environment
 from tests.datasets import encode
-
-BATCH = 16
-
-
-def traced() -> int:
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0]
-
-
-def used(image: Path, count: int) -> tuple[int, int, int]:
-    """Bytes beyond the index when epochs meet, at the most on the way there, and what 40 further steps add."""
-    path = np.frombuffer(str(image).encode(), np.uint8)
-    lengths = np.full(count, len(path), np.int32)
-    files = FileList(path, np.zeros(count, np.int64), lengths, np.zeros(count, np.int64))
-    options = {"batch_size": BATCH, "image_size": 16, "seed": 0, "rank": 0, "world_size": 1}
-    order._permutation.cache_clear()
-    tracemalloc.start()
-    before = traced()
-    train = TrainLoader(files, device="cpu", num_threads=1, start_step=count // BATCH - 10, **options)
-    for _ in range(30):
-        next(train)
-    settled, peak = traced() - before, tracemalloc.get_traced_memory()[1] - before
-    for _ in range(40):
-        next(train)
-    grown = traced() - before - settled
-    tracemalloc.stop()
-    train.close()
-    return settled, peak, grown
-
 
 @pytest.mark.timeout(120)
 def test_memory_beyond_the_index_does_not_depend_on_the_number_of_samples(tmp_path: Path) -> None:
     """Two permutations of four bytes where epochs meet, two marks of a byte: all that is held for each sample."""
     image = tmp_path / "image.jpg"
     image.write_bytes(encode(np.zeros((20, 30, 3), np.uint8)))
-    used(image, 1000)  # what is made once a process
-    few, most_few, _ = used(image, 10_000)
-    many, most_many, grown = used(image, 1_010_000)
-    assert abs((many - few) / 1_000_000 - 10) < 0.2
-    assert (most_many - most_few) / 1_000_000 < 12.2
-    assert abs(grown) < 100_000
+    command = [sys.executable, "-X", "tracemalloc", "-m", "tests.loader_memory", image]
+    counts = ["1000", "10000", "1010000"]  # the first makes what is made once a process
+    ran = subprocess.run(
+        [*command, *counts],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=environment(),
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    _, few, many = map(json.loads, ran.stdout.splitlines())
+    assert abs((many["settled"] - few["settled"]) / 1_000_000 - 10) < 0.2
+    assert (many["peak"] - few["peak"]) / 1_000_000 < 12.2
+    assert abs(many["grown"]) < 100_000
 
 
 @pytest.mark.timeout(120)
