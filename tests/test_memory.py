@@ -20,6 +20,7 @@ from pipelines.readers import EvalSource, FileList
 from tests.conftest import environment
 from tests.datasets import encode
 
+
 @pytest.mark.timeout(120)
 def test_memory_beyond_the_index_does_not_depend_on_the_number_of_samples(tmp_path: Path) -> None:
     """Two permutations of four bytes where epochs meet, two marks of a byte: all that is held for each sample."""
