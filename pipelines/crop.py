@@ -15,6 +15,8 @@ from nvidia.dali import fn, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
+from pipelines import compiled as loops
+
 __all__ = [
     "MAX_PIXELS",
     "NUM_UNIFORMS",
@@ -111,11 +113,13 @@ def decode_window(
     antialias: bool,
     device: str,
     decoder: Decoder,
+    compiled: bool | None = None,
 ) -> DataNode:
     """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
 
     start is (top, left) and window (height, width), float32 [2] on the CPU. Where mirror (a boolean scalar on
-    the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it.
+    the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it. The resize is
+    compiled (see `compiled`) where `compiled` is true or, if that is None, where it can be.
     """
     # A negative extent asks DALI's resize for a flipped image; it rounds 1 pixel in 1,000 the other way.
     width = size if mirror is None else size - mirror * (2.0 * size)
@@ -133,6 +137,8 @@ def decode_window(
             axis_names="HW",
             **_options(decoder, device),
         )
+        if device == "cpu" and (loops.available() if compiled is None else compiled):
+            return loops.resize(images, mirror, size=size, antialias=antialias)
     return fn.resize(images, antialias=antialias, **options)
 
 

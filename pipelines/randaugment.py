@@ -17,6 +17,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
+from pipelines import compiled as loops
 from pipelines import randaugment_ops as ops
 
 __all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "rand_augment"]
@@ -62,19 +63,24 @@ def rand_augment(
     layers: int = 2,
     magnitude: float = 10,
     contrast: str = "paper",
+    compiled: bool | None = None,
 ) -> DataNode:
     """Apply `layers` random operations to every image, one after the other.
 
     images: uint8 [image_size, image_size, 3], on either device; u: float32 [layers * NUM_UNIFORMS_PER_LAYER] in
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
-    did (big_vision issue 109), "mean" towards the mean of the image. To be called within a pipeline definition with
-    `enable_conditionals=True`. Raises ValueError. Source: recipe.md; big_vision's `pp/autoaugment.py`.
+    did (big_vision issue 109), "mean" towards the mean of the image. On the CPU the operations are compiled loops where
+    `compiled` is true or, if that is None, where they can be; else DALI's operators. To be called within a pipeline
+    definition with `enable_conditionals=True`. Raises ValueError. Source: recipe.md; big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
-    branches = _branches(image_size, magnitude, contrast)
+    _check(magnitude, contrast)
     if layers == 0:
         return images
+    if _compiles(images, compiled):
+        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
+    branches = _branches(image_size, magnitude, contrast)
     chosen, indices, draws = _draw(u, layers, image_size, branches)
     for layer in range(layers):
         images = _apply_chosen(images, branches, chosen[layer, 0], indices[layer, 0], draws[layer])
@@ -90,18 +96,51 @@ def apply_op(
     negative: bool = False,
     center: tuple[float, float] = (0.5, 0.5),
     contrast: str = "paper",
+    compiled: bool | None = None,
 ) -> DataNode:
     """Apply the operation `name` to every image: the policy's own branch, with the draw given.
 
-    images, image_size, magnitude, contrast: as in `rand_augment`; negative: the other sign of a geometric operation;
-    center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError.
+    images, image_size, magnitude, contrast, compiled: as in `rand_augment`; negative: the other sign of a geometric
+    operation; center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError.
     """
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
+    _check(magnitude, contrast)
+    if _compiles(images, compiled):
+        draw = [(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center]
+        u = types.Constant(np.array(draw, np.float32))
+        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
     variant = (name, -1 if negative else 1)
     branch = next(b for b in _branches(image_size, magnitude, contrast) if variant in b.variants)
     pixel = np.floor(np.array(center, np.float32) * np.float32(image_size))
     return branch.apply(images, branch.variants.index(variant), types.Constant(pixel))
+
+
+def _check(magnitude: float, contrast: str) -> None:
+    if not 0 <= magnitude <= MAX_MAGNITUDE:
+        raise ValueError(f"RandAugment's magnitude is from 0 to {MAX_MAGNITUDE}, not {magnitude}")
+    if contrast not in _CONTRASTS:
+        raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
+
+
+def _compiles(images: DataNode, compiled: bool | None) -> bool:
+    return images.device == "cpu" and (loops.available() if compiled is None else compiled)
+
+
+def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:
+    """The numbers that the magnitude decides, float32 [44], for `kernels.rand_augment`.
+
+    Blend factor, grey of contrast (-1: the image's), posterize's mask, solarize's threshold, solarize_add's addend,
+    half the side of cutout; then, each for a negative and a positive sign, the pixels of the translations [2] and the
+    destination-to-source matrices of rotate, shear_x and shear_y [3, 2, 6].
+    """
+    strength = magnitude / MAX_MAGNITUDE
+    grey = min(size * size // 256, 255) if contrast == "paper" else -1
+    mask = ops.posterize_mask(strength)
+    numbers = [ops.enhancement_factor(strength), grey, mask, ops.solarize_threshold(strength)]
+    numbers += [int(strength * 110), int(strength * 40), *(ops.translation(strength, sign) for sign in (-1, 1))]
+    warps = [ops.warp_matrix(n, strength, sign, size) for n in ("rotate", "shear_x", "shear_y") for sign in (-1, 1)]
+    return np.concatenate([numbers, *(matrix[:2].ravel() for matrix in warps)]).astype(np.float32)
 
 
 # DALI rewrites the source of what is called within a pipeline definition, so that `if` takes nodes. Only
@@ -147,10 +186,6 @@ def _apply(branch: _Branch, images: DataNode, index: DataNode, draw: DataNode) -
 @do_not_convert
 def _branches(size: int, magnitude: float, contrast: str) -> list[_Branch]:
     """All operations with both signs, grouped by what can run together."""
-    if not 0 <= magnitude <= MAX_MAGNITUDE:
-        raise ValueError(f"RandAugment's magnitude is from 0 to {MAX_MAGNITUDE}, not {magnitude}")
-    if contrast not in _CONTRASTS:
-        raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
     strength = magnitude / MAX_MAGNITUDE
     inverting = ["invert"]
     affine = {"brightness": ops.brightness_terms(strength)}
@@ -236,7 +271,9 @@ def _warp_branches(strength: float, size: int) -> list[_Branch]:
             plain.append(variant)
 
     def matrices(variants: list[_Variant]) -> np.ndarray:
-        return np.stack([ops.warp_matrix(name, strength, sign, size) for name, sign in variants]).astype(np.float32)
+        return np.stack([ops.raised_warp_matrix(name, strength, sign, size) for name, sign in variants]).astype(
+            np.float32
+        )
 
     plain_matrices = matrices(plain)
     branches = [_Branch(plain, lambda images, index, center: ops.warp(images, _row(plain_matrices, index)))]

@@ -61,9 +61,14 @@ def invert(images: DataNode, size: int) -> DataNode:
 
 
 def posterize(images: DataNode, strength: float, size: int) -> DataNode:
-    """Keep the int(4 strength) highest bits, at least one: TensorFlow shifts a uint8 by seven at most."""
+    """Keep the highest bits (see `posterize_mask`)."""
+    return _images(_words(images, size, types.INT32) & _everywhere(posterize_mask(strength), size), size)
+
+
+def posterize_mask(strength: float) -> int:
+    """The int(4 strength) highest bits, at least one: TensorFlow shifts a uint8 by seven at most."""
     bits = max(1, int(strength * 4))
-    return _images(_words(images, size, types.INT32) & _everywhere(256 - (1 << (8 - bits)), size), size)
+    return 256 - (1 << (8 - bits))
 
 
 def solarize_threshold(strength: float) -> int:
@@ -157,7 +162,6 @@ def warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
         matrix[:2, 2] = (size - 1) / 2 * (1 - matrix[:2, :2].sum(axis=1))  # the centre stays
     else:
         matrix[(0, 1) if name == "shear_x" else (1, 0)] = sign * 0.3 * strength
-        matrix[:2, 2] = _EXCESS * size
     return matrix
 
 
@@ -166,8 +170,16 @@ def warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
 _EXCESS = 1e-6
 
 
+def raised_warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
+    """`warp_matrix` for `warp`: the halves of a shear are a little more."""
+    matrix = warp_matrix(name, strength, sign, size)
+    if name != "rotate":
+        matrix[:2, 2] = _EXCESS * size
+    return matrix
+
+
 def warp(images: DataNode, matrix: DataNode) -> DataNode:
-    """Sample the nearest pixel at `matrix` (see `warp_matrix`)."""
+    """Sample the nearest pixel at `matrix` (see `raised_warp_matrix`)."""
     # The plain warp_affine gives the same and takes three times as long on the CPU.
     return fn.experimental.warp_perspective(
         images, matrix=matrix, interp_type=types.INTERP_NN, fill_value=[FILL] * 3, pixel_origin="center"

@@ -28,7 +28,7 @@ def test_operation_is_that_of_the_cpu(name: str, negative: bool, magnitude: int)
     @pipeline_def(batch_size=4, num_threads=2, device_id=0, prefetch_queue_depth=1)
     def graph() -> Any:
         images = fn.external_source(lambda _: photos, layout="HWC")
-        settings: dict[str, Any] = {"image_size": 224, "magnitude": magnitude, "negative": negative}
+        settings: dict[str, Any] = {"image_size": 224, "magnitude": magnitude, "negative": negative, "compiled": False}
         return apply_op(images, name, **settings), apply_op(images.gpu(), name, **settings)
 
     pipeline = graph()
