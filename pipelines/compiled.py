@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ from nvidia.dali.data_node import DataNode
 
 __all__ = ["available", "rand_augment", "resize"]
 
+log = logging.getLogger("dali_vit.data")  # among the training's own messages
+
 
 @functools.cache
 def available() -> bool:
@@ -21,7 +25,7 @@ def available() -> bool:
 
 
 @functools.cache
-def _operator(run: Callable[[], int], num_numbers: int, size: int) -> Any:
+def _operator(name: str, run: Callable[[], int], num_numbers: int, size: int) -> Any:
     """DALI operator for an address of `kernels`, of an image and arrays float32 [n] to an image uint8 [size, size, 3].
 
     One instance serves all graphs. DALI's own way from a Python function to such an address takes 2 seconds of
@@ -32,13 +36,16 @@ def _operator(run: Callable[[], int], num_numbers: int, size: int) -> Any:
     from pipelines import kernels
 
     class PerSample(NumbaFunction):
-        def _get_run_fn_cpu(self, run_fn: int, *types: Any) -> int:
+        def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
             return run_fn
 
         def _get_setup_fn_cpu(self, setup_fn: int) -> int:
             return setup_fn
 
+    began = time.perf_counter()
     addresses: dict[str, Any] = {"run_fn": run(), "setup_fn": kernels.square_shape(size)}
+    if time.perf_counter() - began > 1:
+        log.info("compiled %s for the CPU in %.0f s", name, time.perf_counter() - began)
     return PerSample(
         **addresses,
         out_types=[types.UINT8],
@@ -59,7 +66,7 @@ def resize(images: DataNode, mirror: DataNode | None, *, size: int, antialias: b
         if mirror is None
         else fn.reshape(fn.cast(mirror, dtype=types.FLOAT), shape=[1])
     )
-    resized = _operator(kernels.resize_sample, 1, size)(images, fn.cat(flip, smooth))
+    resized = _operator("resize", kernels.resize_sample, 1, size)(images, fn.cat(flip, smooth))
     return fn.reshape(resized, layout="HWC")
 
 
@@ -68,5 +75,5 @@ def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, 
     from pipelines import kernels
 
     numbers = types.Constant(settings.astype(np.float32))
-    augmented = _operator(kernels.rand_augment_sample, 2, size)(images, uniforms, numbers)
+    augmented = _operator("RandAugment", kernels.rand_augment_sample, 2, size)(images, uniforms, numbers)
     return fn.reshape(augmented, layout="HWC")

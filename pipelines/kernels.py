@@ -116,6 +116,21 @@ def resize(image, mirror, antialias, out):
 # ----------------------------------------------------------------------------------------------- RandAugment
 
 
+# Slices assigned to slices would do the same, and each take half a second to compile.
+
+
+@_jit
+def _copy(values, out):
+    for i in range(out.shape[0]):
+        out[i] = values[i]
+
+
+@_jit
+def _fill(out):
+    for i in range(out.shape[0]):
+        out[i] = FILL
+
+
 @_jit
 def _blend(degenerate, value, factor):
     """degenerate + factor (value - degenerate), clipped and truncated."""
@@ -144,20 +159,21 @@ def _look_up(image, tables, out):
 def _auto_contrast(image, out):
     size = image.shape[0]
     rows = image.reshape(size, 3 * size)
-    lows, highs = rows[0].copy(), rows[0].copy()
-    for y in range(1, size):
+    lows, highs = np.full(3 * size, 255, np.uint8), np.zeros(3 * size, np.uint8)
+    for y in range(size):
         for j in range(3 * size):
             lows[j] = min(lows[j], rows[y, j])
             highs[j] = max(highs[j], rows[y, j])
     tables = np.empty((3, 256), np.uint8)
     for channel in range(3):
-        low, high = lows[channel::3].min(), highs[channel::3].max()
+        low, high = lows[channel], highs[channel]
+        for x in range(1, size):
+            low, high = min(low, lows[3 * x + channel]), max(high, highs[3 * x + channel])
         scale = F(255) / F(max(high - low, 1))
         for value in range(256):
             stretched = F(value) * scale - F(low) * scale
-            tables[channel, value] = np.uint8(np.int32(min(max(stretched, F(0)), F(255))))
-        if high == low:
-            tables[channel] = np.arange(256)
+            stretched = min(max(stretched, F(0)), F(255))
+            tables[channel, value] = value if high == low else np.uint8(np.int32(stretched))
     _look_up(image, tables, out)
 
 
@@ -173,8 +189,9 @@ def _equalize(image, out):
         counts[0, i % 3, values[i]] += 1
     tables = np.empty((3, 256), np.uint8)
     for channel in range(3):
-        histogram = counts[0, channel] + counts[1, channel]
-        highest = 255
+        histogram, highest = counts[0, channel], 255
+        for value in range(256):
+            histogram[value] += counts[1, channel, value]
         while histogram[highest] == 0:
             highest -= 1
         step = (values.shape[0] // 3 - histogram[highest]) // 255
@@ -244,7 +261,8 @@ def _sharpness(image, factor, out):
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
     columns = np.empty(3 * size, np.float32)
     left, middle, right = columns[:-6], columns[3:-3], columns[6:]  # an index below 0 would have to be looked for
-    results[0], results[size - 1] = rows[0], rows[size - 1]
+    _copy(rows[0], results[0])
+    _copy(rows[size - 1], results[size - 1])
     for y in range(1, size - 1):
         above, row, below, result = rows[y - 1], rows[y], rows[y + 1], results[y]
         for j in range(3 * size):
@@ -254,7 +272,8 @@ def _sharpness(image, factor, out):
             total = left[j] + middle[j] + right[j] + F(4) * F(inner[j])
             # A little more than the sum, so that its multiples of 13 come out whole.
             sharp[j] = _blend(np.int32((total + F(0.25)) * F(1 / 13)), inner[j], factor)
-        result[:3], result[-3:] = row[:3], row[-3:]
+        _copy(row[:3], result[:3])
+        _copy(row[-3:], result[-3:])
 
 
 @_jit
@@ -292,13 +311,13 @@ def _translate(image, shift, along_x, out):
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
     for y in range(size):
         if along_x:
-            results[y, : 3 * start] = FILL
-            results[y, 3 * start : 3 * stop] = rows[y, 3 * (start + shift) : 3 * (stop + shift)]
-            results[y, 3 * stop :] = FILL
+            _fill(results[y][: 3 * start])
+            _copy(rows[y][3 * (start + shift) : 3 * (stop + shift)], results[y][3 * start : 3 * stop])
+            _fill(results[y][3 * stop :])
         elif start <= y < stop:
-            results[y] = rows[y + shift]
+            _copy(rows[y + shift], results[y])
         else:
-            results[y] = FILL
+            _fill(results[y])
 
 
 @_jit
@@ -306,9 +325,9 @@ def _cutout(image, half, row, column, out):
     size = image.shape[0]
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
     for y in range(size):
-        results[y] = rows[y]
+        _copy(rows[y], results[y])
         if row - half <= y < row + half:
-            results[y, 3 * max(column - half, 0) : 3 * min(column + half, size)] = FILL
+            _fill(results[y][3 * max(column - half, 0) : 3 * min(column + half, size)])
 
 
 @_jit
