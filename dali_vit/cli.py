@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
         code = 0
+    if code:
+        gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
     sys.exit(code)
 
 

@@ -127,8 +127,9 @@ class RunConfig:
     autotune: Literal["auto", "on", "off"] = operational("auto")
     """Search for the loader's fastest settings at the start, a minute at most; the result is kept for this machine
     and data set. auto: on GPUs."""
-    compile: Literal["auto", "off", "default", "max-autotune"] = operational("auto")
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU."""
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = operational("auto")
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. reduce-overhead: with CUDA
+    graphs, for small batches."""
     resume: bool = operational(True)
     """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
     log_every: int = operational(50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import re
@@ -158,6 +159,9 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         yield Group(rank, world_size, local_rank, local_world_size, device)
     finally:
         dist.destroy_process_group()
+        # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
+        # cycle. A thread that frees the tensors of the last collective while Python goes down aborts the process.
+        gc.collect()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

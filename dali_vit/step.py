@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dali_vit.attention import fastest_attention
 from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
@@ -19,6 +20,9 @@ from dali_vit.spikes import SharedLoss
 # torch 2.15 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+
+DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True}
+"""DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
@@ -47,13 +51,14 @@ class TrainStep(nn.Module):
 def build_update(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> tuple[Update, str]:
-    """The function (images, labels, lambda, lr) -> (loss, gradient norm) that trains one step, and how it is
-    compiled, in words.
+    """The function (images, labels, lambda, lr) -> (loss, gradient norm) that trains one step, and how it runs, in
+    words.
 
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
     nothing waits for them. The loss is this process's, the norm that of all; it is NaN where the step was left out.
     """
     on_gpu = group.device.type == "cuda"
+    attention, chosen = fastest_attention(model, config.optim.batch_size // group.world_size, group)
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
@@ -63,8 +68,7 @@ def build_update(
             shared,
             device_ids=[group.device.index] if on_gpu else None,
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
-            gradient_as_bucket_view=True,
-            static_graph=True,
+            **DDP_OPTIONS,
         )
     mode = config.run.compile
     if mode == "off":
@@ -75,18 +79,25 @@ def build_update(
         mode = "default" if mode == "auto" else mode
         compiled = f"torch.compile, {mode} mode"
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
+    if on_gpu:
+        compiled += f"; attention {chosen}"
+    replays = mode == "reduce-overhead"
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
         # From pinned memory, so that the copy waits for nothing.
         lam_tensor = torch.tensor(lam, dtype=torch.float32, pin_memory=on_gpu)
-        loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
-        loss.backward()
+        if replays:
+            torch.compiler.cudagraph_mark_step_begin()
+        with attention():
+            loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
+            loss.backward()
         set_lr(optimizer, lr)
-        loss = loss.detach()
+        # The next replay of a CUDA graph writes where this one's loss lies.
+        loss = loss.detach().clone() if replays else loss.detach()
         mean = loss if shared is None else shared.take_mean()
         return loss, optimizer_step(optimizer, config.optim.grad_clip_norm, mean, config.optim.spike_threshold)
 
     return update, compiled
 
 
-__all__ = ["TrainStep", "build_update", "normalize"]
+__all__ = ["DDP_OPTIONS", "TrainStep", "build_update", "normalize"]

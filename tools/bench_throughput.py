@@ -52,8 +52,9 @@ class Options:
     threads: int | None = None
     """DALI's CPU threads per process, and worker processes of the loaders compared with; default: the machine's
     cores divided by its processes."""
-    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU."""
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. reduce-overhead: with CUDA
+    graphs, for small batches."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     seconds: float = 10.0

@@ -93,10 +93,11 @@ def test_replay_follows_the_reference(trajectory_reference: Reference) -> None:
 
 @needs_a_compiler
 @pytest.mark.timeout(300)
-def test_compiled_step_equals_the_eager_one(trajectory_reference: Reference) -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_step_equals_the_eager_one(trajectory_reference: Reference, mode: str) -> None:
     """Five steps: the learning rate is 0 at the first, so four of them change the parameters."""
     eager = replay(trajectory_reference, steps=5)
-    compiled = replay(trajectory_reference, steps=5, compile_mode="default")
+    compiled = replay(trajectory_reference, steps=5, compile_mode=mode)
     np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-5)
     np.testing.assert_allclose(compiled.grad_norms, eager.grad_norms, rtol=1e-4)
 

@@ -1,0 +1,73 @@
+"""The choice among torch's attention kernels, as far as a CPU goes; tests/gpu measures."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+from dali_vit import attention
+from dali_vit.attention import Shape, choose, fastest_attention, shape_of
+from dali_vit.config import ModelConfig
+from dali_vit.distributed import Group
+from dali_vit.model import create_model
+
+GPU = Group(0, 1, 0, 1, torch.device("cuda", 0))  # nothing here touches the device
+CPU = Group(0, 1, 0, 1, torch.device("cpu"))
+
+
+def vit(**sizes: str) -> torch.nn.Module:
+    return create_model(ModelConfig(model="Ti/16", **sizes), num_classes=10, resolution=224)  # type: ignore[arg-type]
+
+
+def test_shape_is_that_of_a_step() -> None:
+    assert shape_of(vit(), 128) == Shape(images=128, tokens=196, heads=3, head_width=64)
+    assert shape_of(vit(pool="tok"), 7) == Shape(images=7, tokens=197, heads=3, head_width=64)
+    resnet = create_model(ModelConfig(model="timm:resnet18"), num_classes=10, resolution=64)
+    assert shape_of(resnet, 128) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ({"flash": 1.0, "cudnn": 0.9, "efficient": 1.5}, "cudnn"),
+        ({"flash": 1.0, "cudnn": 0.99, "efficient": 1.5}, "flash"),
+        ({"cudnn": 2.0, "efficient": 1.0}, "efficient"),
+        ({"efficient": 3.0}, "efficient"),
+    ],
+)
+def test_the_fastest_is_chosen_unless_by_a_hair(times: dict[str, float], chosen: str) -> None:
+    assert choose(times) == chosen
+
+
+def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(
+        attention, "measure", lambda shape, device: shapes.append(shape) or {"flash": 1.25, "cudnn": 1.0}
+    )
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    context, words = fastest_attention(vit(), 64, GPU)
+    assert shapes == [Shape(64, 196, 3, 64)]
+    assert words == "cudnn (flash 1.25 ms, cudnn 1.00 ms a layer)"
+    for _ in range(2):  # one for every step
+        with context():
+            order = _cur_sdpa_kernel_backends(with_priority=True)
+            assert order[0] == SDPBackend.CUDNN_ATTENTION
+            assert set(order) == {*attention.BACKENDS.values(), SDPBackend.MATH}
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    assert fastest_attention(vit(), 64, CPU)[1] == "torch's choice"
+    assert not caplog.records
+    monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    context, words = fastest_attention(vit(), 64, GPU)
+    assert words == "torch's choice"
+    assert "none of flash, cudnn, efficient runs here" in caplog.text
+    with context():
+        pass

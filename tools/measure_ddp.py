@@ -1,0 +1,116 @@
+"""What DistributedDataParallel's settings cost the training step, on as many processes as asked for.
+
+    tools/measure_ddp.py --processes 8                                 a GPU each
+    tools/measure_ddp.py --processes 2 --gpus 0 --model Ti/16 --batch-size 16      the CPU, over gloo
+
+Every process trains on random images that stay on its device, through the trainer's own step. The settings take
+turns in rounds; the table gives the median step of each, slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_vit import distributed, recipes, step
+from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.distributed import Group
+from dali_vit.model import create_model
+from dali_vit.optim import create_optimizer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "neither": {"gradient_as_bucket_view": False, "static_graph": False},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True, "static_graph": False},
+    "static_graph": {"gradient_as_bucket_view": False, "static_graph": True},
+    "both": {"gradient_as_bucket_view": True, "static_graph": True},
+    "both, buckets of 100 MB": {"gradient_as_bucket_view": True, "static_graph": True, "bucket_cap_mb": 100},
+    "both, gradients sent in bfloat16": {"gradient_as_bucket_view": True, "static_graph": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--gpus", type=int, help="0: the CPU; default: a GPU for each process")
+    parser.add_argument("--model", default="S/16")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of a process")
+    parser.add_argument("--compile", default="auto", choices=["auto", "off", "default", "reduce-overhead"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if not distributed.is_worker():
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, f"--nproc-per-node={arguments.processes}", __file__, *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
+    with distributed.connect(arguments.gpus) as group:
+        medians = measure(arguments, group)
+    if group.is_main:
+        for name, seconds in medians.items():
+            print(f"{name:36} {1e3 * seconds:8.2f} ms  {seconds / medians['neither']:.3f}")
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps({"seconds": medians, "arguments": vars(arguments)}, default=str))
+
+
+def measure(arguments: argparse.Namespace, group: Group) -> dict[str, float]:
+    """Median seconds a step of each setting."""
+    steps = {name: make(name, arguments, group) for name in SETTINGS}
+    rounds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for turn in range(arguments.rounds + 1):
+        for name, run in steps.items():
+            distributed.barrier()
+            began = now(group)
+            for _ in range(arguments.steps):
+                run()
+            seconds = max(distributed.gather_objects(now(group) - began)) / arguments.steps
+            if turn > 0:  # before, things are compiled and buckets are made
+                rounds[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in rounds.items()}
+
+
+def make(name: str, arguments: argparse.Namespace, group: Group) -> Callable[[], Any]:
+    """A step of training under a setting."""
+    optim = OptimConfig(batch_size=arguments.batch_size * group.world_size)
+    config = Config(
+        recipes.get("s16-90ep").data, ModelConfig(arguments.model), optim, RunConfig(compile=arguments.compile)
+    )
+    model = create_model(config.model, num_classes=1000, resolution=config.data.resolution).to(group.device)
+    made: list[DistributedDataParallel] = []
+
+    class Wrapped(DistributedDataParallel):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    step.DDP_OPTIONS.clear()
+    step.DDP_OPTIONS.update(SETTINGS[name])
+    step.DistributedDataParallel = Wrapped  # type: ignore[misc]
+    update, _ = step.build_update(config, model, create_optimizer(model, optim), group)
+    if name.endswith("bfloat16"):
+        made[0].register_comm_hook(None, bf16_compress_hook)
+    size = (arguments.batch_size, config.data.resolution, config.data.resolution, 3)
+    images = torch.randint(0, 256, size, dtype=torch.uint8, device=group.device)
+    labels = torch.randint(0, 1000, (arguments.batch_size,), device=group.device)
+    return lambda: update(images, labels, 0.8, 1e-4)
+
+
+def now(group: Group) -> float:
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
