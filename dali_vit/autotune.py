@@ -80,7 +80,8 @@ def search(
 
     One setting after the other is varied on top of the best so far, those first that matter most. Collective.
     """
-    rates = {defaults: _rate(dataset, config, group, defaults)}
+    bad_samples: set[int] = set()
+    rates = {defaults: _rate(dataset, config, group, defaults, bad_samples)}
     best = defaults
     for alternatives in _alternatives(defaults, vary_threads=config.run.threads is None, group=group):
         base = best
@@ -90,7 +91,7 @@ def search(
                 continue
             if gather_objects(time.monotonic() > deadline)[0]:
                 return rates
-            rates[settings] = _rate(dataset, config, group, settings)
+            rates[settings] = _rate(dataset, config, group, settings, bad_samples)
             if rates[settings] > _GAIN * rates[best]:
                 best = settings
     return rates
@@ -113,10 +114,15 @@ def _set_decoder(**values: Any) -> Any:
     return lambda settings: {"decoder": replace(settings.decoder, **values)}
 
 
-def _rate(dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings) -> float:
-    """Images/s of the training stream alone, over all ranks as fast as the slowest; 0 where it fails."""
+def _rate(
+    dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings, bad_samples: set[int]
+) -> float:
+    """Images/s of the training stream alone, over all ranks as fast as the slowest; 0 where it fails.
+
+    Samples that cannot be decoded are added to `bad_samples`, so that only the first to meet one has to find it out.
+    """
     try:
-        seconds = _seconds_per_batch(dataset, config, group, settings)
+        seconds = _seconds_per_batch(dataset, config, group, settings, bad_samples)
     # Of DALI, as when the device's memory does not hold the buffers; and of too many bad samples, which training is to
     # report. Raised here on one rank, either would leave the others waiting.
     except (RuntimeError, datasets.DecodeError) as error:
@@ -125,8 +131,10 @@ def _rate(dataset: datasets.Dataset, config: Config, group: Group, settings: Loa
     return config.optim.batch_size / max(gather_objects(seconds))
 
 
-def _seconds_per_batch(dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings) -> float:
-    loader = datasets.train_loader(dataset, config, group, settings=settings)
+def _seconds_per_batch(
+    dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings, bad_samples: set[int]
+) -> float:
+    loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
     try:
         for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
             next(loader)
@@ -137,6 +145,7 @@ def _seconds_per_batch(dataset: datasets.Dataset, config: Config, group: Group, 
             if time.perf_counter() - began >= _SECONDS_PER_SETTING:
                 return (_now(group) - began) / count
     finally:
+        bad_samples.update(loader.bad_samples)
         loader.close()
 
 

@@ -50,7 +50,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> list[Lo
     """Rates instead of measurements: the sum of those whose name is in the settings; and what is asked for."""
     asked: list[LoaderSettings] = []
 
-    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings) -> float:
+    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, bad_samples: Any) -> float:
         asked.append(settings)
         return 100.0 + sum(gain for name, gain in rates.items() if name in autotune.describe(settings).split(", "))
 
@@ -135,7 +135,22 @@ def test_settings_that_fail_are_passed_over(
         raise error
 
     monkeypatch.setattr(datasets, "train_loader", fail)
-    assert autotune._rate(dataset, config, CPU, LoaderSettings(1)) == 0
+    assert autotune._rate(dataset, config, CPU, LoaderSettings(1), set()) == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_bad_sample_is_named_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
+    bad = Path(str(config.data.data)) / "train/a/2.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    caplog.set_level(logging.WARNING)
+    dataset = datasets.load_dataset(str(config.data.data), minival=0.0)
+    rates = autotune.search(dataset, config, CPU, LoaderSettings(2), deadline=float("inf"))
+    assert len(rates) > 3
+    assert min(rates.values()) > 0
+    assert sum("a/2.jpg" in message for message in caplog.messages) == 1
 
 
 def test_it_is_off_on_the_cpu_unless_asked_for(
