@@ -119,17 +119,17 @@ def _train(argv: list[str]) -> int:
         validate(config)
         print(to_yaml(config), end="")
         return 0
-    from dali_vit import distributed, runfolder, train
+    from dali_vit import distributed, plan, runfolder, train
     from dali_vit.stopping import REQUEUE, Interrupted
 
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(config.run.gpus)
         if processes > 1:
-            train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
+            plan.plan(config, processes)  # reports the user's mistakes once, before any worker starts
             return distributed.launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
     try:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
-            prepared = distributed.together(lambda: train.plan(config, group.world_size))
+            prepared = distributed.together(lambda: plan.plan(config, group.world_size))
             with runfolder.locked(config, group):
                 train.train(config, group, prepared)
     except Interrupted as stopped:

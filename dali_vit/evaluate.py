@@ -74,7 +74,7 @@ def evaluate_splits(
     """`<split>/top1`, `/top5` and `/loss` on minival and val, and `/bad_samples` where images were left out.
 
     left_out: the images of each split that this process has found undecodable, kept from one call to the next.
-    `progress` is called before each batch.
+    `progress` is called before each batch, equally often on every rank, and may end the evaluation by an exception.
     """
 
     def counted(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -97,9 +97,11 @@ def evaluate_splits(
             bad_samples=left_out.get(name, ()),
             max_bad_share=config.data.max_bad_share,
         )
-        result = evaluate(model, counted(batches), group.device)
-        left_out[name] = batches.bad_samples
-        batches.close()
+        try:
+            result = evaluate(model, counted(batches), group.device)
+        finally:
+            left_out[name] = batches.bad_samples
+            batches.close()
         bad = len(files) - int(result.pop("count"))
         if bad:
             result["bad_samples"] = bad

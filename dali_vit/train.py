@@ -7,13 +7,12 @@ and so is Mixup's lambda: going on from a checkpoint repeats the uninterrupted r
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -23,70 +22,19 @@ from dali_vit import data as datasets
 from dali_vit import report
 from dali_vit.autotune import loader_settings
 from dali_vit.background import BackgroundWriter
-from dali_vit.config import Config, UserError, differences, to_yaml, total_steps, validate
+from dali_vit.config import Config, UserError, to_yaml
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate_splits
 from dali_vit.metrics import MetricLog, StepTimer, Window, duration
 from dali_vit.mixup import sample_lambda
-from dali_vit.model import create_model, flops_per_image, num_parameters
+from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
+from dali_vit.plan import Plan
 from dali_vit.runfolder import log_samples, profiling, write_run_files
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose settings, data and folder have been found usable; nothing has been written yet."""
-
-    dataset: datasets.Dataset
-    model: torch.nn.Module
-    total_steps: int
-    checkpoint: checkpoints.Checkpoint | None
-    """Where the run goes on from; None: from scratch."""
-
-
-def plan(config: Config, world_size: int) -> Plan:
-    """Checks everything a user can get wrong, before anything is written; raises UserError."""
-    validate(config)
-    batch_size = config.optim.batch_size
-    if batch_size % world_size:
-        divisible = -(-batch_size // world_size) * world_size
-        raise UserError(f"--batch-size {batch_size}: not divisible by {world_size} processes; use {divisible}")
-    if config.data.data is None:
-        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
-    checkpoint = checkpoints.newest(config.run_dir)
-    if checkpoint is not None:
-        _check_resumable(config, checkpoint)
-    with _user_errors():
-        dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
-        train_files = dataset.split("train")
-        datasets.check_images(train_files, config.data.max_bad_share)
-        if dataset.val is not None:
-            datasets.check_images(dataset.val)
-        model = create_model(
-            config.model,
-            num_classes=len(dataset.classes),
-            resolution=config.data.resolution,
-            seed=config.run.seed,
-        )
-    if checkpoint is not None and checkpoint.classes != dataset.classes:
-        raise UserError(
-            f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
-            " choose another --name"
-        )
-    if checkpoint is not None:
-        before = checkpoint.loader["ranks"][0]["num_samples"]
-        if before != len(train_files):
-            raise UserError(
-                f"--data {config.data.data}: {len(train_files)} training images, {config.run_dir} was begun with"
-                f" {before}; choose another --name"
-            )
-    total = total_steps(config.optim, len(train_files))
-    lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    return Plan(dataset, model, total, checkpoint)
 
 
 def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
@@ -98,7 +46,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     dataset, model, checkpoint, total = prepared.dataset, prepared.model, prepared.checkpoint, prepared.total_steps
     start = checkpoint.step if checkpoint else 0
     _check_same_start(start, config)
-    if checkpoint and start >= total:
+    due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
+    if checkpoint and start >= total and not due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         return checkpoint.metrics
 
@@ -143,7 +92,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         writer.text("summary", summary)
     background = BackgroundWriter()
 
-    def save(step: int) -> None:
+    def save(step: int, evaluation_due: bool) -> None:
         random_states = gather_objects(_random_state(group))
         loader_states = gather_objects(loader.state_dict())
         if group.is_main:
@@ -157,7 +106,11 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 step=step,
                 config=config,
                 classes=dataset.classes,
-                loader_state={"world_size": group.world_size, "ranks": loader_states},
+                loader_state={
+                    "world_size": group.world_size,
+                    "ranks": loader_states,
+                    "evaluation_due": evaluation_due,
+                },
                 metrics=metrics,
             )
 
@@ -170,6 +123,26 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     starving = report.StarvationWarning()
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout)
     began = time.perf_counter()
+    stopping, done = None, start
+
+    def evaluate(done: int) -> dict[str, float] | None:
+        """Of the weights after `done` steps; None where the run is to stop meanwhile."""
+        batches = itertools.count(1)
+
+        def progress() -> None:
+            watchdog.enter("evaluation", done - 1)
+            if stop.agreed(next(batches)):
+                raise Interrupted
+
+        try:
+            found = evaluate_splits(model, dataset, config, group, left_out, progress)
+        except Interrupted:
+            return None
+        log.info("%s", report.evaluation_line(done, total, found))
+        if writer:
+            writer.scalars(done, found)
+        return found
+
     with (
         closing(loader),
         stop.watching(),
@@ -177,7 +150,14 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         report.progress_bar(total, start, visible=group.is_main) as progress,
         profiling(config, group, start) as profiler,
     ):
-        for step in range(start, total):
+        if due:
+            found = evaluate(start)
+            if found is None:
+                stopping = stop.agreed(0)
+            else:
+                metrics = found
+                save(start, evaluation_due=False)
+        for step in range(start, total if not stopping else start):
             watchdog.enter("loader", step)
             with timer.waiting():
                 images, labels = next(loader)  # uint8 [N, S, S, 3], int64 [N]
@@ -217,27 +197,25 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
-            scalars = {}
-            if evaluating:
-                entered = partial(watchdog.enter, "evaluation", step)
-                metrics = evaluate_splits(model, dataset, config, group, left_out, entered)
-                scalars |= metrics
-                log.info("%s", report.evaluation_line(done, total, metrics))
+            found = evaluate(done) if evaluating and not stopping else None
+            if found is not None:
+                metrics = found
+            elif evaluating:
+                stopping = stopping or stop.agreed(0)
             if saving and window.healthy:
                 watchdog.enter("checkpoint", step)
                 stands_still = time.perf_counter()
-                save(done)
+                save(done, evaluation_due=evaluating and found is None)
                 timer.reset()  # waits for the copy on a GPU
-                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stands_still)
+                if writer:
+                    writer.scalars(done, {"perf/checkpoint_stall_ms": 1e3 * (time.perf_counter() - stands_still)})
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
-            if writer and scalars:
-                writer.scalars(done, scalars)
             timer.reset()
             if stopping:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
-        watchdog.enter("checkpoint", step)
+        watchdog.enter("checkpoint", done - 1)
         together(lambda: _close(background))
 
     if writer:
@@ -253,17 +231,6 @@ def _close(background: BackgroundWriter) -> None:
         background.close()
     except OSError as error:
         raise UserError(f"the last checkpoint could not be written ({error}); make room and start again") from error
-
-
-def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
-    if not config.run.resume:
-        raise UserError(f"{config.run_dir}: exists; choose another --name, or drop --no-resume to go on with it")
-    changed = differences(checkpoint.config, config)
-    if changed:
-        raise UserError(
-            f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
-            " choose another --name, or give the same settings to go on with it"
-        )
 
 
 def _check_same_start(start: int, config: Config) -> None:
@@ -330,14 +297,3 @@ def _check_skipped(window: Window, steps: range, total: int, config: Config, bac
             f" --spike-threshold {config.optim.spike_threshold:g}); lower --lr;"
             f" last good checkpoint: {kept.path if kept else 'none yet'}"
         )
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turns the ValueError with which a module refuses a value into the error shown to the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -12,7 +12,8 @@ import torch
 
 from dali_vit import checkpoint
 from dali_vit.background import BackgroundWriter, snapshot
-from dali_vit.train import plan, train
+from dali_vit.plan import plan
+from dali_vit.train import train
 from tests.conftest import read_metrics
 
 

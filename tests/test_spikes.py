@@ -19,9 +19,10 @@ from dali_vit import checkpoint, cli
 from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.mixup import mixup_cross_entropy, sample_lambda
+from dali_vit.plan import plan
 from dali_vit.spikes import MEMORY, WARM_UP, is_spike
 from dali_vit.stopping import Interrupted, Stop
-from dali_vit.train import plan, train
+from dali_vit.train import train
 from tests.conftest import TINY, read_metrics
 
 SPIKE, STEPS = 120, 135  # the step (from 0) whose loss leaps, and those of the run

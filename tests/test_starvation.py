@@ -12,7 +12,8 @@ from PIL import Image
 
 import dali_vit.step
 import dali_vit.train
-from dali_vit.train import plan, train
+from dali_vit.plan import plan
+from dali_vit.train import train
 from tests.conftest import read_metrics
 
 

@@ -27,7 +27,7 @@ import tyro
 from benchmark import compare, modes, report, sweep
 from benchmark.windows import Measurement
 
-from dali_vit import distributed, recipes, train
+from dali_vit import distributed, plan, recipes
 from dali_vit.config import Config, DataConfig, ModelConfig, UserError, to_dict
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
@@ -99,7 +99,7 @@ def _main(argv: list[str]) -> int:
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(options.gpus)
         if processes > 1:
-            train.plan(config, processes)  # reports the user's mistakes once, before any worker starts
+            plan.plan(config, processes)  # reports the user's mistakes once, before any worker starts
             return _launch(processes, argv)
     with distributed.connect(options.gpus) as group:
         benchmark(options, config, group)
@@ -170,8 +170,8 @@ def _launch(processes: int, argv: list[str]) -> int:
 
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds. Collective."""
-    plan = train.plan(config, group.world_size)
-    dataset, seconds = plan.dataset, options.seconds
+    planned = plan.plan(config, group.world_size)
+    dataset, seconds = planned.dataset, options.seconds
     environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
     load, cores = os.getloadavg()[0], cpu_count()
     environment |= {"load average before": f"{load:.2f}", "torch threads": str(torch.get_num_threads())}
@@ -201,7 +201,9 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         say(f"\n{report.sweep_table(trials, best)}")
 
     wanted = ("loader", "model", "joint") if options.mode == "all" else (options.mode,)
-    train_flops = 3 * flops_per_image(plan.model, config.data.resolution)  # the backward pass costs twice the forward
+    train_flops = 3 * flops_per_image(
+        planned.model, config.data.resolution
+    )  # the backward pass costs twice the forward
     measured: dict[str, Measurement] = {}
     say(f"\n{report.HEADER}")
 
@@ -213,7 +215,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     if "loader" in wanted:
         add("loader", modes.measure_loader(config, dataset, group, seconds))
     if wanted != ("loader",) or options.profile:
-        train_on, compiled = modes.training_step(config, plan, group)
+        train_on, compiled = modes.training_step(config, planned, group)
         result["config"]["compiled"] = compiled
     if "model" in wanted:
         add("model", modes.measure_model(train_on, config, dataset, group, seconds))

@@ -17,8 +17,8 @@ from dali_vit.distributed import Group, barrier
 from dali_vit.metrics import StepTimer, Window
 from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
+from dali_vit.plan import Plan
 from dali_vit.step import build_update
-from dali_vit.train import Plan
 from pipelines.loader import TrainLoader
 
 TrainOn = Callable[[Tensor, Tensor], None]

@@ -1,0 +1,89 @@
+"""What a run will be: its settings, data and folder, found usable before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dali_vit import checkpoint as checkpoints
+from dali_vit import data as datasets
+from dali_vit.config import Config, UserError, differences, total_steps, validate
+from dali_vit.model import create_model
+from dali_vit.optim import lr_schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings, data and folder have been found usable; nothing has been written yet."""
+
+    dataset: datasets.Dataset
+    model: torch.nn.Module
+    total_steps: int
+    checkpoint: checkpoints.Checkpoint | None
+    """Where the run goes on from; None: from scratch."""
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Checks everything a user can get wrong, before anything is written; raises UserError."""
+    validate(config)
+    batch_size = config.optim.batch_size
+    if batch_size % world_size:
+        divisible = -(-batch_size // world_size) * world_size
+        raise UserError(f"--batch-size {batch_size}: not divisible by {world_size} processes; use {divisible}")
+    if config.data.data is None:
+        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    checkpoint = checkpoints.newest(config.run_dir)
+    if checkpoint is not None:
+        _check_resumable(config, checkpoint)
+    with _user_errors():
+        dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+        train_files = dataset.split("train")
+        datasets.check_images(train_files, config.data.max_bad_share)
+        if dataset.val is not None:
+            datasets.check_images(dataset.val)
+        model = create_model(
+            config.model,
+            num_classes=len(dataset.classes),
+            resolution=config.data.resolution,
+            seed=config.run.seed,
+        )
+    if checkpoint is not None and checkpoint.classes != dataset.classes:
+        raise UserError(
+            f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
+            " choose another --name"
+        )
+    if checkpoint is not None:
+        before = checkpoint.loader["ranks"][0]["num_samples"]
+        if before != len(train_files):
+            raise UserError(
+                f"--data {config.data.data}: {len(train_files)} training images, {config.run_dir} was begun with"
+                f" {before}; choose another --name"
+            )
+    total = total_steps(config.optim, len(train_files))
+    lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
+    return Plan(dataset, model, total, checkpoint)
+
+
+def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None:
+    if not config.run.resume:
+        raise UserError(f"{config.run_dir}: exists; choose another --name, or drop --no-resume to go on with it")
+    changed = differences(checkpoint.config, config)
+    if changed:
+        raise UserError(
+            f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
+            " choose another --name, or give the same settings to go on with it"
+        )
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turns the ValueError with which a module refuses a value into the error shown to the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
