@@ -1,4 +1,8 @@
-"""The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3]."""
+"""The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3].
+
+One definition for both devices. On the CPU, resize and RandAugment are operators compiled by Numba (see `compiled`), as
+DALI's own take four times as long there.
+"""
 
 from __future__ import annotations
 
