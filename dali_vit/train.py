@@ -139,8 +139,6 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         except Interrupted:
             return None
         log.info("%s", report.evaluation_line(done, total, found))
-        if writer:
-            writer.scalars(done, found)
         return found
 
     with (
@@ -157,6 +155,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             else:
                 metrics = found
                 save(start, evaluation_due=False)
+                if writer:
+                    writer.scalars(start, metrics)
         for step in range(start, total if not stopping else start):
             watchdog.enter("loader", step)
             with timer.waiting():
@@ -198,8 +198,9 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
             found = evaluate(done) if evaluating and not stopping else None
+            scalars = {}
             if found is not None:
-                metrics = found
+                metrics = scalars = found
             elif evaluating:
                 stopping = stopping or stop.agreed(0)
             if saving and window.healthy:
@@ -207,10 +208,11 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 stands_still = time.perf_counter()
                 save(done, evaluation_due=evaluating and found is None)
                 timer.reset()  # waits for the copy on a GPU
-                if writer:
-                    writer.scalars(done, {"perf/checkpoint_stall_ms": 1e3 * (time.perf_counter() - stands_still)})
+                scalars = {**scalars, "perf/checkpoint_stall_ms": 1e3 * (time.perf_counter() - stands_still)}
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
+            if writer and scalars:
+                writer.scalars(done, scalars)
             timer.reset()
             if stopping:
                 break
