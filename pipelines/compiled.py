@@ -1,9 +1,9 @@
-"""The loops of `kernels` as operators of a DALI graph on the CPU: its threads run them, one sample at a time."""
+"""The functions of `kernels` as operators of a DALI graph on the CPU: its threads run them, one sample at a time."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,27 +13,38 @@ import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 
-__all__ = ["available", "rand_augment", "resize"]
+__all__ = ["available", "rand_augment", "resize", "sample_window"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
 
 @functools.cache
 def available() -> bool:
-    """Whether Numba is installed. The graph does without, in more time."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether Numba can be used. The graph does without, in more than twice the time on a CPU, which is said once."""
+    try:
+        importlib.import_module("nvidia.dali.plugin.numba")
+    except ImportError as error:
+        log.warning("without Numba (%s) images take more than twice the CPU time: pip install numba", error)
+        return False
+    return True
 
 
 @functools.cache
-def _operator(name: str, run: Callable[[], int], num_numbers: int, size: int) -> Any:
-    """DALI operator for an address of `kernels`, of an image and arrays float32 [n] to an image uint8 [size, size, 3].
+def _operator(
+    name: str,
+    run: Callable[..., int],
+    run_with: tuple[Any, ...],
+    setup: Callable[..., int],
+    setup_with: tuple[Any, ...],
+    ins: str,
+    outs: str,
+) -> Any:
+    """DALI operator for addresses that `kernels` gives: `run` for a sample, `setup` for the shapes of the outputs.
 
-    One instance serves all graphs. DALI's own way from a Python function to such an address takes 2 seconds of
-    compilation in every process.
+    ins, outs: a letter each, `i` for an image uint8 [h, w, 3], `n` for numbers float32 [n]. One instance serves all
+    graphs. DALI's own way from a Python function to such an address takes 2 seconds of compilation in every process.
     """
     from nvidia.dali.plugin.numba import NumbaFunction
-
-    from pipelines import kernels
 
     class PerSample(NumbaFunction):
         def _get_run_fn_cpu(self, run_fn: int, *_: Any) -> int:
@@ -43,37 +54,54 @@ def _operator(name: str, run: Callable[[], int], num_numbers: int, size: int) ->
             return setup_fn
 
     began = time.perf_counter()
-    addresses: dict[str, Any] = {"run_fn": run(), "setup_fn": kernels.square_shape(size)}
+    addresses: dict[str, Any] = {"run_fn": run(*run_with), "setup_fn": setup(*setup_with)}
     if time.perf_counter() - began > 1:
         log.info("compiled %s for the CPU in %.0f s", name, time.perf_counter() - began)
+    dtypes, ranks = {"i": types.UINT8, "n": types.FLOAT}, {"i": 3, "n": 1}
     return PerSample(
         **addresses,
-        out_types=[types.UINT8],
-        in_types=[types.UINT8, *[types.FLOAT] * num_numbers],
-        outs_ndim=[3],
-        ins_ndim=[3] + [1] * num_numbers,
+        out_types=[dtypes[kind] for kind in outs],
+        in_types=[dtypes[kind] for kind in ins],
+        outs_ndim=[ranks[kind] for kind in outs],
+        ins_ndim=[ranks[kind] for kind in ins],
         device="cpu",
     )
 
 
+def sample_window(
+    sampler: str,
+    size: DataNode,
+    uniforms: tuple[DataNode, DataNode, DataNode],
+    area_range: tuple[float, float],
+    ratio_range: tuple[float, float],
+) -> tuple[DataNode, DataNode]:
+    """The window of a sampler of `crop`, in one operator instead of 45 that each take a microsecond an image."""
+    from pipelines.kernels import calls, window
+
+    ranges = types.Constant(np.array([*area_range, *ratio_range], np.float32))
+    operator = _operator("the crop", window.window_sample, (sampler,), calls.pairs_shape, (), "nnnnn", "nn")
+    return tuple(operator(size, *uniforms, ranges))
+
+
 def resize(images: DataNode, mirror: DataNode | None, *, size: int, antialias: bool) -> DataNode:
     """Images uint8 [h, w, 3] resized bilinearly to [size, size, 3], flipped horizontally where mirror is true."""
-    from pipelines import kernels
+    from pipelines.kernels import calls
+    from pipelines.kernels.resize import resize_sample
 
     smooth = types.Constant(np.array([antialias], np.float32))
-    flip = (
-        types.Constant(np.zeros(1, np.float32))
-        if mirror is None
-        else fn.reshape(fn.cast(mirror, dtype=types.FLOAT), shape=[1])
-    )
-    resized = _operator("resize", kernels.resize_sample, 1, size)(images, fn.cat(flip, smooth))
-    return fn.reshape(resized, layout="HWC")
+    if mirror is None:
+        flip = types.Constant(np.zeros(1, np.float32))
+    else:
+        flip = fn.reshape(fn.cast(mirror, dtype=types.FLOAT), shape=[1])
+    operator = _operator("resize", resize_sample, (), calls.square_shape, (size,), "in", "i")
+    return fn.reshape(operator(images, fn.cat(flip, smooth)), layout="HWC")
 
 
 def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, size: int) -> DataNode:
-    """RandAugment of images uint8 [size, size, 3]; uniforms and settings as `kernels.rand_augment` takes them."""
-    from pipelines import kernels
+    """RandAugment of images uint8 [size, size, 3]; uniforms and settings as `kernels.randaugment` takes them."""
+    from pipelines.kernels import calls
+    from pipelines.kernels.randaugment import rand_augment_sample
 
     numbers = types.Constant(settings.astype(np.float32))
-    augmented = _operator("RandAugment", kernels.rand_augment_sample, 2, size)(images, uniforms, numbers)
-    return fn.reshape(augmented, layout="HWC")
+    operator = _operator("RandAugment", rand_augment_sample, (), calls.square_shape, (size,), "inn", "i")
+    return fn.reshape(operator(images, uniforms, numbers), layout="HWC")

@@ -173,6 +173,8 @@ def sample_window_tensorflow(
     float32 [2], whole numbers. Where all attempts fail the whole image is taken. Everything is on the CPU.
     Held to reference/crop_windows.npz.
     """
+    if loops.available():
+        return loops.sample_window("tensorflow", size, uniforms, area_range, ratio_range)
     ratio_uniform, height_uniform, position_uniform = uniforms
     height, width = size[0], size[1]
     area = height * width
@@ -214,6 +216,8 @@ def sample_window_torchvision(
     [2] for the position. Returns (top, left) and (height, width), float32 [2], whole numbers. Where all attempts
     fail the largest central window of an allowed ratio is taken. Everything is on the CPU.
     """
+    if loops.available():
+        return loops.sample_window("torchvision", size, uniforms, area_range, ratio_range)
     area_uniform, ratio_uniform, position_uniform = uniforms
     height, width = size[0], size[1]
 

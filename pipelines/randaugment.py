@@ -128,7 +128,7 @@ def _compiles(images: DataNode, compiled: bool | None) -> bool:
 
 
 def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:
-    """The numbers that the magnitude decides, float32 [44], for `kernels.rand_augment`.
+    """The numbers that the magnitude decides, float32 [44], for `kernels.randaugment`.
 
     Blend factor, grey of contrast (-1: the image's), posterize's mask, solarize's threshold, solarize_add's addend,
     half the side of cutout; then, each for a negative and a positive sign, the pixels of the translations [2] and the

@@ -1,4 +1,4 @@
-"""Window sampling against plain Python, and decoding against Pillow and torch."""
+"""Window sampling against plain Python, and decoding against Pillow and torch: compiled, and by DALI's operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torchvision
 from nvidia.dali import Pipeline, fn, pipeline_def
 from PIL import Image
 
-from pipelines import crop
+from pipelines import compiled, crop
 from pipelines.crop import NUM_UNIFORMS, SAMPLERS, Decoder
 from pipelines.loader import EvalLoader
 from pipelines.readers import FileList
@@ -25,6 +25,11 @@ pytestmark = pytest.mark.timeout(120)
 
 SIZES = [(375, 500), (500, 333), (224, 224), (64, 48), (9, 7), (1, 1), (2, 40), (40, 2), (30, 480), (480, 30)]
 LARGEST = 1 - 2.0**-24  # of a float32 uniform
+
+
+@pytest.fixture(autouse=True, params=["compiled", "operators"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "available", lambda: request.param == "compiled")
 
 
 def sample_windows(

@@ -13,7 +13,8 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines import compiled, kernels
+from pipelines import compiled
+from pipelines.kernels.resize import resize
 from pipelines.loader import TrainLoader
 from pipelines.readers import FileList
 from tests.conftest import environment
@@ -62,7 +63,7 @@ def test_resize_is_that_of_torch(shape: tuple[int, int]) -> None:
     image, out = noise(*shape), np.empty((60, 60, 3), np.uint8)
     planes = torch.tensor(image).permute(2, 0, 1)[None].float()
     for antialias, border in [(False, 0), (True, 4)]:  # where torch leaves out what lies beyond, DALI repeats the last
-        kernels.resize(image, False, antialias, out)
+        resize(image, False, antialias, out)
         expected = torch.nn.functional.interpolate(planes, (60, 60), mode="bilinear", antialias=antialias)
         inner = slice(border, 60 - border)
         expected = expected[0].permute(1, 2, 0).numpy()
@@ -74,7 +75,7 @@ def test_a_constant_image_stays_constant() -> None:
     for value in (0, 1, 127, 254, 255):
         for shape in SIZES:
             out = np.empty((50, 50, 3), np.uint8)
-            kernels.resize(np.full((*shape, 3), value, np.uint8), False, True, out)
+            resize(np.full((*shape, 3), value, np.uint8), False, True, out)
             assert (out == value).all()
 
 
@@ -89,20 +90,39 @@ def loader(tmp_path: Path) -> TrainLoader:
 def test_without_numba_dalis_operators_take_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = next(loader(tmp_path))
     monkeypatch.setattr(compiled, "available", lambda: False)
-    monkeypatch.setitem(sys.modules, "pipelines.kernels", None)  # importing it would raise
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it would raise
     plain_images, plain_labels = next(loader(tmp_path))
     assert labels.tolist() == plain_labels.tolist()
     difference = (images.int() - plain_images.int()).abs().float()
     assert difference.mean() < 1
 
 
+def test_that_numba_is_missing_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("nvidia.dali.plugin.numba")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    compiled.available.cache_clear()
+    try:
+        for _ in range(2):
+            next(loader(tmp_path))
+        assert not compiled.available()
+    finally:
+        compiled.available.cache_clear()
+    assert [record.message for record in caplog.records if "pip install numba" in record.message] == [
+        "without Numba (import of numba halted; None in sys.modules) images take more than twice the CPU time:"
+        " pip install numba"
+    ]
+
+
 @pytest.mark.parametrize("cache", ["nowhere", "full"])
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path, cache: str) -> None:
     """No folder for what is compiled, or a full disk: it is compiled for this process alone."""
     code = (
-        "import numpy as np; from pipelines import kernels\n"
-        "assert all(f() for f in (kernels.resize_sample, kernels.rand_augment_sample))\n"
-        "assert kernels.square_shape(7)"
+        "from pipelines.kernels import calls, randaugment, resize, window\n"
+        "assert all(f() for f in (resize.resize_sample, randaugment.rand_augment_sample, calls.pairs_shape))\n"
+        "assert calls.square_shape(7) and window.window_sample('tensorflow')"
     )
     folder = tmp_path / ("file/folder" if cache == "nowhere" else "cache")
     (tmp_path / "file").write_text("in the way")
@@ -120,9 +140,9 @@ def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path, cache: s
 
 def test_what_is_compiled_is_kept(tmp_path: Path) -> None:
     code = (
-        "from pipelines import kernels\n"
-        "kernels.resize_sample(); kernels.rand_augment_sample(); kernels.square_shape(5)\n"
-        "print(*(compiled.cache_hits for compiled in kernels._compiled))"
+        "from pipelines.kernels import calls, resize, window\n"
+        "resize.resize_sample(); window.window_sample('torchvision'); calls.square_shape(5)\n"
+        "print(*(compiled.cache_hits for compiled in calls._compiled))"
     )
     env = {**environment(), "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     hits = [

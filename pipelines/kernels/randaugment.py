@@ -1,151 +1,49 @@
-"""What the training graph does to the pixels of one image on a CPU, compiled by Numba.
-
-Everything that is compiled is in this file, as Numba's cache on disk looks at the age of a function's own file alone.
-No floating-point operation may be reordered or fused, so that all processors give the same bytes.
-"""
+"""RandAugment of one image, bit for bit as big_vision's but for sharpness, where a level may differ."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
-from numba import types
-from numba.core.ccallback import CFunc
 
-__all__ = ["rand_augment", "rand_augment_sample", "resize", "resize_sample", "square_shape"]
+from pipelines.kernels.calls import SAMPLE, address, jit
+
+__all__ = ["rand_augment", "rand_augment_sample"]
 
 F, U = np.float32, np.uintp
 FILL = np.uint8(128)
 
-_jit = numba.njit(nogil=True, error_model="numpy")
-
-
-# ---------------------------------------------------------------------------------------------------- resize
-
-
-@_jit
-def _taps(size_in, size_out, mirror, antialias):
-    """First source [size_out] and weights [size_out, an even number] of each place along an axis.
-
-    Places beyond the image count as its outermost; weights beyond the last source are 0.
-    """
-    scale = F(size_in) / F(size_out)
-    radius = max(scale, F(1)) if antialias else F(1)
-    count = int(np.ceil(F(2) * radius))
-    first = np.empty(size_out, np.int64)
-    weights = np.zeros((size_out, count + count % 2), np.float32)
-    for i in range(size_out):
-        center = (F(i) + F(0.5)) * scale
-        lowest = int(np.floor(center - radius + F(0.5)))
-        place = size_out - 1 - i if mirror else i
-        first[place] = min(max(lowest, 0), max(size_in - count, 0))
-        total = F(0)
-        for source in range(lowest, lowest + count + 1):
-            weight = F(1) - abs(F(source) + F(0.5) - center) / radius
-            if weight > 0:
-                tap = min(max(source, 0), size_in - 1) - first[place]
-                weights[place, min(tap, count - 1)] += weight
-                total += weight
-        for tap in range(count):
-            weights[place, tap] /= total
-    return first, weights
-
-
-@_jit
-def _weighted_rows(rows, weights, out):
-    """out = the sum of the rows [k, n] times their weights [k]."""
-    weight = weights[0]
-    for j in range(rows.shape[1]):
-        out[j] = weight * rows[0, j]
-    for k in range(1, rows.shape[0]):
-        weight = weights[k]
-        for j in range(rows.shape[1]):
-            out[j] += weight * rows[k, j]
-
-
-@_jit
-def _weighted_pixels(row, first, weights, out):
-    """out [3 n] = n sums of pixels of a row, each of neighbours from `first` on times their weights, plus 1/2."""
-    # Numba looks whether an index is below 0, unless its type has no such numbers.
-    one, two, three, four, five, six = U(1), U(2), U(3), U(4), U(5), U(6)
-    for i in range(first.shape[0]):
-        p = U(3 * first[i])
-        a, b = weights[i, 0], weights[i, 1]
-        red = F(0.5) + a * row[p] + b * row[p + three]
-        green = F(0.5) + a * row[p + one] + b * row[p + four]
-        blue = F(0.5) + a * row[p + two] + b * row[p + five]
-        for k in range(2, weights.shape[1], 2):
-            p += six
-            a, b = weights[i, k], weights[i, k + 1]
-            red += a * row[p] + b * row[p + three]
-            green += a * row[p + one] + b * row[p + four]
-            blue += a * row[p + two] + b * row[p + five]
-        out[3 * i], out[3 * i + 1], out[3 * i + 2] = red, green, blue
-
-
-@_jit
-def _truncate(values, out):
-    for j in range(values.shape[0]):
-        out[j] = np.uint8(np.int32(values[j]))
-
-
-@_jit
-def resize(image, mirror, antialias, out):
-    """An image uint8 [h, w, 3] resized bilinearly to out, uint8 [S, S, 3]; where mirror is set, flipped horizontally.
-
-    Antialiasing widens the triangle filter where the image is scaled down. As `fn.resize` does it, to within a
-    level, in a quarter of the time: rows first, which takes a tenth of the time of the columns, and straight on.
-    """
-    height, width, _ = image.shape
-    size = out.shape[0]
-    rows, results = image.reshape(height, 3 * width), out.reshape(size, 3 * size)
-    top, row_weights = _taps(height, size, False, antialias)
-    left, weights = _taps(width, size, mirror, antialias)
-    num_rows = min(row_weights.shape[1], height)
-    row = np.zeros(3 * (width + weights.shape[1]), np.float32)
-    sums = np.empty(3 * size, np.float32)
-    for i in range(size):
-        _weighted_rows(rows[top[i] : min(top[i] + num_rows, height)], row_weights[i], row)
-        _weighted_pixels(row, left, weights, sums)
-        _truncate(sums, results[i])
-
-
-# ----------------------------------------------------------------------------------------------- RandAugment
-
-
 # Slices assigned to slices would do the same, and each take half a second to compile.
 
 
-@_jit
+@jit
 def _copy(values, out):
     for i in range(out.shape[0]):
         out[i] = values[i]
 
 
-@_jit
+@jit
 def _fill(out):
     for i in range(out.shape[0]):
         out[i] = FILL
 
 
-@_jit
+@jit
 def _blend(degenerate, value, factor):
     """degenerate + factor (value - degenerate), clipped and truncated."""
     blended = F(degenerate) + factor * (F(value) - F(degenerate))
     return np.uint8(np.int32(min(max(blended, F(0)), F(255))))
 
 
-@_jit
+@jit
 def _luminance(red, green, blue):
     scale = F(1 / 255)
     grey = F(red) * scale * F(0.2989) + F(green) * scale * F(0.587) + F(blue) * scale * F(0.114)
     return np.uint8(np.int32(grey * F(255.5)))
 
 
-@_jit
+@jit
 def _look_up(image, tables, out):
     """Each channel through its own table, uint8 [3, 256]."""
     values, results = image.ravel(), out.ravel()
@@ -155,7 +53,7 @@ def _look_up(image, tables, out):
         results[i + 2] = tables[2, values[i + 2]]
 
 
-@_jit
+@jit
 def _auto_contrast(image, out):
     size = image.shape[0]
     rows = image.reshape(size, 3 * size)
@@ -177,7 +75,7 @@ def _auto_contrast(image, out):
     _look_up(image, tables, out)
 
 
-@_jit
+@jit
 def _equalize(image, out):
     values = image.ravel()
     # Neighbours are often equal: with histograms of their own they do not wait for each other.
@@ -202,35 +100,35 @@ def _equalize(image, out):
     _look_up(image, tables, out)
 
 
-@_jit
+@jit
 def _invert_from(image, threshold, out):
     values, results = image.ravel(), out.ravel()
     for i in range(values.shape[0]):
         results[i] = values[i] if values[i] < threshold else 255 - values[i]
 
 
-@_jit
+@jit
 def _posterize(image, mask, out):
     values, results = image.ravel(), out.ravel()
     for i in range(values.shape[0]):
         results[i] = values[i] & mask
 
 
-@_jit
+@jit
 def _solarize_add(image, addend, out):
     values, results = image.ravel(), out.ravel()
     for i in range(values.shape[0]):
         results[i] = values[i] + addend if values[i] < 128 else values[i]  # at most 127 + 110
 
 
-@_jit
+@jit
 def _blend_with(degenerate, image, factor, out):
     values, results = image.ravel(), out.ravel()
     for i in range(values.shape[0]):
         results[i] = _blend(degenerate, values[i], factor)
 
 
-@_jit
+@jit
 def _color(image, factor, out):
     size = image.shape[0]
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
@@ -245,7 +143,7 @@ def _color(image, factor, out):
             results[y, j] = _blend(spread[j], row[j], factor)
 
 
-@_jit
+@jit
 def _mean_luminance(image):
     values = image.ravel()
     total = 0
@@ -254,7 +152,7 @@ def _mean_luminance(image):
     return total // (values.shape[0] // 3)
 
 
-@_jit
+@jit
 def _sharpness(image, factor, out):
     """Blend with the image smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the outermost pixels stay."""
     size = image.shape[0]
@@ -276,7 +174,7 @@ def _sharpness(image, factor, out):
         _copy(row[-3:], result[-3:])
 
 
-@_jit
+@jit
 def _warp(image, matrix, out):
     """The pixel nearest to (a x + b y + c, d x + e y + f), halves away from zero, for matrix = (a, ..., f)."""
     size = image.shape[0]
@@ -303,7 +201,7 @@ def _warp(image, matrix, out):
                 )
 
 
-@_jit
+@jit
 def _translate(image, shift, along_x, out):
     """Moved left or up by shift pixels, right or down where it is negative."""
     size = image.shape[0]
@@ -320,7 +218,7 @@ def _translate(image, shift, along_x, out):
             _fill(results[y])
 
 
-@_jit
+@jit
 def _cutout(image, half, row, column, out):
     size = image.shape[0]
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
@@ -330,7 +228,7 @@ def _cutout(image, half, row, column, out):
             _fill(results[y][3 * max(column - half, 0) : 3 * min(column + half, size)])
 
 
-@_jit
+@jit
 def _apply(op, sign, row, column, settings, image, out):
     """Operation number `op` of randaugment.OPS; sign: 0 negative, 1 positive."""
     factor, contrast, shift = settings[0], settings[1], int(settings[6 + sign])
@@ -364,7 +262,7 @@ def _apply(op, sign, row, column, settings, image, out):
         _solarize_add(image, np.uint8(settings[4]), out)
 
 
-@_jit
+@jit
 def rand_augment(image, uniforms, settings, out):
     """One operation for each four uniforms, in turn: image uint8 [S, S, 3] -> out uint8 [S, S, 3].
 
@@ -382,66 +280,15 @@ def rand_augment(image, uniforms, settings, out):
         source = target
 
 
-# ------------------------------------------------------------------------------------- as DALI calls them
-
-_pointers, _shapes = types.CPointer(types.voidptr), types.CPointer(types.CPointer(types.int64))
-# Data, shapes and ranks of a sample's outputs, and how many there are; then those of its inputs.
-_SAMPLE = types.void(_pointers, _shapes, types.voidptr, types.int32, _pointers, _shapes, types.voidptr, types.int32)
-# Shapes and ranks of a batch's outputs, and how many there are; those of its inputs; the number of samples.
-_BATCH = types.void(_shapes, types.voidptr, types.int32, _shapes, types.voidptr, types.int32, types.int32)
-
-
-def _address(signature: Any, function: Callable[..., None]) -> int:
-    """Address of the compiled function, which is kept on disk where that can be written, and in memory for good."""
-    try:
-        compiled: CFunc = numba.cfunc(signature, cache=True)(function)
-    except (RuntimeError, OSError):  # no folder, or a full disk
-        compiled = numba.cfunc(signature)(function)
-    _compiled.append(compiled)
-    address = compiled.address
-    assert address is not None
-    return address
-
-
-_compiled: list[CFunc] = []
-
-
-@_jit
-def _image(data, shape):
-    return numba.carray(data, (shape[0], shape[1], shape[2]), np.uint8)
-
-
-@functools.cache
-def resize_sample() -> int:
-    """Address of `resize` for inputs image and (mirror, antialias), float32 [2], 0 or 1."""
-
-    def run(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks, num_ins):
-        flags = numba.carray(ins[1], (2,), np.float32)
-        image, out = _image(ins[0], in_shapes[0]), _image(outs[0], out_shapes[0])
-        resize(image, flags[0] != F(0), flags[1] != F(0), out)
-
-    return _address(_SAMPLE, run)
+def _run(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks, num_ins):
+    image = numba.carray(ins[0], (in_shapes[0][0], in_shapes[0][1], 3), np.uint8)
+    uniforms = numba.carray(ins[1], in_shapes[1][0], np.float32)
+    settings = numba.carray(ins[2], in_shapes[2][0], np.float32)
+    out = numba.carray(outs[0], (out_shapes[0][0], out_shapes[0][1], 3), np.uint8)
+    rand_augment(image, uniforms, settings, out)
 
 
 @functools.cache
 def rand_augment_sample() -> int:
     """Address of `rand_augment` for inputs image, uniforms and settings."""
-
-    def run(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks, num_ins):
-        uniforms = numba.carray(ins[1], (in_shapes[1][0],), np.float32)
-        settings = numba.carray(ins[2], (in_shapes[2][0],), np.float32)
-        rand_augment(_image(ins[0], in_shapes[0]), uniforms, settings, _image(outs[0], out_shapes[0]))
-
-    return _address(_SAMPLE, run)
-
-
-@functools.cache
-def square_shape(size: int) -> int:
-    """Address of the function that makes all outputs [size, size, 3]."""
-
-    def setup(out_shapes, out_ranks, num_outs, in_shapes, in_ranks, num_ins, num_samples):
-        for i in range(num_samples):
-            out_shapes[i][0] = out_shapes[i][1] = size
-            out_shapes[i][2] = 3
-
-    return _address(_BATCH, setup)
+    return address(SAMPLE, _run)

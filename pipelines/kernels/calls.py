@@ -1,0 +1,59 @@
+"""Compiled functions as DALI calls them: by address, with pointers to the data and shapes of its tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from numba import types
+from numba.core.ccallback import CFunc
+
+__all__ = ["BATCH", "SAMPLE", "address", "jit", "pairs_shape", "square_shape"]
+
+jit = numba.njit(nogil=True, error_model="numpy")
+
+_pointers, _shapes = types.CPointer(types.voidptr), types.CPointer(types.CPointer(types.int64))
+# Data, shapes and ranks of a sample's outputs, and how many there are; then those of its inputs.
+SAMPLE = types.void(_pointers, _shapes, types.voidptr, types.int32, _pointers, _shapes, types.voidptr, types.int32)
+# Shapes and ranks of a batch's outputs, and how many there are; those of its inputs; the number of samples.
+BATCH = types.void(_shapes, types.voidptr, types.int32, _shapes, types.voidptr, types.int32, types.int32)
+
+
+def address(signature: Any, function: Callable[..., None]) -> int:
+    """Address of the compiled function, which is kept on disk where that can be written, and in memory for good."""
+    try:
+        compiled: CFunc = numba.cfunc(signature, cache=True)(function)
+    except (RuntimeError, OSError):  # no folder, or a full disk
+        compiled = numba.cfunc(signature)(function)
+    _compiled.append(compiled)
+    found = compiled.address
+    assert found is not None
+    return found
+
+
+_compiled: list[CFunc] = []
+
+
+@functools.cache
+def pairs_shape() -> int:
+    """Address of the function that makes both outputs [2]."""
+
+    def setup(out_shapes, out_ranks, num_outs, in_shapes, in_ranks, num_ins, num_samples):
+        for i in range(num_outs * num_samples):
+            out_shapes[i][0] = 2
+
+    return address(BATCH, setup)
+
+
+@functools.cache
+def square_shape(size: int) -> int:
+    """Address of the function that makes all outputs [size, size, 3]."""
+
+    def setup(out_shapes, out_ranks, num_outs, in_shapes, in_ranks, num_ins, num_samples):
+        for i in range(num_samples):
+            out_shapes[i][0] = out_shapes[i][1] = size
+            out_shapes[i][2] = 3
+
+    return address(BATCH, setup)
