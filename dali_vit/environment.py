@@ -19,6 +19,7 @@ PACKAGES = (
     "torchvision",
     "nvidia-dali-cuda120",
     "timm",
+    "numba",
     "numpy",
     "pillow",
     "tensorboard",
