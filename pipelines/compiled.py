@@ -24,7 +24,7 @@ def available() -> bool:
     try:
         importlib.import_module("nvidia.dali.plugin.numba")
     except ImportError as error:
-        log.warning("without Numba (%s) images take more than twice the CPU time: pip install numba", error)
+        log.warning("without Numba (%s) the CPU's part takes more than twice the time: pip install numba", error)
         return False
     return True
 

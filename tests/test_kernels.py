@@ -111,7 +111,7 @@ def test_that_numba_is_missing_is_said_once(
     finally:
         compiled.available.cache_clear()
     assert [record.message for record in caplog.records if "pip install numba" in record.message] == [
-        "without Numba (import of numba halted; None in sys.modules) images take more than twice the CPU time:"
+        "without Numba (import of numba halted; None in sys.modules) the CPU's part takes more than twice the time:"
         " pip install numba"
     ]
 
