@@ -68,6 +68,9 @@ def window_torchvision(size, area_uniforms, ratio_uniforms, position_uniforms, r
         start[axis] = min(np.floor(position_uniforms[axis] * (free + F(1))), free) if drawn else np.floor(free / F(2))
 
 
+# Twice the same: a function that takes the other as a value could not be kept on disk.
+
+
 def _tensorflow(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks, num_ins):
     window_tensorflow(
         numba.carray(ins[0], 2, np.float32),
