@@ -138,7 +138,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             found = evaluate_splits(model, dataset, config, group, left_out, progress)
         except Interrupted:
             return None
-        log.info("%s", report.evaluation_line(done, total, found))
+        if found:  # a data set may have neither val nor minival
+            log.info("%s", report.evaluation_line(done, total, found))
         return found
 
     with (
