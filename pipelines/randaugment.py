@@ -18,6 +18,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import do_not_convert
 
 from pipelines import compiled as loops
+from pipelines import compiled_gpu as loops_gpu
 from pipelines import randaugment_ops as ops
 
 __all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "rand_augment"]
@@ -69,17 +70,18 @@ def rand_augment(
 
     images: uint8 [image_size, image_size, 3], on either device; u: float32 [layers * NUM_UNIFORMS_PER_LAYER] in
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
-    did (big_vision issue 109), "mean" towards the mean of the image. On the CPU the operations are compiled loops where
-    `compiled` is true or, if that is None, where they can be; else DALI's operators. To be called within a pipeline
-    definition with `enable_conditionals=True`. Raises ValueError. Source: recipe.md; big_vision's `pp/autoaugment.py`.
+    did (big_vision issue 109), "mean" towards the mean of the image. The operations are compiled, by Numba for the CPU
+    and by Triton for a GPU, where `compiled` is true or, if that is None, where they can be; else they are DALI's
+    operators. To be called within a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source:
+    recipe.md; big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
     _check(magnitude, contrast)
     if layers == 0:
         return images
-    if _compiles(images, compiled):
-        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
+    if _compiles(images, image_size, compiled):
+        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers)
     branches = _branches(image_size, magnitude, contrast)
     chosen, indices, draws = _draw(u, layers, image_size, branches)
     for layer in range(layers):
@@ -106,10 +108,10 @@ def apply_op(
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
     _check(magnitude, contrast)
-    if _compiles(images, compiled):
+    if _compiles(images, image_size, compiled):
         draw = [(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center]
         u = types.Constant(np.array(draw, np.float32))
-        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
+        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers=1)
     variant = (name, -1 if negative else 1)
     branch = next(b for b in _branches(image_size, magnitude, contrast) if variant in b.variants)
     pixel = np.floor(np.array(center, np.float32) * np.float32(image_size))
@@ -123,8 +125,16 @@ def _check(magnitude: float, contrast: str) -> None:
         raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
 
 
-def _compiles(images: DataNode, compiled: bool | None) -> bool:
-    return images.device == "cpu" and (loops.available() if compiled is None else compiled)
+def _compiles(images: DataNode, size: int, compiled: bool | None) -> bool:
+    if compiled is not None:
+        return compiled
+    return loops.available() if images.device == "cpu" else loops_gpu.available(size)
+
+
+def _compiled(images: DataNode, u: DataNode, settings: np.ndarray, size: int, layers: int) -> DataNode:
+    if images.device == "cpu":
+        return loops.rand_augment(images, u, settings, size=size)
+    return loops_gpu.rand_augment(images, u, settings, size=size, layers=layers)
 
 
 def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:

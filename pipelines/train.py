@@ -1,7 +1,7 @@
 """The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3].
 
-One definition for both devices. On the CPU, resize and RandAugment are operators compiled by Numba (see `compiled`), as
-DALI's own took 40 % of the time there.
+One definition for both devices. On the CPU, the window, resize and RandAugment are operators compiled by Numba (see
+`compiled`), as DALI's own took 40 % of the time there; on a GPU RandAugment is one compiled by Triton (`compiled_gpu`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 
 from pipelines import compiled
 from pipelines import randaugment_ops as ops
@@ -373,20 +373,3 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 def test_unknown_operation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'blur'.*auto_contrast"):
         run_op(photo(32)[None], "blur", magnitude=10)
-
-
-def test_gpu_graph_can_be_defined() -> None:
-    """The same functions take nodes on the GPU: DALI checks devices and arguments when it makes the graph."""
-
-    @pipeline_def(batch_size=2, num_threads=1, device_id=0, enable_conditionals=True)
-    def pipeline() -> Any:
-        images, u = fn.external_source(
-            lambda _: (), num_outputs=2, layout=["HWC", ""], dtype=[types.UINT8, types.FLOAT]
-        )
-        images = images.gpu()
-        outputs = [rand_augment(images, u, image_size=64, contrast=contrast) for contrast in ("paper", "mean")]
-        outputs += [apply_op(images, name, image_size=64, magnitude=4) for name in OPS]
-        assert all(output.device == "gpu" for output in outputs)
-        return tuple(outputs)
-
-    pipeline()

@@ -1,4 +1,4 @@
-"""Every RandAugment operation on the GPU against the same graph on the CPU, at both signs and two magnitudes."""
+"""Every RandAugment operation on the GPU, compiled and as DALI's operators, against the CPU, and the whole policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
 
-from pipelines.randaugment import OPS, apply_op
+from pipelines import compiled_gpu
+from pipelines.randaugment import OPS, apply_op, rand_augment
 from tests.test_randaugment import photo
 
 pytestmark = [
@@ -19,20 +20,49 @@ pytestmark = [
 ]
 
 
+def test_the_kernels_run_here() -> None:
+    assert compiled_gpu.available(224)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("magnitude", [5, 10])
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_operation_is_that_of_the_cpu(name: str, negative: bool, magnitude: int) -> None:
+def test_operation_is_that_of_the_cpu(name: str, negative: bool, magnitude: int, compiled: bool) -> None:
+    """Compiled, bit for bit."""
     photos = np.stack([photo(224, seed) for seed in range(4)])
 
-    @pipeline_def(batch_size=4, num_threads=2, device_id=0, prefetch_queue_depth=1)
+    @pipeline_def(batch_size=4, num_threads=2, device_id=0, prefetch_queue_depth=1, enable_conditionals=True)
     def graph() -> Any:
         images = fn.external_source(lambda _: photos, layout="HWC")
-        settings: dict[str, Any] = {"image_size": 224, "magnitude": magnitude, "negative": negative, "compiled": False}
-        return apply_op(images, name, **settings), apply_op(images.gpu(), name, **settings)
+        settings: dict[str, Any] = {"image_size": 224, "magnitude": magnitude, "negative": negative}
+        return tuple(apply_op(node, name, **settings, compiled=compiled) for node in (images, images.gpu()))
 
     pipeline = graph()
     pipeline.build()
     on_cpu, on_gpu = pipeline.run()
     error = np.abs(on_cpu.as_array().astype(int) - on_gpu.as_cpu().as_array())
-    assert (error <= 1).mean() >= 0.995
+    if compiled:
+        assert (error == 0).all()
+    else:
+        assert (error <= 1).mean() >= 0.995
+
+
+@pytest.mark.parametrize("size", [64, 224, 65])
+def test_the_policy_is_that_of_the_cpu(size: int) -> None:
+    """Bit for bit, over batches that DALI works ahead on, each with uniforms of its own."""
+    batches, count = 8, 128
+    rng = np.random.default_rng(0)
+    photos = np.stack([photo(size, seed) for seed in range(count)])
+    uniforms = [rng.random((count, 8), dtype=np.float32) for _ in range(batches)]
+
+    @pipeline_def(batch_size=count, num_threads=2, device_id=0, enable_conditionals=True)
+    def graph() -> Any:
+        images, u = fn.external_source(lambda i: (photos, uniforms[i % batches]), num_outputs=2, layout=["HWC", ""])
+        return tuple(rand_augment(node, u, image_size=size, compiled=True) for node in (images, images.gpu()))
+
+    pipeline = graph()
+    pipeline.build()
+    for _ in range(3 * batches):
+        on_cpu, on_gpu = pipeline.run()
+        np.testing.assert_array_equal(on_gpu.as_cpu().as_array(), on_cpu.as_array())

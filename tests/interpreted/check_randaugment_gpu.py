@@ -1,0 +1,139 @@
+"""The GPU's kernels of RandAugment, run by Triton's interpreter on the CPU: test_compiled_gpu.py starts these tests.
+
+They are in a process of their own because TRITON_INTERPRET=1 must be set before torch is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def
+
+from pipelines import compiled_gpu
+from pipelines.kernels import randaugment, randaugment_gpu
+from pipelines.randaugment import OPS, _settings
+from tests.parity.conftest import references
+
+LEVELS = references("randaug")
+
+
+def addresses(rows: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([row.data_ptr() for row in rows])
+
+
+def on_gpu(images: np.ndarray, uniforms: np.ndarray, settings: np.ndarray) -> np.ndarray:
+    pixels, draws = torch.from_numpy(images), torch.from_numpy(uniforms)
+    out = randaugment_gpu.rand_augment(
+        addresses(pixels),
+        addresses(draws),
+        torch.from_numpy(settings),
+        size=images.shape[1],
+        layers=uniforms.shape[1] // 4,
+    )
+    return out.numpy()
+
+
+def on_cpu(images: np.ndarray, uniforms: np.ndarray, settings: np.ndarray) -> np.ndarray:
+    out = np.empty_like(images)
+    for i in range(len(images)):
+        randaugment.rand_augment(images[i], uniforms[i], settings, out[i])
+    return out
+
+
+def images_of(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Noise, noise of few levels, one even image, and one of a single bright pixel."""
+    images = rng.integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+    images[::3] = images[::3] // 40 * 40
+    images[0], images[1] = 7, 0
+    images[1, size // 2, size // 2] = 200, 100, 50
+    return images
+
+
+@pytest.mark.parametrize("reference", LEVELS, ids=[reference.path.stem for reference in LEVELS])
+def test_operations_match_the_reference(reference: Any) -> None:
+    arrays, level = reference.arrays, reference.meta["level"]
+    names = sorted({name.split("/")[0] for name in arrays})
+    variants = sorted({name.split("/", 1)[1] for name in arrays} - {"input"})
+    assert {variant.split("/")[0] for variant in variants} == set(OPS) - {"cutout"}
+    images = np.stack([arrays[f"{name}/input"] for name in names])
+    for variant in variants:
+        op, negative = variant.split("/")[0], variant.endswith("/negative")
+        draw = [(OPS.index(op) + 0.5) / len(OPS), 0.25 if negative else 0.75, 0.5, 0.5]
+        uniforms = np.full((len(names), 4), draw, np.float32)
+        found = on_gpu(images, uniforms, _settings(images.shape[1], level, "paper"))
+        expected = np.stack([arrays[f"{name}/{variant}"] for name in names])
+        most = 1 if op == "sharpness" else 0  # whose sum falls short of a whole number in the reference
+        assert np.abs(found.astype(int) - expected).max() <= most, variant
+
+
+@pytest.mark.parametrize("contrast", ["paper", "mean"])
+@pytest.mark.parametrize("magnitude", [0, 3.3, 10])
+@pytest.mark.parametrize("size", [1, 2, 7, 65, 96])
+def test_the_policy_is_that_of_the_cpu(size: int, magnitude: float, contrast: str) -> None:
+    """Bit for bit, three layers, each operation first in some of the images; 96 pixels take two blocks."""
+    rng = np.random.default_rng(size)
+    images, uniforms = images_of(rng, 32, size), rng.random((32, 12), dtype=np.float32)
+    uniforms[:, 0] = (np.arange(32) % 16 + 0.5) / 16
+    settings = _settings(size, magnitude, contrast)
+    np.testing.assert_array_equal(on_gpu(images, uniforms, settings), on_cpu(images, uniforms, settings))
+
+
+@pytest.mark.parametrize("contrast", ["paper", "mean"])
+def test_several_blocks_of_pixels(contrast: str) -> None:
+    """At 224 pixels the tables are made of four blocks, the last of them not full, and the result of ten."""
+    assert 224 * 224 % randaugment_gpu.BLOCK
+    rng = np.random.default_rng(0)
+    images, uniforms = images_of(rng, 32, 224), rng.random((32, 4), dtype=np.float32)
+    uniforms[:, 0] = (np.arange(32) % 16 + 0.5) / 16
+    settings = _settings(224, 10, contrast)
+    np.testing.assert_array_equal(on_gpu(images, uniforms, settings), on_cpu(images, uniforms, settings))
+
+
+def test_inputs_are_left_alone() -> None:
+    rng = np.random.default_rng(0)
+    images, uniforms = images_of(rng, 32, 64), rng.random((32, 8), dtype=np.float32)
+    before = images.copy()
+    on_gpu(images, uniforms, _settings(64, 10, "paper"))
+    np.testing.assert_array_equal(images, before)
+
+
+def test_the_node_of_the_graph() -> None:
+    """Batches through DALI, which works ahead: each with its own uniforms, in the layout of an image."""
+    batches = 12
+    rng = np.random.default_rng(0)
+    images = [images_of(rng, 8, 64) for _ in range(batches)]
+    uniforms = [rng.random((8, 8), dtype=np.float32) for _ in range(batches)]
+    settings = _settings(64, 10, "paper")
+
+    @pipeline_def(batch_size=8, num_threads=2, device_id=None, enable_conditionals=True)
+    def graph() -> Any:
+        node, u = fn.external_source(
+            lambda i: (images[i % batches], uniforms[i % batches]), num_outputs=2, layout=["HWC", ""]
+        )
+        return compiled_gpu.rand_augment(node, u, settings, size=64, layers=2)
+
+    pipeline = graph()
+    for i in range(batches):
+        (output,) = pipeline.run()
+        assert output.layout() == "HWC"
+        np.testing.assert_array_equal(output.as_array(), on_cpu(images[i], uniforms[i], settings))
+
+
+def test_a_pipeline_that_works_ahead_can_be_dropped() -> None:
+    """Its threads may be about to call Python just then: they must not wait for the thread that waits for them."""
+    settings = _settings(32, 10, "paper")
+    images, uniforms = np.zeros((8, 32, 32, 3), np.uint8), np.full((8, 8), 0.5, np.float32)
+
+    @pipeline_def(batch_size=8, num_threads=2, device_id=None, enable_conditionals=True)
+    def graph() -> Any:
+        node, u = fn.external_source(lambda: (images, uniforms), num_outputs=2, layout=["HWC", ""])
+        return compiled_gpu.rand_augment(node, u, settings, size=32, layers=2)
+
+    for i in range(20):
+        pipeline = graph()
+        for _ in range(i % 3):
+            pipeline.run()
+        del pipeline

@@ -1,0 +1,126 @@
+"""RandAugment's kernels for a GPU, as far as a CPU allows: interpreted, compiled, laid out, and done without."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from pipelines import compiled_gpu
+from pipelines.randaugment import OPS, apply_op, rand_augment
+from tests.conftest import environment
+
+pytestmark = pytest.mark.timeout(300)
+
+ROOT = Path(__file__).parents[1]
+NUM_INTERPRETED = 37
+
+
+def test_interpreted_they_give_what_the_cpu_gives() -> None:
+    """tests/interpreted, in a process where Triton runs kernels on the CPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/interpreted/check_randaugment_gpu.py",
+    ]
+    tests = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment(), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    passed = re.search(r"^(\d+) passed in", tests.stdout, re.MULTILINE)
+    assert passed, tests.stdout + tests.stderr
+    assert int(passed[1]) >= NUM_INTERPRETED
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_they_compile_for_every_gpu(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A100, H100 and H200, B200: Triton brings its assembler, which needs no GPU. Nothing is fused, nothing spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pipelines.kernels import randaugment_gpu
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    inputs = {"images": "*i64", "uniforms": "*i64", "settings": "*fp32", "tables": "*u8"}
+    kernels: list[tuple[Any, dict[str, str]]] = [
+        (randaugment_gpu.make_tables, inputs),
+        (randaugment_gpu.write_pixels, {**inputs, "out": "*u8"}),
+    ]
+    for kernel, arguments in kernels:
+        source = ASTSource(
+            kernel,
+            signature={**arguments, "layer": "i32", "SIZE": "constexpr", "BLOCK": "constexpr"},
+            constexprs={"SIZE": 224, "BLOCK": randaugment_gpu.BLOCK},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=randaugment_gpu.OPTIONS)
+        assert len(compiled.asm["cubin"]) > 1000
+        ptx = compiled.asm["ptx"]
+        assert "fma" not in ptx, "a product and a sum rounded as one would give other bytes than the CPU"
+        assert not re.search(r"\bdiv\.(full|approx)", ptx), "a division that is not rounded correctly, likewise"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_graph_can_be_laid_out_for_a_gpu(compiled: bool) -> None:
+    """DALI checks devices and arguments when it makes the graph; running it needs a GPU."""
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=0, enable_conditionals=True)
+    def pipeline() -> Any:
+        images, u = fn.external_source(
+            lambda _: (), num_outputs=2, layout=["HWC", ""], dtype=[types.UINT8, types.FLOAT]
+        )
+        images = images.gpu()
+        outputs = [
+            rand_augment(images, u, image_size=64, contrast=contrast, compiled=compiled)
+            for contrast in ("paper", "mean")
+        ]
+        outputs += [apply_op(images, name, image_size=64, magnitude=4, compiled=compiled) for name in OPS]
+        assert all(output.device == "gpu" for output in outputs)
+        return tuple(outputs)
+
+    pipeline()
+
+
+def test_where_they_fail_the_operators_stay_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no C compiler\nfound")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1))
+    monkeypatch.setattr(compiled_gpu, "_apply", fail)
+    compiled_gpu.available.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not compiled_gpu.available(224)
+            assert not compiled_gpu.available(224)
+    finally:
+        compiled_gpu.available.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "RandAugment runs as DALI's own operators, as its Triton kernels fail here (RuntimeError: no C compiler found)"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu_nothing_is_tried_or_said(caplog: pytest.LogCaptureFixture) -> None:
+    compiled_gpu.available.cache_clear()
+    with caplog.at_level(logging.DEBUG):
+        assert not compiled_gpu.available(224)
+    assert not caplog.records
