@@ -1,16 +1,20 @@
-"""CPU time an image of what the training graph does to its pixels: DALI's operators beside the compiled ones.
+"""Time an image of what the training graph does to its pixels: DALI's operators beside the compiled ones.
 
-    python tools/measure_kernels.py
+    tools/measure_kernels.py                             CPU time, on one thread
+    tools/measure_kernels.py --gpu --batch-size 1024     time on a GPU
+    tools/measure_kernels.py --size 8                    what RandAugment costs besides its pixels: the graph itself
 
-Every operation runs in a DALI pipeline of one thread on the same batch of smooth noise, 224 x 224 pixels, resize on
-windows drawn uniformly in area from 456 x 402. The least of many runs, less that of a pipeline that only hands the
-batch on.
+Every operation runs in a DALI pipeline of its own on the same batch of smooth noise, and so does the policy of two
+layers; resize, on the CPU, on windows drawn uniformly in area from 456 x 402. The least of many runs, less that of a
+pipeline that only hands the batch on.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,37 +22,46 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
 from pipelines import compiled
-from pipelines.randaugment import OPS, apply_op
+from pipelines.randaugment import NUM_UNIFORMS_PER_LAYER, OPS, apply_op, rand_augment
 
-SIZE = 224
+LAYERS = 2
+POLICY = f"RandAugment, {LAYERS} layers"
+RUNS = 6  # one after the other in a repetition
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, by the clock; default: the CPU, by its own time")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--magnitude", type=float, default=10)
     parser.add_argument("--repeats", type=int, default=8)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
-    squares = [noise(rng, SIZE, SIZE) for _ in range(arguments.batch_size)]
-    windows = [noise(rng, *window(rng, 402, 456)) for _ in range(arguments.batch_size)]
-    pipelines: dict[tuple[str, bool | None], Pipeline] = {
-        ("resize", None): pipeline(windows, "hand on"),
-        ("operation", None): pipeline(squares, "hand on"),
-    }
-    for made in (False, True):
-        pipelines["resize", made] = pipeline(windows, "resize", made)
-        for name in OPS:
-            pipelines[name, made] = pipeline(squares, name, made, arguments.magnitude)
-    least = dict.fromkeys(pipelines, float("inf"))
+    squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
+    names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]
+
+    def graph(name: str, made: bool, images: list[np.ndarray] = squares) -> Pipeline:
+        shared: dict[str, Any] = {"batch_size": len(images), "device_id": 0 if arguments.gpu else None}
+        return _graph(images, name, made, arguments.size, arguments.magnitude, arguments.gpu, **shared)
+
+    empty = {name: graph("hand on", False) for name in names}
+    pipelines = {(name, made): graph(name, made) for name in names for made in (False, True)}
+    if not arguments.gpu and arguments.size > 8:
+        windows = [noise(rng, *window(rng, 402, 456)) for _ in range(arguments.batch_size)]
+        empty["resize"] = graph("hand on", False, windows)
+        pipelines |= {("resize", made): graph("resize", made, windows) for made in (False, True)}
+        names.insert(0, "resize")
+
+    clock = time.perf_counter if arguments.gpu else time.process_time
+    least = {key: float("inf") for key in [*empty, *pipelines]}
     for _ in range(arguments.repeats):
-        for key, runs in pipelines.items():
-            least[key] = min(least[key], seconds(runs))
+        for key, pipeline in itertools.chain(empty.items(), pipelines.items()):
+            least[key] = min(least[key], seconds(pipeline, clock))
     print("microseconds an image    DALI's operators   compiled")
-    for name in ("resize", *OPS):
-        empty = least["resize" if name == "resize" else "operation", None]
-        theirs, ours = (1e6 * (least[name, made] - empty) / arguments.batch_size for made in (False, True))
-        print(f"{name:24} {theirs:16.0f} {ours:10.0f}")
+    for name in names:
+        rates = (1e6 * (least[name, made] - least[name]) / arguments.batch_size for made in (False, True))
+        print("{:24} {:16.2f} {:10.2f}".format(name, *rates))
 
 
 def noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -65,30 +78,37 @@ def window(rng: np.random.Generator, height: int, width: int) -> tuple[int, int]
             return h, round(h * ratio)
 
 
-@pipeline_def(num_threads=1, device_id=None)
-def _graph(images: list[np.ndarray], name: str, made: bool, magnitude: float) -> Any:
-    node = fn.external_source(lambda _: images, layout="HWC")
+@pipeline_def(num_threads=1, enable_conditionals=True)
+def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude: float, on_gpu: bool) -> Any:
+    # To a GPU they would take longer than what is measured: there the first stands for all.
+    node = (
+        types.Constant(images[0], device="gpu", layout="HWC")
+        if on_gpu
+        else fn.external_source(lambda _: images, layout="HWC")
+    )
+    draws = np.random.default_rng(1).random((len(images), LAYERS * NUM_UNIFORMS_PER_LAYER), np.float32)
+    uniforms = fn.external_source(lambda _: draws)
     if name == "hand on":
-        return node
+        return node, uniforms
     if name == "resize":
         if made:
-            return compiled.resize(node, None, size=SIZE, antialias=True)
-        return fn.resize(node, resize_y=SIZE, resize_x=SIZE, interp_type=types.INTERP_LINEAR, antialias=True)
-    return apply_op(node, name, image_size=SIZE, magnitude=magnitude, compiled=made)
+            return compiled.resize(node, None, size=size, antialias=True), uniforms
+        return fn.resize(node, resize_y=size, resize_x=size, interp_type=types.INTERP_LINEAR, antialias=True), uniforms
+    if name == POLICY:
+        return rand_augment(
+            node, uniforms, image_size=size, magnitude=magnitude, layers=LAYERS, compiled=made
+        ), uniforms
+    return apply_op(node, name, image_size=size, magnitude=magnitude, compiled=made), uniforms
 
 
-def pipeline(images: list[np.ndarray], name: str, made: bool = False, magnitude: float = 10) -> Pipeline:
-    return _graph(images, name, made, magnitude, batch_size=len(images))
-
-
-def seconds(pipeline: Pipeline) -> float:
-    """CPU seconds of a batch, of all threads."""
-    for _ in range(3):
+def seconds(pipeline: Pipeline, clock: Callable[[], float]) -> float:
+    """Seconds of a batch, by `clock`."""
+    for _ in range(3):  # as many as are worked ahead, so that the runs that follow are as many as are measured
         pipeline.run()
-    began = time.process_time()
-    for _ in range(6):
+    began = clock()
+    for _ in range(RUNS):
         pipeline.run()
-    return (time.process_time() - began) / 6
+    return (clock() - began) / RUNS
 
 
 if __name__ == "__main__":
