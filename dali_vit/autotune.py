@@ -1,7 +1,8 @@
 """Which settings of the loader are fastest on this machine and these files, found in a minute and remembered.
 
-Only settings that leave the stream as it is are tried: the threads and how far they work ahead, and on a GPU how the
-JPEGs are shared among the decoders, which moves a pixel by a level at most.
+Only settings that leave the stream as it is are tried: the threads and how far they work ahead, and on a GPU which part
+of a JPEG is decoded and by which decoder, which moves a pixel by a level at most. A GPU is kept busy meanwhile: what
+loads fastest beside training need not be what loads fastest alone, where decoding may take the whole chip.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dali_vit import data as datasets
 from dali_vit import environment
 from dali_vit.config import Config
 from dali_vit.data import Decoder, LoaderSettings
 from dali_vit.distributed import Group, gather_objects
+from dali_vit.mixup import normalize
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +36,15 @@ _SECONDS_PER_SETTING = 1.5
 _GAIN = 1.02  # rates of windows as short as these differ by as much by themselves
 
 
-def loader_settings(dataset: datasets.Dataset, config: Config, group: Group) -> LoaderSettings:
+Work = Callable[[Tensor], object]
+"""What is done with a batch's images, uint8 [N, S, S, 3], while the next ones are loaded."""
+
+
+def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, model: nn.Module) -> LoaderSettings:
     """The settings to load with: as found here before, else searched for, or the defaults where that is off.
 
-    `--autotune` decides; by default it is on where training is on GPUs. Collective: all ranks get the same.
+    `--autotune` decides; by default it is on where training is on GPUs. There the model, on the group's device, works
+    on what is loaded, and is left as it was. Collective: all ranks get the same.
     """
     defaults = LoaderSettings(datasets.num_threads(config, group))
     wanted = config.run.autotune
@@ -48,16 +57,18 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group) -> 
         log.info("autotune: %s, as found before (%s)", describe(found), path)
         return found
     began = time.monotonic()
-    rates = search(dataset, config, group, defaults, began + MAX_SECONDS)
+    with _training_like(model, group) as work:
+        rates = search(dataset, config, group, defaults, began + MAX_SECONDS, work)
     best = max(rates, key=rates.__getitem__)
     if rates[best] < _GAIN * rates[defaults]:
         best = defaults
     if group.is_main:
         kept = _write(path, conditions, best, rates[best])
         log.info(
-            "autotune: %s loads %s images/s, the defaults %s; %d settings tried in %.0f s, %s",
+            "autotune: %s loads %s images/s%s, the defaults %s; %d settings tried in %.0f s, %s",
             describe(best),
             f"{rates[best]:,.0f}",
+            " beside the model" if group.device.type == "cuda" else "",
             f"{rates[defaults]:,.0f}",
             len(rates),
             time.monotonic() - began,
@@ -73,15 +84,43 @@ def describe(settings: LoaderSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def search(
-    dataset: datasets.Dataset, config: Config, group: Group, defaults: LoaderSettings, deadline: float
-) -> dict[LoaderSettings, float]:
-    """Images/s over all ranks of the defaults and of the settings tried, 0 where one fails; by `time.monotonic`.
+@contextmanager
+def _training_like(model: nn.Module, group: Group) -> Iterator[Work]:
+    """Work that keeps a GPU busy as a step of training does; on the CPU none, where it would take minutes.
 
-    One setting after the other is varied on top of the best so far, those first that matter most. Collective.
+    It is the forward pass without compilation: a third of the step's arithmetic, about three times as slow.
+    """
+    if group.device.type != "cuda":
+        yield lambda images: None
+        return
+
+    @torch.no_grad()
+    def forward(images: Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            model(normalize(images))
+
+    was_training = model.training
+    model.eval()  # batch statistics stay as they are
+    yield forward
+    model.train(was_training)
+    torch.cuda.empty_cache()
+
+
+def search(
+    dataset: datasets.Dataset,
+    config: Config,
+    group: Group,
+    defaults: LoaderSettings,
+    deadline: float,
+    work: Work = lambda images: None,
+) -> dict[LoaderSettings, float]:
+    """Images/s over all ranks of the defaults and of the settings tried, 0 where one fails.
+
+    One setting after the other is varied on top of the best so far, those first that matter most. The deadline is by
+    `time.monotonic`. Collective.
     """
     bad_samples: set[int] = set()
-    rates = {defaults: _rate(dataset, config, group, defaults, bad_samples)}
+    rates = {defaults: _rate(dataset, config, group, defaults, bad_samples, work)}
     best = defaults
     for alternatives in _alternatives(defaults, vary_threads=config.run.threads is None, group=group):
         base = best
@@ -91,7 +130,7 @@ def search(
                 continue
             if gather_objects(time.monotonic() > deadline)[0]:
                 return rates
-            rates[settings] = _rate(dataset, config, group, settings, bad_samples)
+            rates[settings] = _rate(dataset, config, group, settings, bad_samples, work)
             if rates[settings] > _GAIN * rates[best]:
                 best = settings
     return rates
@@ -102,6 +141,7 @@ def _alternatives(defaults: LoaderSettings, *, vary_threads: bool, group: Group)
         half = defaults.threads // 2
         yield [_set(threads=n) for n in (defaults.threads + half, half) if 0 < n != defaults.threads]
     if group.device.type == "cuda":
+        yield [_set_decoder(region="full")]
         yield [_set_decoder(hw_decoder_load=load) for load in (0.8, 0.9, 1.0, 0.5, 0.0)]
     yield [_set(prefetch=n) for n in (3, 4)]  # never 1: training would wait for every batch
 
@@ -115,14 +155,19 @@ def _set_decoder(**values: Any) -> Any:
 
 
 def _rate(
-    dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings, bad_samples: set[int]
+    dataset: datasets.Dataset,
+    config: Config,
+    group: Group,
+    settings: LoaderSettings,
+    bad_samples: set[int],
+    work: Work,
 ) -> float:
-    """Images/s of the training stream alone, over all ranks as fast as the slowest; 0 where it fails.
+    """Images/s of the training stream beside the work, over all ranks as fast as the slowest; 0 where it fails.
 
     Samples that cannot be decoded are added to `bad_samples`, so that only the first to meet one has to find it out.
     """
     try:
-        seconds = _seconds_per_batch(dataset, config, group, settings, bad_samples)
+        seconds = _seconds_per_batch(dataset, config, group, settings, bad_samples, work)
     # Of DALI, as when the device's memory does not hold the buffers; and of too many bad samples, which training is to
     # report. Raised here on one rank, either would leave the others waiting.
     except (RuntimeError, datasets.DecodeError) as error:
@@ -132,15 +177,20 @@ def _rate(
 
 
 def _seconds_per_batch(
-    dataset: datasets.Dataset, config: Config, group: Group, settings: LoaderSettings, bad_samples: set[int]
+    dataset: datasets.Dataset,
+    config: Config,
+    group: Group,
+    settings: LoaderSettings,
+    bad_samples: set[int],
+    work: Work,
 ) -> float:
     loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
     try:
         for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
-            next(loader)
+            work(next(loader)[0])
         count, began = 0, _now(group)
         while True:
-            next(loader)
+            work(next(loader)[0])
             count += 1
             if time.perf_counter() - began >= _SECONDS_PER_SETTING:
                 return (_now(group) - began) / count
@@ -168,6 +218,7 @@ def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict
         "images": len(dataset.split("train")),
         "batch_size": config.optim.batch_size,
         "resolution": config.data.resolution,
+        "model": asdict(config.model),
         "augment": [config.data.crop, config.data.antialias, config.data.randaug_layers],
     }
 

@@ -65,11 +65,12 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         metrics = checkpoint.metrics
 
     # Folder, logs and the stream of batches.
+    settings = loader_settings(dataset, config, group, model)
     loader = datasets.train_loader(
         dataset,
         config,
         group,
-        settings=loader_settings(dataset, config, group),
+        settings=settings,
         start_step=start,
         bad_samples=_bad_samples(checkpoint.loader["ranks"]) if checkpoint else [],
     )
@@ -85,7 +86,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             compiled=compiled,
             total_steps=total,
             checkpoint=checkpoint,
-            threads=datasets.num_threads(config, group),
+            threads=settings.threads,
         )
         log.info("%s", summary)
         writer.text("config", to_yaml(config))

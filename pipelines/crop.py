@@ -49,7 +49,7 @@ class Decoder:
     """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves
     the distance to the reference (reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
     region: Literal["window", "full"] = "window"
-    """Decode the crop window alone, or the full image and let the resize pick the window."""
+    """Decode the crop window alone, or the full image and cut the window out of it: the same pixels."""
     fancy_upsampling: bool = False
     """Interpolate chroma as libjpeg-turbo does, instead of repeating it."""
     hw_decoder_load: float = 0.65
@@ -121,25 +121,16 @@ def decode_window(
     the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it. The resize is
     compiled (see `compiled`) where `compiled` is true or, if that is None, where it can be.
     """
+    cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
+    if decoder.region == "full":
+        images = fn.slice(decode(encoded, device=device, decoder=decoder), start, window, **cut)
+    else:
+        images = fn.decoders.image_slice(encoded, start, window, **cut, **_options(decoder, device))
+    if device == "cpu" and (loops.available() if compiled is None else compiled):
+        return loops.resize(images, mirror, size=size, antialias=antialias)
     # A negative extent asks DALI's resize for a flipped image; it rounds 1 pixel in 1,000 the other way.
     width = size if mirror is None else size - mirror * (2.0 * size)
-    options: dict[str, Any] = {"resize_y": size, "resize_x": width, "interp_type": types.INTERP_LINEAR}
-    if decoder.region == "full":
-        images = decode(encoded, device=device, decoder=decoder)
-        options |= {"roi_start": start, "roi_end": start + window}
-    else:
-        images = fn.decoders.image_slice(
-            encoded,
-            start,
-            window,
-            normalized_anchor=False,
-            normalized_shape=False,
-            axis_names="HW",
-            **_options(decoder, device),
-        )
-        if device == "cpu" and (loops.available() if compiled is None else compiled):
-            return loops.resize(images, mirror, size=size, antialias=antialias)
-    return fn.resize(images, antialias=antialias, **options)
+    return fn.resize(images, resize_y=size, resize_x=width, interp_type=types.INTERP_LINEAR, antialias=antialias)
 
 
 def _round(x: DataNode) -> DataNode:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from dali_vit.distributed import Group
 
 CPU = Group(0, 1, 0, 1, torch.device("cpu"))
 CUDA = replace(CPU, device=torch.device("cuda", 0))
+MODEL = torch.nn.Identity()
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> list[Lo
     """Rates instead of measurements: the sum of those whose name is in the settings; and what is asked for."""
     asked: list[LoaderSettings] = []
 
-    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, bad_samples: Any) -> float:
+    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, *_: Any) -> float:
         asked.append(settings)
         return 100.0 + sum(gain for name, gain in rates.items() if name in autotune.describe(settings).split(", "))
 
@@ -66,7 +69,7 @@ def test_a_search_combines_what_is_best_of_each_setting(
     best = LoaderSettings(12, 3, Decoder(hw_decoder_load=0.9))
     assert max(rates, key=rates.__getitem__) == best
     assert rates[best] == 135
-    assert len(asked) == len(set(asked)) == len(rates) == 10  # 1 + 2 threads, 5 loads, 2 prefetches
+    assert len(asked) == len(set(asked)) == len(rates) == 11  # 1 + 2 threads, 1 region, 5 loads, 2 prefetches
 
 
 def test_threads_that_the_user_chose_stay(
@@ -74,7 +77,7 @@ def test_threads_that_the_user_chose_stay(
 ) -> None:
     asked = pretend(monkeypatch, {})
     config = replace(config, run=replace(config.run, threads=5))
-    assert autotune.loader_settings(dataset, config, CPU) == LoaderSettings(5)
+    assert autotune.loader_settings(dataset, config, CPU, MODEL) == LoaderSettings(5)
     assert {settings.threads for settings in asked} == {5}
 
 
@@ -90,7 +93,7 @@ def test_what_is_hardly_faster_does_not_replace_the_defaults(
 ) -> None:
     pretend(monkeypatch, {"prefetch 3": 1.5})
     defaults = LoaderSettings(datasets.num_threads(config, CPU))
-    assert autotune.loader_settings(dataset, config, CPU) == defaults
+    assert autotune.loader_settings(dataset, config, CPU, MODEL) == defaults
 
 
 @pytest.mark.timeout(120)
@@ -99,19 +102,42 @@ def test_real_loaders_are_measured_once_and_the_result_is_kept(
 ) -> None:
     monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
     caplog.set_level(logging.INFO, autotune.log.name)
-    found = autotune.loader_settings(dataset, config, CPU)
+    found = autotune.loader_settings(dataset, config, CPU, MODEL)
     (line,) = (message for message in caplog.messages if "images/s" in message)
     (kept,) = (Path(line.split("kept in ")[1]).parent).iterdir()
     assert json.loads(kept.read_text())["settings"]["threads"] == found.threads
     assert json.loads(kept.read_text())["images_per_sec"] > 0
 
     asked = pretend(monkeypatch, {})
-    assert autotune.loader_settings(dataset, config, CPU) == found
+    assert autotune.loader_settings(dataset, config, CPU, MODEL) == found
     assert asked == []
     assert "as found before" in caplog.messages[-1]
     other = replace(config, optim=replace(config.optim, batch_size=2))
-    autotune.loader_settings(dataset, other, CPU)
+    autotune.loader_settings(dataset, other, CPU, MODEL)
     assert asked  # other conditions are searched anew
+
+
+def test_the_model_works_on_every_batch_and_stays_as_it_was(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does meanwhile, on the CPU: a model whose batch statistics must not be touched."""
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
+    monkeypatch.setattr(autotune, "_now", lambda group: time.perf_counter())
+    seen: list[torch.Tensor] = []
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Identity())
+    model[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with autotune._training_like(model, CUDA) as work:
+        assert not model.training
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "autocast", lambda *_: nullcontext())
+            rate = autotune._rate(dataset, config, CPU, LoaderSettings(1), set(), work)
+    assert rate > 0
+    assert model.training
+    assert len(seen) > 6
+    assert {(tuple(images.shape), images.requires_grad) for images in seen} == {((4, 3, 32, 32), False)}
+    assert all(-1 <= images.min() <= images.max() <= 1 for images in seen)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"conditions": 1}'])
@@ -122,7 +148,7 @@ def test_a_damaged_file_is_made_anew(
     path.parent.mkdir(parents=True)
     path.write_text(content)
     asked = pretend(monkeypatch, {"prefetch 4": 50})
-    found = autotune.loader_settings(dataset, config, CPU)
+    found = autotune.loader_settings(dataset, config, CPU, MODEL)
     assert asked
     assert found.prefetch == json.loads(path.read_text())["settings"]["prefetch"] == 4
 
@@ -135,7 +161,7 @@ def test_settings_that_fail_are_passed_over(
         raise error
 
     monkeypatch.setattr(datasets, "train_loader", fail)
-    assert autotune._rate(dataset, config, CPU, LoaderSettings(1), set()) == 0
+    assert autotune._rate(dataset, config, CPU, LoaderSettings(1), set(), lambda images: None) == 0
 
 
 @pytest.mark.timeout(120)
@@ -164,7 +190,7 @@ def test_it_is_off_on_the_cpu_unless_asked_for(
         ("on", CPU, True),
     ):
         del asked[:]
-        autotune.loader_settings(dataset, replace(config, run=replace(config.run, autotune=wanted)), group)
+        autotune.loader_settings(dataset, replace(config, run=replace(config.run, autotune=wanted)), group, MODEL)
         assert bool(asked) == searches
         for path in autotune.cache_path({}).parent.glob("*"):
             path.unlink()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
 
 import bench_throughput
-from benchmark import compare, report, sweep, windows
+from benchmark import compare, modes, report, sweep, windows
 from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
@@ -52,6 +53,11 @@ def run(*arguments: str, capsys) -> tuple[int, str, str]:
 @pytest.fixture
 def short_windows(monkeypatch):
     monkeypatch.setattr(windows, "WINDOW_SECONDS", 0.1)
+
+
+@pytest.fixture
+def dataset_of_folder(image_folder):
+    return datasets.load_dataset(image_folder, minival=0.1)
 
 
 class Clock:
@@ -186,18 +192,52 @@ def test_the_best_setting_has_the_shortest_worst_batch_of_those_as_fast():
     assert report.sweep_table([as_is, slow], as_is).endswith("Best: the settings as they are.")
 
 
+def test_a_setting_that_fails_is_said_and_passed_over(dataset_of_folder, tiny_config, cpu, monkeypatch, short_windows):
+    def loader(settings, *arguments):
+        if settings.decoder.region == "full":
+            raise RuntimeError("out of memory")
+        return made(settings, *arguments)
+
+    made = sweep._loader
+    monkeypatch.setattr(sweep, "_loader", loader)
+    monkeypatch.setattr(sweep, "_changes", lambda *_, **__: [[lambda s: replace(s, decoder=Decoder(region="full"))]])
+    config = replace(tiny_config, data=replace(tiny_config.data, randaug_layers=0))
+    trials, best = sweep.sweep(config, dataset_of_folder, cpu, 0.1, lambda *_: None)
+    assert best is trials[0]
+    assert [trial.measurement is None for trial in trials] == [False, True, False, False]
+    assert "fails" in report.sweep_table(trials, best).splitlines()[-2]
+    written = sweep.to_json(trials, best)["trials"][-1]
+    assert (written["images_per_sec"], written["worst_batch_ms"]) == (0, None)
+
+
+def test_randaugments_cost_is_a_median_over_rounds(tiny_config, cpu, monkeypatch):
+    rates = iter([100.0, 99.0, 200.0, 180.0, 50.0, 49.0])
+    layers = []
+
+    def measured(train_on, config, *_):
+        layers.append(config.data.randaug_layers)
+        return Measurement((1.0,), next(rates), 1.0, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(modes, "measure_joint", measured)
+    cost = modes.measure_randaug_cost(None, tiny_config, None, None, cpu, 1.0)
+    assert layers == [0, 2] * 3
+    assert cost == {"without": [100.0, 200.0, 50.0], "with": [99.0, 180.0, 49.0], "cost": pytest.approx(0.02)}
+    assert report.randaug_cost(cost).startswith("RandAugment costs training 2.0 % of its images/s (99 of 100, 180")
+
+
 # Whole runs
 
 
 def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
     out, traces = tmp_path / "out.json", tmp_path / "traces"
     profile = ["--profile", "3", "--profile-dir", str(traces)]
-    code, printed, err = run(*flags(image_folder), "--json", str(out), *profile, capsys=capsys)
+    code, printed, err = run(*flags(image_folder), "--json", str(out), *profile, "--randaug-cost", capsys=capsys)
     assert code == 0, err
     result = json.loads(out.read_text())
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["out.json"]
     assert set(result) == {
         *("environment", "config", "loader", "model", "joint", "stall_fraction", "mfu", "joint_to_model"),
+        "randaug_cost",
     }
     for mode in ("loader", "model", "joint"):
         values = result[mode]
@@ -217,6 +257,12 @@ def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
     assert result["config"]["model"]["width"] == 32
     assert result["config"]["optim"]["batch_size"] == 8
     assert result["config"]["benchmark"]["seconds"] == 0.2
+    assert result["config"]["loader"]["threads"] == 2
+    cost = result["randaug_cost"]
+    assert cost["cost"] == pytest.approx(
+        np.median([1 - a / b for a, b in zip(cost["with"], cost["without"], strict=True)])
+    )
+    assert report.randaug_cost(cost) in printed
     assert result["config"]["compiled"].startswith("off")
     assert result["environment"]["torch"] == torch.__version__.split("+")[0]
     assert report.verdict(*rates, result["stall_fraction"]) in printed

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import subprocess
@@ -28,7 +29,9 @@ from benchmark import compare, modes, report, sweep
 from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
+from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, DataConfig, ModelConfig, UserError, to_dict
+from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
 from dali_vit.model import flops_per_image
@@ -63,6 +66,8 @@ class Options:
     """Also measure torchvision's and timm's loaders, in rounds that alternate with ours."""
     sweep: bool = False
     """Also try settings of the loader, and name the best."""
+    randaug_cost: bool = False
+    """Also measure training without RandAugment, in rounds that take turns, and say what it costs."""
     profile: int = 0
     """Also write a trace of this many steps of training, for TensorBoard or Perfetto."""
     profile_dir: Path = Path("runs/profile")
@@ -191,8 +196,13 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     )
     if load > cores / 4 and group.is_main:
         print(f"others use this machine (load {load:.1f} on {cores} cores): expect low, uneven rates", file=sys.stderr)
+
+    @functools.cache
+    def settings() -> LoaderSettings:  # as the trainer has them
+        return loader_settings(dataset, config, group, planned.model.to(group.device))
+
     if options.compare:  # first, as it forks processes
-        result["compare"] = compare.compare(config, dataset, group, seconds)
+        result["compare"] = compare.compare(config, dataset, settings, group, seconds)
         say(f"\n{report.comparison(result['compare'])}")
     if options.sweep:
         say("\nsweep, setting by setting:")
@@ -205,6 +215,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         planned.model, config.data.resolution
     )  # the backward pass costs twice the forward
     measured: dict[str, Measurement] = {}
+    result["config"]["loader"] = dataclasses.asdict(settings())
     say(f"\n{report.HEADER}")
 
     def add(mode: str, measurement: Measurement) -> None:
@@ -213,14 +224,14 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         say(report.row(mode, measurement))
 
     if "loader" in wanted:
-        add("loader", modes.measure_loader(config, dataset, group, seconds))
-    if wanted != ("loader",) or options.profile:
+        add("loader", modes.measure_loader(config, dataset, settings(), group, seconds))
+    if wanted != ("loader",) or options.profile or options.randaug_cost:
         train_on, compiled = modes.training_step(config, planned, group)
         result["config"]["compiled"] = compiled
     if "model" in wanted:
-        add("model", modes.measure_model(train_on, config, dataset, group, seconds))
+        add("model", modes.measure_model(train_on, config, dataset, settings(), group, seconds))
     if "joint" in wanted:
-        add("joint", modes.measure_joint(train_on, config, dataset, group, seconds))
+        add("joint", modes.measure_joint(train_on, config, dataset, settings(), group, seconds))
         result["stall_fraction"] = measured["joint"].wait_fraction
     trained = measured.get("joint") or measured.get("model")
     if trained:
@@ -235,8 +246,14 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     else:
         say(report.single(options.mode, measured[options.mode]))
 
+    if options.randaug_cost:
+        cost = modes.measure_randaug_cost(train_on, config, dataset, settings(), group, seconds)
+        result["randaug_cost"] = cost
+        say(report.randaug_cost(cost))
     if options.profile:
-        trace = modes.profile_joint(train_on, config, dataset, group, steps=options.profile, folder=options.profile_dir)
+        trace = modes.profile_joint(
+            train_on, config, dataset, settings(), group, steps=options.profile, folder=options.profile_dir
+        )
         say(f"trace of {options.profile} steps: {trace}")
     if options.json is not None and group.is_main:
         report.write_json(options.json, result)

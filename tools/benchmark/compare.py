@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dali_vit import data as datasets
-from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, DataConfig, UserError
+from dali_vit.data import LoaderSettings
 from dali_vit.distributed import Group, gather_objects
 from pipelines.loader import TrainLoader
 from pipelines.order import TrainOrder
@@ -119,10 +119,17 @@ class _Workers:
             pass
 
 
-def compare(config: Config, dataset: datasets.Dataset, group: Group, seconds: float) -> dict[str, Any]:
+def compare(
+    config: Config,
+    dataset: datasets.Dataset,
+    settings: Callable[[], LoaderSettings],
+    group: Group,
+    seconds: float,
+) -> dict[str, Any]:
     """Rates of all loaders in alternating rounds of `seconds` each, as `summarize` gives them.
 
-    Each is fed by as many threads (ours) or worker processes (the others) as this process has cores. Collective.
+    `settings` are ours, asked for after the others have forked. Each loader is fed by as many threads (ours) or worker
+    processes (the others) as this process has cores. Collective.
     """
     workers = datasets.num_threads(config, group)
     files = dataset.split("train")
@@ -132,7 +139,7 @@ def compare(config: Config, dataset: datasets.Dataset, group: Group, seconds: fl
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
             next(batches)
-    loader = datasets.train_loader(dataset, config, group, settings=loader_settings(dataset, config, group))
+    loader = datasets.train_loader(dataset, config, group, settings=settings())
     contestants = {OURS: _Ours(loader), **contestants}
     rounds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):

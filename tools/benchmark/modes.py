@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
-from dali_vit.autotune import loader_settings
 from dali_vit.config import Config
+from dali_vit.data import LoaderSettings
 from dali_vit.distributed import Group, barrier
 from dali_vit.metrics import StepTimer, Window
 from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.step import build_update
-from pipelines.loader import TrainLoader
 
 TrainOn = Callable[[Tensor, Tensor], None]
+ROUNDS = 3
+"""Of `measure_randaug_cost`."""
 
 
 def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, str]:
@@ -44,14 +48,11 @@ def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, st
     return train_on, compiled
 
 
-def _train_loader(config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
-    """As the trainer makes it."""
-    return datasets.train_loader(dataset, config, group, settings=loader_settings(dataset, config, group))
-
-
-def measure_loader(config: Config, dataset: datasets.Dataset, group: Group, seconds: float) -> Measurement:
+def measure_loader(
+    config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
+) -> Measurement:
     """The training graph alone: batches are taken as fast as they come and dropped."""
-    loader = _train_loader(config, dataset, group)
+    loader = datasets.train_loader(dataset, config, group, settings=settings)
     try:
         return measure(
             lambda: next(loader),
@@ -65,10 +66,10 @@ def measure_loader(config: Config, dataset: datasets.Dataset, group: Group, seco
 
 
 def measure_model(
-    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
     """The training step alone, on one real batch that stays on the device."""
-    loader = _train_loader(config, dataset, group)
+    loader = datasets.train_loader(dataset, config, group, settings=settings)
     images, labels = next(loader)
     loader.close()
     return measure(
@@ -81,10 +82,10 @@ def measure_model(
 
 
 def measure_joint(
-    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, seconds: float
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
     """The trainer's loop between two log lines: a new batch for every step."""
-    loader = _train_loader(config, dataset, group)
+    loader = datasets.train_loader(dataset, config, group, settings=settings)
     timer = StepTimer(group.device)
 
     def step() -> None:
@@ -98,14 +99,44 @@ def measure_joint(
         loader.close()
 
 
+def measure_randaug_cost(
+    train_on: TrainOn, config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
+) -> dict[str, Any]:
+    """What RandAugment costs training: the trainer's loop with it and without, in rounds that take turns.
+
+    `cost` is the median over the rounds of the share of the rate that is lost to it.
+    """
+    without = replace(config, data=replace(config.data, randaug_layers=0))
+    rounds: list[tuple[float, float]] = []
+    for _ in range(ROUNDS):
+        bare, augmented = (
+            measure_joint(train_on, tried, dataset, settings, group, seconds).images_per_sec
+            for tried in (without, config)
+        )
+        rounds.append((bare, augmented))
+    costs = [1 - augmented / bare for bare, augmented in rounds]
+    return {
+        "without": [bare for bare, _ in rounds],
+        "with": [augmented for _, augmented in rounds],
+        "cost": float(np.median(costs)),
+    }
+
+
 def profile_joint(
-    train_on: TrainOn, config: Config, dataset: datasets.Dataset, group: Group, *, steps: int, folder: Path
+    train_on: TrainOn,
+    config: Config,
+    dataset: datasets.Dataset,
+    settings: LoaderSettings,
+    group: Group,
+    *,
+    steps: int,
+    folder: Path,
 ) -> Path:
     """Writes the trace of some steps of the trainer's loop, one file a rank, and returns this rank's.
 
     TensorBoard's profiler plugin and https://ui.perfetto.dev open it.
     """
-    loader = _train_loader(config, dataset, group)
+    loader = datasets.train_loader(dataset, config, group, settings=settings)
     warm_up(lambda: train_on(*next(loader)), group)
     with torch.profiler.profile() as profiler:
         for number in range(steps):

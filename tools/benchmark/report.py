@@ -52,6 +52,13 @@ def verdict(loader: float, model: float, joint: float, stall: float) -> str:
     )
 
 
+def randaug_cost(result: Mapping[str, Any]) -> str:
+    """What RandAugment costs training, in one sentence."""
+    rounds = zip(result["without"], result["with"], strict=True)
+    rates = ", ".join(f"{augmented:,.0f} of {bare:,.0f}" for bare, augmented in rounds)
+    return f"RandAugment costs training {100 * result['cost']:.1f} % of its images/s ({rates} by round)."
+
+
 def single(mode: str, measurement: Measurement) -> str:
     """The sentence for one mode alone, of which no limit follows."""
     subject = {"loader": "The loader alone reaches", "model": "The step alone reaches", "joint": "Training reaches"}
@@ -81,17 +88,18 @@ def trial(tried: Trial, baseline: Settings) -> str:
     """A trial of a sweep on one line."""
     settings = tried.settings.differences(baseline) or "as it is"
     other = "" if tried.same_images else "   (other pixels)"
-    rate, worst = tried.measurement.images_per_sec, tried.measurement.worst_batch_ms
-    return f"{rate:>10,.0f} {worst:>11,.1f} ms   {settings}{other}"
+    if tried.measurement is None:
+        return f"{'fails':>10} {'':>14}   {settings}{other}"
+    return f"{tried.images_per_sec:>10,.0f} {tried.worst_batch_ms:>11,.1f} ms   {settings}{other}"
 
 
 def sweep_table(trials: list[Trial], best: Trial) -> str:
     """The trials of a sweep, fastest first, and the best."""
     baseline = trials[0].settings
     lines = [f"{'images/s':>10} {'worst batch':>14}   settings"]
-    lines += [trial(tried, baseline) for tried in sorted(trials, key=lambda t: -t.measurement.images_per_sec)]
+    lines += [trial(tried, baseline) for tried in sorted(trials, key=lambda t: -t.images_per_sec)]
     settings = best.settings.differences(baseline)
-    gain = best.measurement.images_per_sec / trials[0].measurement.images_per_sec
+    gain = best.images_per_sec / trials[0].images_per_sec
     found = (
         f"{settings}, {gain:.2f} times the rate of the settings as they are" if settings else "the settings as they are"
     )

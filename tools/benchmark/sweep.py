@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmark.windows import Measurement, measure
 from dali_vit import data as datasets
-from dali_vit.config import Config
-from dali_vit.distributed import Group
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group, gather_objects
 from dali_vit.metrics import StepTimer
 from pipelines.loader import TrainLoader
 from pipelines.train import Decoder
@@ -41,9 +41,18 @@ class Trial:
     """One setting of the loader and what it reached."""
 
     settings: Settings
-    measurement: Measurement
+    measurement: Measurement | None
+    """None where the setting fails, as when the device's memory does not hold its buffers."""
     same_images: bool
     """Whether the images are those of the run's own settings; only then may the setting be named the best."""
+
+    @property
+    def images_per_sec(self) -> float:
+        return self.measurement.images_per_sec if self.measurement else 0.0
+
+    @property
+    def worst_batch_ms(self) -> float:
+        return self.measurement.worst_batch_ms if self.measurement else float("inf")
 
 
 def sweep(
@@ -61,22 +70,26 @@ def sweep(
     trials: list[Trial] = []
 
     def run(settings: Settings, same_images: bool) -> Trial:
-        loader = _loader(settings, config, dataset, group)
-        try:
-            measurement = measure(
-                lambda: next(loader),
-                StepTimer(group.device),
-                images=config.optim.batch_size,
-                seconds=seconds,
-                group=group,
-            )
-        finally:
-            loader.close()
+        measurement = None
+        loader = _working_loader(settings, config, dataset, group)
+        if loader is not None:
+            try:
+                measurement = measure(
+                    lambda: next(loader),
+                    StepTimer(group.device),
+                    images=config.optim.batch_size,
+                    seconds=seconds,
+                    group=group,
+                )
+            finally:
+                loader.close()
         trials.append(Trial(settings, measurement, same_images))
         show(trials[-1], baseline)
         return trials[-1]
 
     best = run(baseline, True)
+    if best.measurement is None:
+        raise UserError("--sweep: already the settings as they are fail; without --sweep the error is shown")
     for changes in _changes(baseline, on_gpu=group.device.type == "cuda"):
         alternatives = [change(best.settings) for change in changes]
         best = choose([best, *(run(settings, True) for settings in alternatives if settings != best.settings)])
@@ -87,9 +100,9 @@ def sweep(
 
 def choose(trials: list[Trial]) -> Trial:
     """The trial with the shortest worst batch among those as fast as the fastest."""
-    fastest = max(trial.measurement.images_per_sec for trial in trials)
-    equal = [trial for trial in trials if trial.measurement.images_per_sec >= (1 - EQUAL_RATES) * fastest]
-    return min(equal, key=lambda trial: trial.measurement.worst_batch_ms)
+    fastest = max(trial.images_per_sec for trial in trials)
+    equal = [trial for trial in trials if trial.images_per_sec >= (1 - EQUAL_RATES) * fastest]
+    return min(equal, key=lambda trial: trial.worst_batch_ms)
 
 
 def to_json(trials: list[Trial], best: Trial) -> dict[str, Any]:
@@ -98,10 +111,10 @@ def to_json(trials: list[Trial], best: Trial) -> dict[str, Any]:
         {
             "settings": trial.settings.flat(),
             "same_images": trial.same_images,
-            "images_per_sec": trial.measurement.images_per_sec,
-            "worst_batch_ms": trial.measurement.worst_batch_ms,
+            "images_per_sec": trial.images_per_sec,
+            "worst_batch_ms": trial.worst_batch_ms if trial.measurement else None,
         }
-        for trial in sorted(trials, key=lambda trial: -trial.measurement.images_per_sec)
+        for trial in sorted(trials, key=lambda trial: -trial.images_per_sec)
     ]
     return {"trials": rows, "best": best.settings.flat()}
 
@@ -137,6 +150,23 @@ def _other_images(settings: Settings) -> list[Settings]:
         replace(settings, antialias=not settings.antialias),
         replace(settings, decoder=replace(decoder, fast_idct=not decoder.fast_idct)),
     ]
+
+
+def _working_loader(settings: Settings, config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader | None:
+    """A loader of these settings that has given its first batches, or None if that fails on any rank."""
+    loader = None
+    try:
+        loader = _loader(settings, config, dataset, group)
+        for _ in range(settings.prefetch + 2):
+            next(loader)
+        works = True
+    except RuntimeError:
+        works = False
+    if all(gather_objects(works)):
+        return loader
+    if loader is not None:
+        loader.close()
+    return None
 
 
 def _loader(settings: Settings, config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
