@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_vit.config import ModelConfig, UserError
@@ -50,6 +52,27 @@ VARIANTS = {
 TIMM_PREFIX = "timm:"
 LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at 2 sigma (jax.nn.initializers)
+
+
+class PatchMatmul(PatchEmbed):
+    """timm's patch embedding, in training as a matrix product over the pixels of each patch, with the same parameters.
+
+    Patches do not overlap, so that it is the same sum, and faster (BENCHMARKS.md): 3 channels are few for a
+    convolution, and once the step is compiled, the kernel that normalises and mixes pixels puts them in order, too. In
+    eval mode it is timm's convolution, whose bits an exported model has.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        images, channels, height, width = x.shape
+        if (height, width) != self.img_size:
+            raise ValueError(f"images are {height} x {width} pixels, not {self.img_size[0]} x {self.img_size[1]}")
+        side_y, side_x = self.patch_size
+        rows, columns = self.grid_size
+        x = x.reshape(images, channels, rows, side_y, columns, side_x).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(images, rows * columns, channels * side_y * side_x)
+        return self.norm(linear(x, self.proj.weight.flatten(1), self.proj.bias))
 
 
 class PlainViT(VisionTransformer):
@@ -94,6 +117,7 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
             mlp_head=config.head == "mlp",
             img_size=resolution,
             patch_size=patch,
+            embed_layer=PatchMatmul,
             num_classes=num_classes,
             embed_dim=width,
             depth=depth,

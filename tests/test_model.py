@@ -234,3 +234,23 @@ def test_what_does_not_fit_is_named(config: ModelConfig, resolution: int, messag
 def test_learned_positions_allow_any_width() -> None:
     model = build(ModelConfig(model="Ti/8", width=30, depth=1, num_heads=3, mlp_dim=8, posemb="learn"))
     assert model(torch.zeros(1, 3, 32, 32)).tolist() == [[0.0] * 10]  # the last layer starts at zero
+
+
+@pytest.mark.parametrize("posemb", ["sincos2d", "learn"])
+def test_training_takes_patches_by_a_product_that_is_the_convolution(posemb: str) -> None:
+    """Tokens and gradients, channels in any order in memory; in eval mode the convolution itself."""
+    patches = build(tiny(posemb=posemb, model="Ti/4")).patch_embed
+    images = torch.rand(3, 32, 32, 3).permute(0, 3, 1, 2) * 2 - 1
+    upstream = torch.rand(3, 64, 32)
+    gradients = []
+    for training in (True, False):
+        patches.train(training).zero_grad()
+        tokens = patches(images)
+        tokens.backward(upstream)
+        gradients.append([tokens.detach(), *(p.grad.clone() for p in patches.parameters())])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    convolved = nn.functional.conv2d(images, patches.proj.weight, patches.proj.bias, stride=4).flatten(2).mT
+    assert torch.equal(patches(images), convolved)
+    with pytest.raises(ValueError, match="36 x 32 pixels, not 32 x 32"):
+        patches.train()(torch.zeros(1, 3, 36, 32))
