@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def
 
 from pipelines import compiled_gpu
 from pipelines.randaugment import OPS, apply_op, rand_augment
-from tests.test_randaugment import photo
+from tests.randaugment_expected import photo
 
 pytestmark = [
     pytest.mark.gpu,

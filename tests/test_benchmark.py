@@ -1,0 +1,198 @@
+"""What tools/bench_throughput.py measures and says, by hand: windows, verdicts, comparisons, sweeps."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
+
+from benchmark import compare, modes, report, sweep, windows
+from benchmark.windows import Measurement, measure
+
+from dali_vit import data as datasets
+from dali_vit.metrics import StepTimer
+from pipelines.train import Decoder
+
+pytestmark = pytest.mark.timeout(120)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    monkeypatch.setattr(windows, "WINDOW_SECONDS", 0.1)
+
+
+@pytest.fixture
+def dataset_of_folder(image_folder):
+    return datasets.load_dataset(image_folder, minival=0.1)
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_statistics_of_windows():
+    measured = Measurement((1.0, 2.0, 4.0), 100, 30.0, 0.25)
+    assert measured.to_json() == {
+        "images_per_sec": 50.0,
+        "min": 25.0,
+        "max": 100.0,
+        "spread": 75.0 - 37.5,
+        "worst_batch_ms": 30.0,
+        "windows": [100.0, 50.0, 25.0],
+        "window_images": 100,
+    }
+
+
+def test_measure_by_a_clock_of_its_own(monkeypatch, cpu):
+    clock = Clock(monkeypatch)
+    timer = StepTimer(CPU)
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        with timer.waiting():
+            clock.sleep(1 / 256)
+        clock.sleep({3: 50.0, 250: 0.5}.get(steps, 3 / 256))  # one step is slow while warming up, one later
+
+    measured = measure(step, timer, images=8, seconds=2.5, group=cpu)
+    # 5 steps of warm-up, 155 to find that 64 last a second, then windows until 2.5 s are over.
+    assert steps == 5 + (5 + 10 + 20 + 40 + 80) + 3 * 64
+    assert measured.window_seconds == (1.0, 1.0 + 0.5 - 3 / 256, 1.0)
+    assert measured.window_images == 64 * 8
+    assert measured.images_per_sec == 512.0
+    assert measured.worst_batch_ms == 1e3 * (1 / 256 + 0.5)
+    assert measured.wait_fraction == (3 * 64 / 256) / (3.5 - 3 / 256)
+
+
+def test_a_window_lasts_as_long_as_on_the_slowest_rank(monkeypatch, cpu):
+    clock = Clock(monkeypatch)
+    timer = StepTimer(CPU)
+
+    def with_a_slower_rank(value):
+        durations, waited = value
+        return [(durations, waited), ([2 * d for d in durations], 0.0)]
+
+    monkeypatch.setattr(windows, "gather_objects", with_a_slower_rank)
+
+    def step() -> None:
+        with timer.waiting():
+            clock.sleep(0.03)
+        clock.sleep(0.07)
+
+    measured = measure(step, timer, images=16, seconds=1, group=cpu)
+    assert measured.images_per_sec == pytest.approx(16 / 0.2)
+    assert measured.worst_batch_ms == pytest.approx(200)
+    assert measured.wait_fraction == pytest.approx(0.3 / 3)
+
+
+@pytest.mark.parametrize(
+    ("rates", "sentence"),
+    [
+        (
+            (812.4, 1405.0, 806.0, 0.413),
+            "The loader limits: 812 images/s against 1,405 of the step; training waits for data 41 % of the time.",
+        ),
+        (
+            (15300.0, 12100.0, 11895.0, 0.012),
+            "The step limits: 12,100 images/s against 15,300 of the loader; training runs at 98 % of the step alone"
+            " and waits for data 1 % of the time.",
+        ),
+        (
+            (600.0, 500.0, 260.0, 0.2),
+            "Loader and step compete for the processors: 260 images/s together, 52 % of the step alone (500), although"
+            " the loader alone reaches 600; training waits for data 20 % of the time.",
+        ),
+    ],
+)
+def test_verdict(rates, sentence):
+    assert report.verdict(*rates) == sentence
+
+
+def test_verdict_draws_the_line_at_97_percent():
+    assert report.verdict(2000, 1000, 970, 0.03).startswith("The step limits")
+    assert report.verdict(2000, 1000, 969, 0.03).startswith("Loader and step compete")
+    assert report.verdict(1000, 1000, 970, 0.03).startswith("The step limits")
+
+
+def test_comparison_takes_ratios_within_rounds_against_the_better_decoder():
+    result = compare.summarize(
+        {
+            "dali-vit": [800.0, 400.0, 1000.0],
+            "torchvision, PIL": [400.0, 300.0, 500.0],
+            "torchvision, decode_image": [390.0, 310.0, 390.0],
+            "timm": [500.0, 200.0, 400.0],
+        }
+    )
+    assert result["torchvision_decode"] == "PIL"
+    assert result["ratios"] == [800 / 500, 400 / 300, 1000 / 500]
+    assert result["ratio"] == 1.6
+    assert result["best_other"] in ("torchvision, PIL", "timm")
+    assert result["loaders"]["timm"] == {"images_per_sec": 400.0, "rounds": [500.0, 200.0, 400.0]}
+    text = report.comparison({"workers": 2, **result})
+    assert "1.60 times as fast as the best of the others (1.60, 1.33, 2.00 by round)" in text
+    assert [line.split("  ")[0] for line in text.splitlines()[1:3]] == ["dali-vit", "torchvision, PIL"]
+
+
+def trial(rate: float, worst: float, **decoder) -> sweep.Trial:
+    settings = sweep.Settings(2, 2, True, Decoder(**decoder))
+    return sweep.Trial(settings, Measurement((1.0,), rate, worst, 0.0), True)  # type: ignore[arg-type]
+
+
+def test_the_best_setting_has_the_shortest_worst_batch_of_those_as_fast():
+    as_is, steady, slow = trial(1000, 90), trial(985, 40, hw_decoder_load=0.5), trial(900, 10, region="full")
+    assert sweep.choose([as_is, steady, slow]) is steady
+    table = report.sweep_table([as_is, slow, steady], steady).splitlines()
+    assert [line.split("   ")[-1] for line in table[1:4]] == ["as it is", "hw_decoder_load 0.5", "region full"]
+    assert table[4] == "Best: hw_decoder_load 0.5, 0.98 times the rate of the settings as they are."
+    assert report.sweep_table([as_is, slow], as_is).endswith("Best: the settings as they are.")
+
+
+def test_a_setting_that_fails_is_said_and_passed_over(dataset_of_folder, tiny_config, cpu, monkeypatch, short_windows):
+    def loader(settings, *arguments):
+        if settings.decoder.region == "full":
+            raise RuntimeError("out of memory")
+        return made(settings, *arguments)
+
+    made = sweep._loader
+    monkeypatch.setattr(sweep, "_loader", loader)
+    monkeypatch.setattr(sweep, "_changes", lambda *_, **__: [[lambda s: replace(s, decoder=Decoder(region="full"))]])
+    config = replace(tiny_config, data=replace(tiny_config.data, randaug_layers=0))
+    trials, best = sweep.sweep(config, dataset_of_folder, cpu, 0.1, lambda *_: None)
+    assert best is trials[0]
+    assert [trial.measurement is None for trial in trials] == [False, True, False, False]
+    assert "fails" in report.sweep_table(trials, best).splitlines()[-2]
+    written = sweep.to_json(trials, best)["trials"][-1]
+    assert (written["images_per_sec"], written["worst_batch_ms"]) == (0, None)
+
+
+def test_randaugments_cost_is_a_median_over_rounds(tiny_config, cpu, monkeypatch):
+    rates = iter([100.0, 99.0, 200.0, 180.0, 50.0, 49.0])
+    layers = []
+
+    def measured(train_on, config, *_):
+        layers.append(config.data.randaug_layers)
+        return Measurement((1.0,), next(rates), 1.0, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(modes, "measure_joint", measured)
+    cost = modes.measure_randaug_cost(None, tiny_config, None, None, cpu, 1.0)
+    assert layers == [0, 2] * 3
+    assert cost == {"without": [100.0, 200.0, 50.0], "with": [99.0, 180.0, 49.0], "cost": pytest.approx(0.02)}
+    assert report.randaug_cost(cost).startswith("RandAugment costs training 2.0 % of its images/s (99 of 100, 180")
