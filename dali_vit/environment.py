@@ -16,6 +16,7 @@ import torch
 PACKAGES = (
     "dali-vit",
     "torch",
+    "triton",
     "torchvision",
     "nvidia-dali-cuda120",
     "timm",

@@ -240,7 +240,7 @@ class EvalLoader:
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
         make = functools.partial(
             eval_pipeline,
-            decoder=decoder or Decoder(),
+            decoder=decoder or Decoder(fancy_upsampling=True),
             device_id=_device_id(device),
             num_threads=num_threads,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.loader import EvalLoader
 from pipelines.readers import FileList
@@ -14,7 +15,17 @@ from tests.parity.conftest import Reference
 pytestmark = pytest.mark.timeout(60)
 
 
-def test_images_of_the_evaluation_graph(eval_preprocess_reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+        ),
+    ],
+)
+def test_images_of_the_evaluation_graph(eval_preprocess_reference: Reference, tmp_path: Path, device: str) -> None:
     """Within 1.5 of 255 levels in the mean; a crop offset by one pixel costs 5."""
     arrays = eval_preprocess_reference.arrays
     names = sorted(name.removesuffix("/jpeg") for name in arrays if name.endswith("/jpeg"))
@@ -29,9 +40,9 @@ def test_images_of_the_evaluation_graph(eval_preprocess_reference: Reference, tm
             image_size=len(expected),
             rank=0,
             world_size=1,
-            device="cpu",
+            device=device,
             num_threads=1,
         )
         images, labels = next(iter(loader))
         assert labels.tolist() == [i]
-        assert np.abs(images[0].numpy() - expected).mean() <= 1.5, name
+        assert np.abs(images[0].cpu().numpy() - expected).mean() <= 1.5, name
