@@ -20,7 +20,7 @@ from tests.conftest import environment
 pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
-NUM_INTERPRETED = 37
+NUM_INTERPRETED = 23
 
 
 def test_interpreted_they_give_what_the_cpu_gives() -> None:

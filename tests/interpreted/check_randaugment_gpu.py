@@ -70,8 +70,9 @@ def test_operations_match_the_reference(reference: Any) -> None:
 
 
 @pytest.mark.parametrize("contrast", ["paper", "mean"])
-@pytest.mark.parametrize("magnitude", [0, 3.3, 10])
-@pytest.mark.parametrize("size", [1, 2, 7, 65, 96])
+@pytest.mark.parametrize(
+    ("size", "magnitude"), [(1, 10), (2, 10), (65, 10), (7, 0), (96, 0), (7, 3.3), (96, 3.3), (96, 10)]
+)
 def test_the_policy_is_that_of_the_cpu(size: int, magnitude: float, contrast: str) -> None:
     """Bit for bit, three layers, each operation first in some of the images; 96 pixels take two blocks."""
     rng = np.random.default_rng(size)
