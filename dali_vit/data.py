@@ -273,7 +273,6 @@ def eval_loader(
     resolution: int,
     group: Group,
     threads: int,
-    bad_samples: Sequence[int] = (),
     max_bad_share: float = 0.0,
 ) -> EvalLoader:
     """Evaluation batches of this process's share of the files; batch_size is that of one process.
@@ -288,7 +287,6 @@ def eval_loader(
         world_size=group.world_size,
         device=group.device,
         num_threads=threads,
-        bad_samples=bad_samples,
         max_bad_share=max_bad_share,
     )
 

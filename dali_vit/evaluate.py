@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from dali_vit import data as datasets
 from dali_vit.config import Config
+from dali_vit.data import EvalLoader
 from dali_vit.distributed import Group, share_buffers, sum_over_ranks
 from dali_vit.step import normalize
 
@@ -68,13 +69,14 @@ def evaluate_splits(
     dataset: datasets.Dataset,
     config: Config,
     group: Group,
-    left_out: dict[str, Sequence[int]],
+    loaders: dict[str, EvalLoader],
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` and `/loss` on minival and val, and `/bad_samples` where images were left out.
 
-    left_out: the images of each split that this process has found undecodable, kept from one call to the next.
-    `progress` is called before each batch, equally often on every rank, and may end the evaluation by an exception.
+    loaders: empty at first, kept from one call to the next: they take time to make, most of all on a GPU, and remember
+    which images cannot be decoded. `progress` is called before each batch, equally often on every rank, and may end the
+    evaluation by an exception.
     """
 
     def counted(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,20 +90,16 @@ def evaluate_splits(
     for name, files in (("minival", dataset.minival), ("val", dataset.val)):
         if files is None:
             continue
-        batches = datasets.eval_loader(
-            files,
-            batch_size=config.optim.batch_size // group.world_size,
-            resolution=config.data.resolution,
-            group=group,
-            threads=datasets.num_threads(config, group),
-            bad_samples=left_out.get(name, ()),
-            max_bad_share=config.data.max_bad_share,
-        )
-        try:
-            result = evaluate(model, counted(batches), group.device)
-        finally:
-            left_out[name] = batches.bad_samples
-            batches.close()
+        if name not in loaders:
+            loaders[name] = datasets.eval_loader(
+                files,
+                batch_size=config.optim.batch_size // group.world_size,
+                resolution=config.data.resolution,
+                group=group,
+                threads=datasets.num_threads(config, group),
+                max_bad_share=config.data.max_bad_share,
+            )
+        result = evaluate(model, counted(loaders[name]), group.device)
         bad = len(files) - int(result.pop("count"))
         if bad:
             result["bad_samples"] = bad

@@ -118,7 +118,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
-    left_out: dict[str, Sequence[int]] = {}
+    loaders: dict[str, datasets.EvalLoader] = {}
     evaluations = _evaluation_steps(config.run.eval_every, epoch_steps, total)
     timer, window = StepTimer(group.device), Window(group)
     starving = report.StarvationWarning()
@@ -136,7 +136,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 raise Interrupted
 
         try:
-            found = evaluate_splits(model, dataset, config, group, left_out, progress)
+            found = evaluate_splits(model, dataset, config, group, loaders, progress)
         except Interrupted:
             return None
         if found:  # a data set may have neither val nor minival

@@ -1,9 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dali_vit.evaluate import evaluate
+from dali_vit import data as datasets
+from dali_vit.evaluate import evaluate, evaluate_splits
+from dali_vit.model import create_model
+from tests.conftest import write_image_folder
 
 
 class FromPixels(torch.nn.Module):
@@ -49,3 +53,24 @@ def test_model_returns_to_its_mode():
     model = FromPixels().train()
     evaluate(model, batches(), torch.device("cpu"))
     assert model.training
+
+
+@pytest.mark.timeout(120)
+def test_loaders_are_kept_between_evaluations(tiny_config, cpu, tmp_path, caplog):
+    """The second makes none, counts the same, and still leaves out what the first found undecodable."""
+    root = write_image_folder(tmp_path / "images")
+    bad = root / "val/bee/003.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    config = replace(tiny_config, data=replace(tiny_config.data, data=str(root), max_bad_share=0.1))
+    dataset = datasets.load_dataset(root, minival=0.1)
+    model = create_model(config.model, num_classes=4, resolution=32)
+    loaders = {}
+    first = evaluate_splits(model, dataset, config, cpu, loaders)
+    made = dict(loaders)
+    second = evaluate_splits(model, dataset, config, cpu, loaders)
+    assert set(made) == {"val", "minival"}
+    assert all(loaders[name] is made[name] for name in made)
+    assert first == second
+    assert first["val/bad_samples"] == 1
+    assert "minival/bad_samples" not in first
+    assert sum("val/bee/003.jpg" in message for message in caplog.messages) == 1
