@@ -51,8 +51,8 @@ class Decoder:
     region: Literal["window", "full"] = "window"
     """Decode the crop window alone, or the full image and cut the window out of it: the same pixels."""
     fancy_upsampling: bool = False
-    """On a GPU, interpolate chroma as libjpeg-turbo does, instead of repeating it. Needs `region` full: of a window
-    nvJPEG below 13.2 gets the edge wrong, and nvImageCodec then decodes on the CPU."""
+    """On a GPU, interpolate chroma as libjpeg-turbo does, instead of repeating it. Only with `region` full: with nvJPEG
+    below 13.2, which gets their edges wrong, nvImageCodec does no windows this way."""
     hw_decoder_load: float = 0.65
     """Share of the baseline JPEGs given to the hardware decoder, where there is one."""
     preallocate_width_hint: int = 0
