@@ -101,9 +101,11 @@ def _training_like(model: nn.Module, group: Group) -> Iterator[Work]:
 
     was_training = model.training
     model.eval()  # batch statistics stay as they are
-    yield forward
-    model.train(was_training)
-    torch.cuda.empty_cache()
+    try:
+        yield forward
+    finally:
+        model.train(was_training)
+        torch.cuda.empty_cache()
 
 
 def search(

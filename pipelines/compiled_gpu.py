@@ -1,6 +1,6 @@
 """`kernels.randaugment_gpu` as an operator of a DALI graph: all of RandAugment in one node instead of 340.
 
-DALI calls a Python function of its with the batch where it lies on the device, and with the stream to work on.
+DALI calls a Python function with the addresses of a batch on the device, which queues the kernels on DALI's own stream.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, 
     """
     if images.device == "gpu":
         uniforms = uniforms.gpu()
-    augmented = fn.dl_tensor_python_function(
+    return fn.dl_tensor_python_function(
         images,
         uniforms,
         function=_Function(settings, size, layers),
@@ -58,7 +58,6 @@ def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, 
         synchronize_stream=False,  # the kernels are queued on DALI's own
         output_layouts="HWC",
     )
-    return fn.reshape(augmented, layout="HWC")
 
 
 class _Function:
