@@ -168,37 +168,25 @@ def _rate(
 
     Samples that cannot be decoded are added to `bad_samples`, so that only the first to meet one has to find it out.
     """
+    seconds, loader = float("inf"), None
     try:
-        seconds = _seconds_per_batch(dataset, config, group, settings, bad_samples, work)
+        loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
+        for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
+            work(next(loader)[0])
+        count, began = 0, _now(group)
+        while time.perf_counter() - began < _SECONDS_PER_SETTING:
+            work(next(loader)[0])
+            count += 1
+        seconds = (_now(group) - began) / count
     # Of DALI, as when the device's memory does not hold the buffers; and of too many bad samples, which training is to
     # report. Raised here on one rank, either would leave the others waiting.
     except (RuntimeError, datasets.DecodeError) as error:
         log.debug("autotune: %s fails: %s", describe(settings), error)
-        seconds = float("inf")
-    return config.optim.batch_size / max(gather_objects(seconds))
-
-
-def _seconds_per_batch(
-    dataset: datasets.Dataset,
-    config: Config,
-    group: Group,
-    settings: LoaderSettings,
-    bad_samples: set[int],
-    work: Work,
-) -> float:
-    loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
-    try:
-        for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
-            work(next(loader)[0])
-        count, began = 0, _now(group)
-        while True:
-            work(next(loader)[0])
-            count += 1
-            if time.perf_counter() - began >= _SECONDS_PER_SETTING:
-                return (_now(group) - began) / count
     finally:
-        bad_samples.update(loader.bad_samples)
-        loader.close()
+        if loader is not None:
+            bad_samples.update(loader.bad_samples)
+            loader.close()
+    return config.optim.batch_size / max(gather_objects(seconds))
 
 
 def _now(group: Group) -> float:

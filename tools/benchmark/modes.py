@@ -22,6 +22,7 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.step import build_update
+from pipelines.loader import TrainLoader
 
 TrainOn = Callable[[Tensor, Tensor], None]
 ROUNDS = 3
@@ -51,18 +52,19 @@ def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, st
 def measure_loader(
     config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
-    """The training graph alone: batches are taken as fast as they come and dropped."""
+    """The training graph alone."""
     loader = datasets.train_loader(dataset, config, group, settings=settings)
     try:
-        return measure(
-            lambda: next(loader),
-            StepTimer(group.device),
-            images=config.optim.batch_size,
-            seconds=seconds,
-            group=group,
-        )
+        return measure_batches(loader, config, group, seconds)
     finally:
         loader.close()
+
+
+def measure_batches(loader: TrainLoader, config: Config, group: Group, seconds: float) -> Measurement:
+    """A loader whose batches are taken as fast as they come and dropped."""
+    return measure(
+        lambda: next(loader), StepTimer(group.device), images=config.optim.batch_size, seconds=seconds, group=group
+    )
 
 
 def measure_model(

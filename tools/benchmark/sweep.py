@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmark.windows import Measurement, measure
+from benchmark.modes import measure_batches
+from benchmark.windows import Measurement
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
-from dali_vit.metrics import StepTimer
 from pipelines.loader import TrainLoader
 from pipelines.train import Decoder
 
@@ -74,13 +74,7 @@ def sweep(
         loader = _working_loader(settings, config, dataset, group)
         if loader is not None:
             try:
-                measurement = measure(
-                    lambda: next(loader),
-                    StepTimer(group.device),
-                    images=config.optim.batch_size,
-                    seconds=seconds,
-                    group=group,
-                )
+                measurement = measure_batches(loader, config, group, seconds)
             finally:
                 loader.close()
         trials.append(Trial(settings, measurement, same_images))
