@@ -8,39 +8,57 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn
+from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-__all__ = ["available", "rand_augment"]
+__all__ = ["available", "rand_augment", "try_out"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
 
 @functools.cache
 def available(size: int) -> bool:
-    """Whether Triton's kernels run here, on a GPU. The graph does without, more slowly, which is said once.
+    """Whether RandAugment's node runs here, on a GPU. The graph does without, more slowly, which is said once.
 
-    Triton comes with torch, but needs a C compiler. The kernels for images of this size are compiled on the way, which
-    takes seconds the first time, rather than in a thread of the pipeline.
+    It is tried out, because much has to fit together: Triton, which comes with torch but needs a C compiler, the GPU's
+    driver, DALI. The kernels for images of this size are compiled on the way.
     """
     if not torch.cuda.is_available():
         return False
     try:
-        images = torch.zeros(1, size, size, 3, dtype=torch.uint8, device="cuda")
-        uniforms, settings = torch.zeros(1, 4, device="cuda"), torch.zeros(44, device="cuda")
-        _apply(list(images), list(uniforms), settings, size=size, layers=1)
-        torch.cuda.synchronize()
-    except Exception as error:  # of Triton's compiler, of a missing one, of the driver: all mean the same
+        # In a thread of its own, as this one is in the middle of the definition of another pipeline.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(try_out, size, torch.cuda.current_device()).result()
+    except Exception as error:  # whatever it is, there is another way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)", reason)
         return False
     return True
+
+
+def try_out(size: int, device_id: int | None) -> None:
+    """Inverts black images in a pipeline on a GPU, on the CPU if that is None; raises if they do not become white."""
+    black = np.zeros((2, size, size, 3), np.uint8)
+    invert = np.full((2, 4), 2.5 / 16, np.float32)
+
+    @pipeline_def(batch_size=len(black), num_threads=1, device_id=device_id)
+    def graph() -> DataNode:
+        images, uniforms = fn.external_source(lambda: (black, invert), num_outputs=2, layout=["HWC", ""])
+        images = images if device_id is None else images.gpu()
+        return rand_augment(images, uniforms, np.zeros(44, np.float32), size=size, layers=1)
+
+    pipeline = graph()
+    for _ in range(3):
+        (output,) = pipeline.run()
+        if not (output.as_cpu().as_array() == 255).all():
+            raise RuntimeError("black inverted is not white")
 
 
 def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, size: int, layers: int) -> DataNode:

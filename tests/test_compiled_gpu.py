@@ -20,7 +20,7 @@ from tests.conftest import environment
 pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parents[1]
-NUM_INTERPRETED = 23
+NUM_INTERPRETED = 24
 
 
 def test_interpreted_they_give_what_the_cpu_gives() -> None:
@@ -104,8 +104,8 @@ def test_where_they_fail_the_operators_stay_and_it_is_said_once(
         raise RuntimeError("no C compiler\nfound")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1))
-    monkeypatch.setattr(compiled_gpu, "_apply", fail)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compiled_gpu, "try_out", fail)
     compiled_gpu.available.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):

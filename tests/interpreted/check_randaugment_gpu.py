@@ -123,6 +123,29 @@ def test_the_node_of_the_graph() -> None:
         np.testing.assert_array_equal(output.as_array(), on_cpu(images[i], uniforms[i], settings))
 
 
+def test_it_is_tried_out_while_a_graph_is_being_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and a node that gives something else is found out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+    def runs() -> bool:
+        compiled_gpu.available.cache_clear()
+        found = []
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
+        def graph() -> Any:
+            node = fn.external_source(lambda: np.ones((1, 8), np.float32))
+            found.append(compiled_gpu.available(16))
+            return node + 1.0
+
+        assert (graph().run()[0].as_array() == 2).all()
+        return found[0]
+
+    assert runs()
+    monkeypatch.setattr(compiled_gpu, "_apply", lambda images, *_, **__: torch.stack(images) + 254)
+    assert not runs()
+
+
 def test_a_pipeline_that_works_ahead_can_be_dropped() -> None:
     """Its threads may be about to call Python just then: they must not wait for the thread that waits for them."""
     settings = _settings(32, 10, "paper")
