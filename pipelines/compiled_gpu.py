@@ -1,6 +1,6 @@
 """`kernels.randaugment_gpu` as an operator of a DALI graph: all of RandAugment in one node instead of 340.
 
-DALI calls a Python function with the addresses of a batch on the device, which queues the kernels on DALI's own stream.
+DALI calls a Python function with a batch that stays on the device; the function queues kernels on DALI's own stream.
 """
 
 from __future__ import annotations

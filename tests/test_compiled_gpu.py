@@ -50,7 +50,7 @@ def test_interpreted_they_give_what_the_cpu_gives() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_they_compile_for_every_gpu(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A100, H100 and H200, B200: Triton brings its assembler, which needs no GPU. Nothing is fused, nothing spills."""
+    """A100, H100 and H200, B200: Triton brings its assembler, which needs no GPU. No product is fused with a sum."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
