@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
+CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
+"""How the training step is compiled: torch.compile's modes, beside auto and off."""
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the flag, file or value and the remedy."""
@@ -127,9 +130,9 @@ class RunConfig:
     autotune: Literal["auto", "on", "off"] = operational("auto")
     """Search for the loader's fastest settings at the start, a minute at most; the result is kept for this machine
     and data set. auto: on GPUs."""
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = operational("auto")
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. reduce-overhead: with CUDA
-    graphs, for small batches."""
+    compile: CompileMode = operational("auto")
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
+    batches: reduce-overhead and max-autotune."""
     resume: bool = operational(True)
     """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
     log_every: int = operational(50)

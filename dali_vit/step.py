@@ -24,6 +24,8 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True}
 """DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
 
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile's modes
+
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
 
@@ -81,7 +83,7 @@ def build_update(
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if on_gpu:
         compiled += f"; attention {chosen}"
-    replays = mode == "reduce-overhead"
+    replays = mode in _WITH_CUDA_GRAPHS
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
         # From pinned memory, so that the copy waits for nothing.

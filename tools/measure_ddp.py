@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What DistributedDataParallel's settings cost the training step, on as many processes as asked for.
 
     tools/measure_ddp.py --processes 8                                 a GPU each
@@ -18,14 +19,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit import distributed, recipes, step
-from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, help="0: the CPU; default: a GPU for each process")
     parser.add_argument("--model", default="S/16")
     parser.add_argument("--batch-size", type=int, default=128, help="images of a process")
-    parser.add_argument("--compile", default="auto", choices=["auto", "off", "default", "reduce-overhead"])
+    parser.add_argument("--compile", default="auto", choices=get_args(CompileMode))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Start-up time and memory of the data path on a made-up image folder of as many files as asked for.
 
     python tools/measure_index.py --folder /data/scratch --images 130000 1300000

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Time an image of what the training graph does to its pixels: DALI's operators beside the compiled ones.
 
     tools/measure_kernels.py                             CPU time, on one thread
