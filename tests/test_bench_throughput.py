@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
 
 import bench_throughput
-from benchmark import compare, report, windows
+from benchmark import compare, kernels, report, windows
 
 from dali_vit import data as datasets
 from dali_vit import recipes
@@ -57,7 +57,7 @@ def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["out.json"]
     assert set(result) == {
         *("environment", "config", "loader", "model", "joint", "stall_fraction", "mfu", "joint_to_model"),
-        "randaug_cost",
+        *("randaug_cost", "profile"),
     }
     for mode in ("loader", "model", "joint"):
         values = result[mode]
@@ -91,6 +91,8 @@ def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
     assert [names.count(f"step {i}") for i in range(4)] == [1, 1, 1, 0]
     assert str(trace) in printed
+    assert result["profile"]["step_ms"] > 0
+    assert kernels.table(result["profile"]) in printed
 
 
 def test_one_mode_gives_its_own_keys_alone(image_folder, tmp_path, capsys, short_windows):

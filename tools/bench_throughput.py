@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from benchmark import compare, modes, report, sweep
+from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
 from dali_vit.autotune import loader_settings
-from dali_vit.config import Config, DataConfig, ModelConfig, UserError, to_dict
+from dali_vit.config import CompileMode, Config, DataConfig, ModelConfig, UserError, to_dict
 from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
@@ -55,9 +55,9 @@ class Options:
     threads: int | None = None
     """DALI's CPU threads per process, and worker processes of the loaders compared with; default: the machine's
     cores divided by its processes."""
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. reduce-overhead: with CUDA
-    graphs, for small batches."""
+    compile: CompileMode = "auto"
+    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
+    batches: reduce-overhead and max-autotune."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     seconds: float = 10.0
@@ -69,7 +69,7 @@ class Options:
     randaug_cost: bool = False
     """Also measure training without RandAugment, in rounds that take turns, and say what it costs."""
     profile: int = 0
-    """Also write a trace of this many steps of training, for TensorBoard or Perfetto."""
+    """Also write a trace of this many steps of training, for TensorBoard or Perfetto, and say where their time goes."""
     profile_dir: Path = Path("runs/profile")
     """Folder of the trace."""
     json: Path | None = None
@@ -226,7 +226,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     if "loader" in wanted:
         add("loader", modes.measure_loader(config, dataset, settings(), group, seconds))
     if wanted != ("loader",) or options.profile or options.randaug_cost:
-        train_on, compiled = modes.training_step(config, planned, group)
+        train_on, compiled = modes.training_step(config, planned.model, planned.total_steps, group)
         result["config"]["compiled"] = compiled
     if "model" in wanted:
         add("model", modes.measure_model(train_on, config, dataset, settings(), group, seconds))
@@ -251,10 +251,10 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         result["randaug_cost"] = cost
         say(report.randaug_cost(cost))
     if options.profile:
-        trace = modes.profile_joint(
+        trace, result["profile"] = modes.profile_joint(
             train_on, config, dataset, settings(), group, steps=options.profile, folder=options.profile_dir
         )
-        say(f"trace of {options.profile} steps: {trace}")
+        say(f"trace of {options.profile} steps: {trace}\n{kernels.table(result['profile'])}")
     if options.json is not None and group.is_main:
         report.write_json(options.json, result)
     return result

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmark.kernels import summarize
 from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
 from dali_vit.config import Config
@@ -20,7 +21,6 @@ from dali_vit.distributed import Group, barrier
 from dali_vit.metrics import StepTimer, Window
 from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
-from dali_vit.plan import Plan
 from dali_vit.step import build_update
 from pipelines.loader import TrainLoader
 
@@ -29,12 +29,12 @@ ROUNDS = 3
 """Of `measure_randaug_cost`."""
 
 
-def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, str]:
+def training_step(config: Config, model: nn.Module, total_steps: int, group: Group) -> tuple[TrainOn, str]:
     """What the trainer does with a batch, as a function of (images, labels), and how it is compiled, in words.
 
     images uint8 [N, S, S, 3] and labels int64 [N] are on the group's device.
     """
-    model = plan.model.to(group.device)
+    model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
     update, compiled = build_update(config, model, optimizer, group)
     model.train()
@@ -42,7 +42,7 @@ def training_step(config: Config, plan: Plan, group: Group) -> tuple[TrainOn, st
 
     def train_on(images: Tensor, labels: Tensor) -> None:
         step = next(steps)
-        lr = config.optim.lr * lr_schedule(step, total_steps=plan.total_steps, warmup_steps=config.optim.warmup_steps)
+        lr = config.optim.lr * lr_schedule(step, total_steps=total_steps, warmup_steps=config.optim.warmup_steps)
         lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
         window.add(*update(images, labels, lam, lr))
 
@@ -133,24 +133,35 @@ def profile_joint(
     *,
     steps: int,
     folder: Path,
-) -> Path:
-    """Writes the trace of some steps of the trainer's loop, one file a rank, and returns this rank's.
+) -> tuple[Path, dict[str, Any]]:
+    """Writes the trace of some steps of the trainer's loop, a file a rank; this rank's, and `kernels.summarize` of it.
 
     TensorBoard's profiler plugin and https://ui.perfetto.dev open it.
     """
     loader = datasets.train_loader(dataset, config, group, settings=settings)
-    warm_up(lambda: train_on(*next(loader)), group)
-    with torch.profiler.profile() as profiler:
-        for number in range(steps):
-            with torch.profiler.record_function(f"step {number}"):
-                with torch.profiler.record_function("data"):
-                    images, labels = next(loader)
-                train_on(images, labels)
-        if group.device.type == "cuda":
-            torch.cuda.synchronize(group.device)
-    loader.close()
+    try:
+        profiler, summary = profile_steps(lambda: next(loader), train_on, group, steps)
+    finally:
+        loader.close()
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"rank{group.rank}.pt.trace.json"
     profiler.export_chrome_trace(str(trace))
     barrier()
-    return trace
+    return trace, summary
+
+
+def profile_steps(
+    batch: Callable[[], tuple[Tensor, Tensor]], train_on: TrainOn, group: Group, steps: int
+) -> tuple[torch.profiler.profile, dict[str, Any]]:
+    """The profile of some steps, after those that warm up, and `kernels.summarize` of it."""
+    warm_up(lambda: train_on(*batch()), group)
+    timer = StepTimer(group.device)
+    with torch.profiler.profile() as profiler:
+        timer.reset()
+        for number in range(steps):
+            with torch.profiler.record_function(f"step {number}"):
+                with torch.profiler.record_function("data"):
+                    images, labels = batch()
+                train_on(images, labels)
+        seconds, _ = timer.read()
+    return profiler, summarize(profiler, steps, seconds, on_gpu=group.device.type == "cuda")

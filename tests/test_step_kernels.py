@@ -1,0 +1,138 @@
+"""tools/measure_step.py and the table of where a step's time goes; the trainer's step as CUDA graphs replay it."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
+
+import measure_step
+from benchmark import kernels, windows
+
+from dali_vit.model import create_model
+from dali_vit.optim import create_optimizer
+from dali_vit.step import build_update
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopA_bias_TNN", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x64_32x6_nn>", "matrix products"),
+        ("triton_tem_fused_addmm_gelu_3", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("aten::bmm", "matrix products"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::Params)", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimiser"),
+        ("triton_per_fused_add_native_layer_norm_native_layer_norm_backward_5", "fused by torch.compile"),
+        ("triton_poi_fused__to_copy_add_mul_0", "fused by torch.compile"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("write_pixels", "input"),
+        ("void dali::BatchCopy<dali::kernels::ResamplingFilter>", "input"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("aten::native_layer_norm", "other"),
+        ("aten::_softmax_backward_data", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(name, kind):
+    assert kernels.kind(name) == kind
+
+
+def test_time_in_which_any_of_several_streams_works():
+    assert kernels.union([]) == 0
+    assert kernels.union([(5, 6), (0, 2), (1, 3), (1.5, 1.7), (6, 7)]) == 5
+
+
+def test_kernels_of_a_gpu_are_summed_by_kind_and_idle_time_is_seen():
+    def event(name: str, start: float, end: float, *, on_gpu: bool = True, annotation: bool = False):
+        return SimpleNamespace(
+            name=name,
+            time_range=SimpleNamespace(start=start, end=end),
+            device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
+            is_user_annotation=annotation,
+        )
+
+    profiler = SimpleNamespace(
+        events=lambda: [
+            event("step 0", 0, 9000, annotation=True),
+            event("cudaLaunchKernel", 0, 500, on_gpu=False),
+            event("nvjet_tst", 1000, 4000),
+            event("write_pixels", 3000, 5000),
+            event("nvjet_tst", 6000, 7000),
+        ]
+    )
+    summary = kernels.summarize(profiler, steps=2, seconds=0.01, on_gpu=True)
+    assert summary == {
+        "step_ms": 5.0,
+        "busy": pytest.approx(0.5),
+        "launches": 1.5,
+        "kinds": {"matrix products": 2.0, "input": 1.0},
+        "longest": {"nvjet_tst": 2.0, "write_pixels": 1.0},
+    }
+    lines = kernels.table(summary).splitlines()
+    assert lines[0] == "5.00 ms a step, 3.00 ms of kernels; the GPU is busy 50.0 % of the time, 2 launches"
+    assert [line.split() for line in lines[1:3]] == [
+        ["2.00", "ms", "66.7", "%", "matrix", "products"],
+        ["1.00", "ms", "33.3", "%", "input"],
+    ]
+
+
+def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(windows, "WINDOW_SECONDS", 0.1)
+    out = tmp_path / "step.json"
+    flags = ["--gpus", "0", "--model", "mu/16", "--batch-size", "2", "--seconds", "0.2", "--profile", "2"]
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", *flags, "--compile", "off", "--json", str(out)])
+    measure_step.main()
+    result = json.loads(out.read_text())
+    assert set(result) == {"environment", "config", "off"}
+    assert result["off"]["images_per_sec"] > 0
+    profile = result["off"]["profile"]
+    assert (profile["busy"], profile["launches"], result["off"]["mfu"]) == (None, None, None)
+    assert profile["kinds"]["matrix products"] > 0
+    assert 0 < sum(profile["longest"].values()) <= sum(profile["kinds"].values()) * (1 + 1e-9)
+    assert kernels.table(profile) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu, monkeypatch):
+    config = replace(tiny_config, run=replace(tiny_config.run, compile=mode))
+    buffer = torch.zeros(())
+
+    def replayed(step, **options):
+        assert options == {"mode": mode}
+
+        class InPlace(torch.autograd.Function):
+            @staticmethod
+            def forward(context, loss):
+                return buffer.copy_(loss)
+
+            @staticmethod
+            def backward(context, gradient):
+                return gradient
+
+        return lambda *arguments: InPlace.apply(step(*arguments))
+
+    monkeypatch.setattr(torch, "compile", replayed)
+    model = create_model(config.model, num_classes=3, resolution=32)
+    update, compiled = build_update(config, model, create_optimizer(model, config.optim), cpu)
+    assert compiled == f"torch.compile, {mode} mode"
+    images = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.arange(8) % 3
+    losses = [update(images[i], labels, 0.7, 1e-2)[0] for i in range(2)]
+    assert losses[1] == buffer
+    assert losses[0] != losses[1]

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""How fast the training step runs, compiled in each way, and where its time goes; no data set is needed.
+
+    tools/measure_step.py --batch-size 128                              on a GPU
+    tools/measure_step.py --gpus 0 --model mu/16 --batch-size 8         on the CPU
+
+The step is the trainer's own, on random images that stay on the device. One way of compiling after the other is
+warmed up, measured and profiled; the table under each rate sums the time of kernels by what they are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from benchmark import kernels, modes, report
+from benchmark.windows import measure
+
+from dali_vit import distributed, recipes
+from dali_vit.config import CompileMode, Config, ModelConfig, to_dict
+from dali_vit.environment import describe_environment
+from dali_vit.metrics import StepTimer, peak_flops
+from dali_vit.model import create_model, flops_per_image
+
+NUM_CLASSES = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
+    parser.add_argument("--model", default="S/16")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    every = [mode for mode in get_args(CompileMode) if mode != "auto"]
+    parser.add_argument("--compile", nargs="+", default=every, choices=every, help="default: all, one after the other")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time measured of each")
+    parser.add_argument("--profile", type=int, default=5, help="steps profiled of each")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+
+    recipe = recipes.get("s16-90ep")
+    config = replace(
+        recipe,
+        model=ModelConfig(arguments.model),
+        optim=replace(recipe.optim, batch_size=arguments.batch_size),
+    )
+    result: dict[str, Any] = {
+        "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
+        "config": to_dict(config),
+    }
+    gpus = min(1, torch.cuda.device_count()) if arguments.gpus is None else arguments.gpus
+    with distributed.connect(gpus) as group:
+        for mode in arguments.compile:
+            tried = replace(config, run=replace(config.run, compile=mode))
+            result[mode] = measure_step(tried, group, arguments.seconds, arguments.profile)
+            free(group)
+            if arguments.json is not None:  # as far as it has come
+                report.write_json(arguments.json, result)
+
+
+def measure_step(config: Config, group: distributed.Group, seconds: float, profiled: int) -> dict[str, Any]:
+    """Measures, profiles and prints one way of running the step; what the JSON file holds of it."""
+    began = time.perf_counter()
+    side, count = config.data.resolution, config.optim.batch_size
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=group.device)
+    labels = torch.randint(0, NUM_CLASSES, (count,), device=group.device)
+    model = create_model(config.model, num_classes=NUM_CLASSES, resolution=side).to(group.device)
+    flops = 3 * flops_per_image(model, side)  # the backward pass costs twice the forward
+    train_on, compiled = modes.training_step(config, model, 10**6, group)
+
+    measured = measure(
+        lambda: train_on(images, labels), StepTimer(group.device), images=count, seconds=seconds, group=group
+    )
+    _, profile = modes.profile_steps(lambda: (images, labels), train_on, group, profiled)
+    peak = peak_flops(group.device)
+    result = {
+        **measured.to_json(),
+        "compiled": compiled,
+        "mfu": measured.images_per_sec * flops / peak if peak else None,
+        "seconds_in_all": time.perf_counter() - began,
+        "profile": profile,
+    }
+    if group.device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated(group.device) / 2**30
+    mfu = f", MFU {100 * result['mfu']:.1f} %" if peak else ""
+    print(f"{compiled}\n{measured.images_per_sec:,.0f} images/s{mfu}\n{kernels.table(profile)}\n", flush=True)
+    return result
+
+
+def free(group: distributed.Group) -> None:
+    """Gives up what was measured: two ways of running the step need not fit into a GPU's memory beside each other."""
+    torch.compiler.reset()
+    gc.collect()
+    if group.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(group.device)
+
+
+if __name__ == "__main__":
+    main()
