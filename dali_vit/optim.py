@@ -64,7 +64,11 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     if config.optimizer == "sgd":
         if config.first_moment != "float32":
             raise UserError(f"--first-moment {config.first_moment}: has no effect on sgd; leave it out")
-        return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+        # Zeros are what its first step begins with. Left to itself it would not write them if that step is left out.
+        for p in decayed + others:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     if config.first_moment == "bfloat16":
         return AdamWBFloat16Moment(groups, betas=betas, eps=config.eps)
     return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)

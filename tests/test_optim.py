@@ -239,3 +239,24 @@ def test_update_never_waits_for_the_gpu(name: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_first_step_that_is_left_out_leaves_no_trace(name: str) -> None:
+    """torch's fused SGD leaves its momentum uninitialised then: memory that was freed shows here as NaN."""
+    config = dataclasses.replace(OPTIMIZERS[name], lr=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stumbling = nn.Linear(1000, 100)
+    healthy = copy.deepcopy(stumbling)
+    freed = [torch.full((100, 1000), math.nan) for _ in range(20)]
+    del freed
+    for model, values in [(stumbling, (math.inf, 1.0, 2.0)), (healthy, (1.0, 2.0))]:
+        optimizer = create_optimizer(model, config)
+        for value in values:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, value)
+            set_lr(optimizer, 0.1)
+            optimizer_step(optimizer, None)
+    for found, expected in zip(stumbling.parameters(), healthy.parameters(), strict=True):
+        assert torch.equal(found, expected)
