@@ -1,8 +1,6 @@
-"""A graph as an iterator of torch batches on the training device, without a copy, and with its exact position.
+"""A graph as an iterator of torch batches on the training device, with its exact position.
 
-Batches share DALI's buffers. DALI hands no buffer out again while a tensor lives that was made from it, and on a
-GPU not before the work queued until the tensor's end is done: its DLPack deleter waits for the device, in a
-thread of its own. So batches may be kept, dropped and used on any stream like other tensors.
+Batches may be kept, dropped and used like other tensors (see `handover`).
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from pipelines import probe
 from pipelines.bad_samples import BadSamples, DecodeError, begins_as_jpeg, has_end_of_jpeg
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
+from pipelines.handover import Runner
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.readers import Samples
 from pipelines.train import Augment, train_pipeline
@@ -55,11 +54,6 @@ def _num_lanes(num_threads: int) -> int:
     thread, which is a tenth of the time for 2 threads and more for many: other pipelines work meanwhile.
     """
     return min(num_threads, _MAX_LANES)
-
-
-def _run(pipeline: Pipeline) -> list[torch.Tensor]:
-    # Without a stream run() returns when the batch is finished, so that the time in it is the time spent waiting.
-    return [torch.from_dlpack(output.as_tensor()) for output in pipeline.run()]
 
 
 class TrainLoader:
@@ -118,6 +112,7 @@ class TrainLoader:
             decoder=decoding["decoder"],
             device_id=decoding["device_id"],
         )
+        self._run = Runner(decoding["device_id"])
         self._lanes = _num_lanes(num_threads) if decoding["device_id"] is None else 1
         self._threads = num_threads
         self._pipelines: list[Pipeline] = []
@@ -163,7 +158,7 @@ class TrainLoader:
         while True:
             pipeline = self._pipelines[(self._step - self._first_step) % self._lanes]
             try:
-                images, labels, last_bytes = _run(pipeline)
+                images, labels, last_bytes = self._run(pipeline)
             except RuntimeError as error:
                 del pipeline
                 self.close()
@@ -238,10 +233,12 @@ class EvalLoader:
         max_bad_share: float = 0.0,
     ) -> None:
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
+        device_id = _device_id(device)
+        self._run = Runner(device_id)
         make = functools.partial(
             eval_pipeline,
             decoder=decoder or Decoder(fancy_upsampling=True),
-            device_id=_device_id(device),
+            device_id=device_id,
             num_threads=num_threads,
         )
         self._bad = BadSamples(samples, functools.partial(make, image_size=8), bad_samples, max_bad_share)
@@ -264,7 +261,7 @@ class EvalLoader:
         batch = start = 0
         while batch < len(self):
             try:
-                images, labels = _run(pipeline)
+                images, labels = self._run(pipeline)
             except RuntimeError as error:
                 del pipeline
                 self._leave_out(batch, error)

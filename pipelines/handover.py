@@ -1,0 +1,48 @@
+"""What a pipeline gives, as torch tensors that may be kept, dropped and used like others.
+
+On the CPU they share DALI's buffers: DALI hands none out again while a tensor lives that was made from it. On a GPU
+they are copies. Shared there, too, each tensor that is dropped would make a thread of DALI wait for all that is queued
+on the device (its DLPack deleter calls cudaDeviceSynchronize), which keeps a core busy, holds buffers back for a step,
+and may break the capture of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from nvidia.dali import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from torch import Tensor
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Runs pipelines of one device, of the GPU device_id or of the CPU if that is None."""
+
+    def __init__(self, device_id: int | None) -> None:
+        self._stream = None if device_id is None else torch.cuda.Stream(device_id)
+
+    def __call__(self, pipeline: Pipeline) -> list[Tensor]:
+        """The outputs of the next run, which must be dense; on a GPU they are ready for torch's current stream."""
+        # Without a stream run() returns when the batch is finished, so that the time in it is the time spent waiting.
+        outputs = pipeline.run()
+        if self._stream is None:
+            return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        # In the current stream the copies, and with them DALI's buffers, would wait for the training step before.
+        current = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            tensors = [_copy(output, self._stream) for output in outputs]
+        current.wait_stream(self._stream)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(current)
+        return tensors
+
+
+def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> Tensor:
+    if isinstance(output, TensorListCPU):
+        return torch.from_numpy(output.as_array())
+    source = output.as_tensor()
+    target = torch.empty(source.shape(), dtype=to_torch_type[source.dtype], device=stream.device)
+    return feed_ndarray(source, target, cuda_stream=stream)
