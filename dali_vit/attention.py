@@ -54,7 +54,7 @@ def fastest_attention(
         log.warning("none of %s runs here: attention is torch's plain one", ", ".join(BACKENDS))
         return nullcontext, "torch's choice"
     chosen = choose(times)
-    # The others stay behind it, for what it cannot do: evaluation is in float32.
+    # The others stay behind it, for what it cannot do.
     order = sorted([*BACKENDS.values(), SDPBackend.MATH], key=lambda backend: backend != BACKENDS[chosen])
     measured = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in times.items())
     return partial(sdpa_kernel, order, set_priority=True), f"{chosen} ({measured} a layer)"
@@ -89,11 +89,12 @@ def measure(shape: Shape, device: torch.device) -> dict[str, float]:
 
 
 def _milliseconds(shape: Shape, device: torch.device) -> float:
-    # In memory as the model's one product of all three leaves them.
+    # In memory as the model's one product of all three leaves them, and their gradient as the next one's.
     size = (shape.images, shape.tokens, 3, shape.heads, shape.head_width)
     qkv = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    upstream = torch.randn(shape.images, shape.heads, shape.tokens, shape.head_width, device=device).bfloat16()
+    upstream = torch.randn(shape.images, shape.tokens, shape.heads, shape.head_width, device=device).bfloat16()
+    upstream = upstream.transpose(1, 2)
 
     def run(times: int) -> None:
         for _ in range(times):

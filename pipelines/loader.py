@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
+from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 
 from pipelines import probe
 from pipelines.bad_samples import BadSamples, DecodeError, begins_as_jpeg, has_end_of_jpeg
@@ -203,7 +204,9 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
-        self._pipelines = []
+        if self._pipelines:
+            self._pipelines = []
+            ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model
 
 
 class EvalLoader:
@@ -286,4 +289,6 @@ class EvalLoader:
 
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
-        self._idle = None
+        if self._idle is not None:
+            self._idle = None
+            ReleaseUnusedMemory()

@@ -24,6 +24,11 @@ _GEOMETRIC = tl.constexpr(sum(1 << op for op in (3, 10, 11, 12, 13)))
 # Values that a program works on at a time: four for each thread, which then keeps 50 registers and spills none (sm_90).
 # The interpreter on the CPU takes as long for 10 as for 10,000.
 BLOCK = 1 << 14 if triton.knobs.runtime.interpret else 1 << 10
+# One variant for every layer, and for batches of odd sizes, where the addresses of uniforms begin unaligned.
+_SPECIALIZE: dict[str, Any] = {
+    "do_not_specialize": ["layer"],
+    "do_not_specialize_on_alignment": ["images", "uniforms"],
+}
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 8}
 
 
@@ -45,7 +50,7 @@ def _luminance(image, pixel, is_inside):
     return (grey * 255.5).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(**_SPECIALIZE)
 def make_tables(images, uniforms, settings, tables, layer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The table of one channel of one image, uint8 [N, 3, 256], where its operation has one; grid [N, 3].
 
@@ -106,7 +111,7 @@ def make_tables(images, uniforms, settings, tables, layer, SIZE: tl.constexpr, B
     tl.store(tables + (number * 3 + channel) * 256 + values, table.to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(**_SPECIALIZE)
 def write_pixels(images, uniforms, settings, tables, out, layer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK values of one image of out, uint8 [N, SIZE, SIZE, 3]; grid [blocks of an image, N]; see `make_tables`."""
     number = tl.program_id(1)
