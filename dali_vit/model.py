@@ -76,16 +76,26 @@ class PatchMatmul(PatchEmbed):
 
 
 class PlainViT(VisionTransformer):
-    """timm's VisionTransformer with big_vision's optional MLP head: logits = head(tanh(pre_logits(pooled)))."""
+    """timm's VisionTransformer with big_vision's optional MLP head: logits = head(tanh(pre_logits(pooled))).
 
-    def __init__(self, *, posemb: str, mlp_head: bool, **kwargs) -> None:
+    Under autocast the blocks add to float32 tokens, as the positions are float32; or to tokens of the type of the patch
+    embedding with `residual` bfloat16, which is how big_vision's dtype_mm="bfloat16" runs. LayerNorm computes in
+    float32 either way.
+    """
+
+    def __init__(self, *, posemb: str, mlp_head: bool, residual: str, **kwargs) -> None:
         super().__init__(**kwargs, weight_init="skip")
+        self.residual = residual
         self.pre_logits = nn.Linear(self.embed_dim, self.embed_dim) if mlp_head else None
         if posemb == "sincos2d":
             # A buffer: saved under timm's name, but neither trained nor decayed nor reduced over GPUs.
             rows, columns = self.patch_embed.grid_size
             del self.pos_embed
             self.register_buffer("pos_embed", sincos2d(rows, columns, self.embed_dim))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        tokens = super()._pos_embed(x)
+        return tokens.to(x.dtype) if self.residual == "bfloat16" else tokens
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pool(x)  # [N, width]
@@ -115,6 +125,7 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
         model = PlainViT(
             posemb=config.posemb,
             mlp_head=config.head == "mlp",
+            residual=config.residual,
             img_size=resolution,
             patch_size=patch,
             embed_layer=PatchMatmul,

@@ -45,13 +45,14 @@ def summary(
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
     aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
+    precision = f"bf16 autocast, {config.model.residual} residual stream"
     rows = {
         "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
         "data": f"{dataset.root}: {counts} images, {len(dataset.classes)} classes",
         "input": f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'},"
         f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {threads} threads",
         "model": model,
-        "devices": f"{group.world_size} x {device}, {'bf16 autocast' if on_gpu else 'float32'}",
+        "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
         "compile": compiled,
         "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
         f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",

@@ -236,6 +236,25 @@ def test_learned_positions_allow_any_width() -> None:
     assert model(torch.zeros(1, 3, 32, 32)).tolist() == [[0.0] * 10]  # the last layer starts at zero
 
 
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_type_of_the_residual_stream(residual: str) -> None:
+    """Of the tokens that blocks take and give, under autocast; without it they are float32 in any case."""
+    model, seen = build(tiny(residual=residual)), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, taken, given: seen.extend([taken[0].dtype, given.dtype]))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for training in (True, False):
+        model.train(training)
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        assert logits.dtype == torch.bfloat16
+        assert set(seen) == {getattr(torch, residual)}
+        seen.clear()
+        assert model(images).dtype == torch.float32
+        assert set(seen) == {torch.float32}
+
+
 @pytest.mark.parametrize("posemb", ["sincos2d", "learn"])
 def test_training_takes_patches_by_a_product_that_is_the_convolution(posemb: str) -> None:
     """Tokens and gradients, channels in any order in memory; in eval mode the convolution itself."""

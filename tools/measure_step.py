@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16")
+    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"], help="see dali-vit train")
     parser.add_argument("--batch-size", type=int, default=1024)
     every = [mode for mode in get_args(CompileMode) if mode != "auto"]
     parser.add_argument("--compile", nargs="+", default=every, choices=every, help="default: all, one after the other")
@@ -45,7 +46,7 @@ def main() -> None:
     recipe = recipes.get("s16-90ep")
     config = replace(
         recipe,
-        model=ModelConfig(arguments.model),
+        model=ModelConfig(arguments.model, residual=arguments.residual),
         optim=replace(recipe.optim, batch_size=arguments.batch_size),
     )
     result: dict[str, Any] = {

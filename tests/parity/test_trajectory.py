@@ -4,6 +4,7 @@ optimiser of `create_optimizer`, called as dali_vit/train.py calls them.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from typing import Any, NamedTuple
@@ -45,7 +46,9 @@ class Replay(NamedTuple):
     final: dict[str, np.ndarray]
 
 
-def replay(reference: Reference, *, steps: int | None = None, compile_mode: str = "off") -> Replay:
+def replay(
+    reference: Reference, *, steps: int | None = None, compile_mode: str = "off", residual: str = "float32"
+) -> Replay:
     """Trains from the file's initial parameters on its images, labels and lambdas, as train.py does."""
     meta, arrays = reference.meta, reference.arrays
     optim = OptimConfig(
@@ -56,7 +59,8 @@ def replay(reference: Reference, *, steps: int | None = None, compile_mode: str 
         first_moment=meta["mu_dtype"],
     )
     config = Config(optim=optim, run=RunConfig(compile=compile_mode))  # type: ignore[arg-type]
-    model = create_model(reference.model_config(), num_classes=meta["num_classes"], resolution=meta["resolution"])
+    model_config = dataclasses.replace(reference.model_config(), residual=residual)  # type: ignore[arg-type]
+    model = create_model(model_config, num_classes=meta["num_classes"], resolution=meta["resolution"])
     state, unmapped = big_vision.from_big_vision(reference.tree("init"), model)
     assert unmapped == []
     model.load_state_dict(state)
@@ -104,8 +108,9 @@ def test_compiled_step_equals_the_eager_one(trajectory_reference: Reference, mod
 
 @needs_a_compiler
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 def test_compiled_bfloat16_step_stays_near_the_reference(
-    trajectory_reference: Reference, monkeypatch: pytest.MonkeyPatch
+    trajectory_reference: Reference, monkeypatch: pytest.MonkeyPatch, residual: str
 ) -> None:
     """What a GPU runs, in all but the device: bf16 autocast under torch.compile, the losses within 2 %."""
 
@@ -113,5 +118,5 @@ def test_compiled_bfloat16_step_stays_near_the_reference(
         return TrainStep(*args, **{**options, "autocast": torch.bfloat16})
 
     monkeypatch.setattr(dali_vit.step, "TrainStep", with_autocast)
-    result = replay(trajectory_reference, compile_mode="default")
+    result = replay(trajectory_reference, compile_mode="default", residual=residual)
     np.testing.assert_allclose(result.losses, trajectory_reference.arrays["loss"], rtol=2e-2)
