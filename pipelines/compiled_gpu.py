@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +22,8 @@ __all__ = ["available", "rand_augment", "try_out"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
+_PATIENCE = 180.0  # seconds, of which Triton's compiler takes its share on the first run
+
 
 @functools.cache
 def available(size: int) -> bool:
@@ -32,15 +34,28 @@ def available(size: int) -> bool:
     """
     if not torch.cuda.is_available():
         return False
-    try:
-        # In a thread of its own, as this one is in the middle of the definition of another pipeline.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(try_out, size, torch.cuda.current_device()).result()
-    except Exception as error:  # whatever it is, there is another way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        log.warning("RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)", reason)
-        return False
-    return True
+    device_id = torch.cuda.current_device()
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            try_out(size, device_id)
+        except Exception as error:  # whatever it is, there is another way
+            errors.append(error)
+
+    # In a thread of its own, as this one is in the middle of the definition of another pipeline; and one that does not
+    # keep the program from ending, should the kernels or their compiler hang.
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        reason = f"they have not run after {_PATIENCE:g} s"
+    elif errors:
+        reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())
+    else:
+        return True
+    log.warning("RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)", reason)
+    return False
 
 
 def try_out(size: int, device_id: int | None) -> None:

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_where_they_fail_the_operators_stay_and_it_is_said_once(
         compiled_gpu.available.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
         "RandAugment runs as DALI's own operators, as its Triton kernels fail here (RuntimeError: no C compiler found)"
+    ]
+
+
+def test_where_the_kernels_hang_dalis_operators_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compiled_gpu, "try_out", lambda size, device_id: released.wait())
+    monkeypatch.setattr(compiled_gpu, "_PATIENCE", 0.2)
+    compiled_gpu.available.cache_clear()
+    try:
+        assert not compiled_gpu.available(224)
+    finally:
+        compiled_gpu.available.cache_clear()
+        released.set()
+    assert [record.message for record in caplog.records] == [
+        "RandAugment runs as DALI's own operators, as its Triton kernels fail here (they have not run after 0.2 s)"
     ]
 
 
