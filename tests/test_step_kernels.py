@@ -108,6 +108,22 @@ def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, cap
     assert kernels.table(profile) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "Zz/16"], "measure_step.py: --model Zz/16: no such model"),
+        (["--json", "/nowhere/step.json"], "measure_step.py: --json /nowhere/step.json: cannot be written"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", "--gpus", "0", "--batch-size", "2", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        measure_step.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu, monkeypatch):
     config = replace(tiny_config, run=replace(tiny_config.run, compile=mode))

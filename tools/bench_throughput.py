@@ -139,8 +139,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
         raise UserError(f"--seconds {options.seconds:g}: must be above 0")
     if options.profile < 0:
         raise UserError(f"--profile {options.profile}: must not be negative")
-    if options.json is not None and not os.access(options.json.parent, os.W_OK):
-        raise UserError(f"--json {options.json}: cannot be written; name a file in a folder that is there")
+    report.check_json(options.json)
     optim = dataclasses.replace(
         recipe.optim,
         batch_size=recipe.optim.batch_size if options.batch_size is None else options.batch_size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmark import kernels, modes, report
 from benchmark.windows import measure
 
 from dali_vit import distributed, recipes
-from dali_vit.config import CompileMode, Config, ModelConfig, to_dict
+from dali_vit.config import CompileMode, Config, ModelConfig, UserError, to_dict
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
 from dali_vit.model import create_model, flops_per_image
@@ -31,6 +32,15 @@ NUM_CLASSES = 1000
 
 
 def main() -> None:
+    """Exits with 2 for what the user can mend, one line on stderr."""
+    try:
+        _main()
+    except UserError as error:
+        print(f"measure_step.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16")
@@ -42,6 +52,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=5, help="steps profiled of each")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    report.check_json(arguments.json)
 
     recipe = recipes.get("s16-90ep")
     config = replace(

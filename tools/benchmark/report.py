@@ -11,6 +11,7 @@ from typing import Any
 from benchmark import compare
 from benchmark.sweep import Settings, Trial
 from benchmark.windows import Measurement
+from dali_vit.config import UserError
 
 # The goal of performance.md's joint rate, as a share of the step alone; from there on the loader is out of the way.
 UNHINDERED = 0.97
@@ -104,6 +105,12 @@ def sweep_table(trials: list[Trial], best: Trial) -> str:
         f"{settings}, {gain:.2f} times the rate of the settings as they are" if settings else "the settings as they are"
     )
     return "\n".join([*lines, f"Best: {found}."])
+
+
+def check_json(path: Path | None) -> None:
+    """UserError, before anything is measured, if a file of results could not be written."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
