@@ -30,17 +30,25 @@ class DecodeError(ValueError):
 class BadSamples:
     """What is known of the samples that cannot be read or decoded.
 
-    `indices`: those known from before. make: a pipeline that fails where a sample is bad. Raises DecodeError when
-    more are bad than the share max_share of all samples (1 is allowed in any case, unless the share is 0), and
+    `indices`: those known from before. make: a pipeline that fails where a sample is bad, on the device that is loaded
+    to; make_on_cpu: one on the CPU, where libjpeg-turbo refuses every JPEG that was cut short. Raises DecodeError
+    when more are bad than the share max_share of all samples (1 is allowed in any case, unless the share is 0), and
     ValueError for arguments out of range.
     """
 
-    def __init__(self, samples: Samples, make: probe.MakePipeline, indices: Sequence[int], max_share: float) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        make: probe.MakePipeline,
+        make_on_cpu: probe.MakePipeline,
+        indices: Sequence[int],
+        max_share: float,
+    ) -> None:
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_bad_share is {max_share}: it must be within [0, 1]")
         if not all(0 <= index < len(samples) for index in indices):
             raise ValueError(f"bad_samples holds other indices than those of the {len(samples)} samples")
-        self._samples, self._make = samples, make
+        self._samples, self._make, self._make_on_cpu = samples, make, make_on_cpu
         self._max = max(int(max_share * len(samples) + 1e-6), int(max_share > 0))
         self.mask = np.zeros(len(samples), bool)
         """Which samples are bad, bool [N]; it changes in place."""
@@ -57,7 +65,8 @@ class BadSamples:
     def find(self, indices: np.ndarray, *, failed: bool) -> bool:
         """Tries samples and marks the bad ones, each named in a warning; whether there are any.
 
-        failed: one of them is thought to have made a pipeline fail; if all fail, it is not them.
+        failed: one of them is thought to have made a pipeline fail; if all fail, it is not them. Else they are tried
+        on the CPU.
         """
         # After a failure those tried before are tried again: a file may have been removed since.
         indices = indices[~(self.mask[indices] if failed else self.tried[indices])]
@@ -65,7 +74,8 @@ class BadSamples:
             return False
         # Where none is passed over, all are to be named.
         at_most = self._max - int(self.mask.sum()) if self._max else len(indices)
-        places, tried = _undecodable(self._samples.subset(indices), self._make, at_most)
+        make = self._make if failed else self._make_on_cpu
+        places, tried = _undecodable(self._samples.subset(indices), make, at_most)
         if failed and len(places) == tried > min(at_most, _NOT_THE_SAMPLES - 1):
             return False
         bad = indices[places]
@@ -78,6 +88,23 @@ class BadSamples:
             log.warning("%s cannot be read or decoded: left out for the rest of the run", self._samples.path(index))
         self._check_share()
         return len(bad) > 0
+
+    def cut_short(self, indices: np.ndarray, last_bytes: np.ndarray) -> np.ndarray:
+        """Of a batch, the JPEGs whose end is missing, or does not come last, and that were never tried; rising.
+
+        indices: of the batch's samples, int64 [N], -1 where a row only pads; last_bytes: of their files, uint8
+        [N, bytes]. Of a JPEG that was cut short the first rows still decode: whether it fails depends on the window
+        that was drawn of it, and on the device's decoder.
+        """
+        suspects = np.flatnonzero(~has_end_of_jpeg(last_bytes) & (indices >= 0))
+        if len(suspects) == 0:  # nearly always
+            return suspects
+        found = np.unique(indices[suspects])
+        found = found[~self.tried[found]]
+        # Other formats are always decoded whole, as they just were. What a file is called says nothing of its format.
+        jpeg = begins_as_jpeg(self._samples, found)
+        self.tried[found[~jpeg]] = True
+        return found[jpeg]
 
     def _check_share(self) -> None:
         bad = self.indices

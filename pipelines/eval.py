@@ -10,7 +10,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.order import EvalOrder
-from pipelines.readers import EvalSource, Samples, read
+from pipelines.readers import NUM_LAST_BYTES, EvalSource, Samples, read
 
 __all__ = ["eval_pipeline"]
 
@@ -33,7 +33,7 @@ def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: s
         subpixel_scale=False,  # the reference stretches to whole pixels
     )
     images = fn.crop(images, crop=(image_size, image_size), rounding="truncate")
-    return images, labels.gpu() if device == "gpu" else labels
+    return images, labels.gpu() if device == "gpu" else labels, encoded[-NUM_LAST_BYTES:]
 
 
 def eval_pipeline(
@@ -51,9 +51,10 @@ def eval_pipeline(
     """The evaluation pipeline, not built yet: run k gives batch start_batch + k, then StopIteration.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
-    images uint8 [b, image_size, image_size, 3] and labels int64 [b] with b = order.batch_size; label -1 marks
-    padding, and the grey images in the places of the samples marked in bad, bool [N]. The smaller side is resized
-    to image_size * 256 / 224. Held to reference/eval_preprocess.npz.
+    images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
+    images uint8 [b, NUM_LAST_BYTES], with b = order.batch_size; label -1 marks padding, and the grey images in the
+    places of the samples marked in bad, bool [N]. The smaller side is resized to image_size * 256 / 224. Held to
+    reference/eval_preprocess.npz.
     """
     return _eval_graph(
         EvalSource(samples, order, start_batch, bad),

@@ -16,7 +16,7 @@ from nvidia.dali import Pipeline
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 
 from pipelines import probe
-from pipelines.bad_samples import BadSamples, DecodeError, begins_as_jpeg, has_end_of_jpeg
+from pipelines.bad_samples import BadSamples, DecodeError
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
 from pipelines.handover import Runner
@@ -101,7 +101,8 @@ class TrainLoader:
             "num_threads": num_threads,
         }
         probing = functools.partial(probe.decode_pipeline, **decoding)
-        self._bad = BadSamples(samples, probing, bad_samples, max_bad_share)
+        on_cpu = functools.partial(probing, device_id=None)
+        self._bad = BadSamples(samples, probing, on_cpu, bad_samples, max_bad_share)
         self._make_pipeline = functools.partial(
             train_pipeline,
             samples,
@@ -167,9 +168,8 @@ class TrainLoader:
                     raise
                 log.debug("the pipeline is made anew after: %s", error)
             else:
-                # Of a JPEG that was cut short the first rows still decode: whether this one fails must not depend
-                # on the windows that were drawn of it.
-                if not self._leave_out(self._cut_short(last_bytes.numpy()), failed=False):
+                cut_short = self._bad.cut_short(self._order.indices(self._step), last_bytes.numpy())
+                if not self._leave_out(cut_short, failed=False):
                     self._step += 1
                     return images, labels
                 self._leave_out(self._next_samples(), failed=False)
@@ -181,18 +181,6 @@ class TrainLoader:
         indices = np.concatenate([self._order.indices(self._step + i) for i in range(steps)])
         _, first = np.unique(indices, return_index=True)
         return indices[np.sort(first)]
-
-    def _cut_short(self, last_bytes: np.ndarray) -> np.ndarray:
-        """Indices of this step's JPEGs whose end is missing, or does not come last, and that were never tried."""
-        suspects = np.flatnonzero(~has_end_of_jpeg(last_bytes))
-        if len(suspects) == 0:  # nearly always
-            return suspects
-        indices = np.unique(self._order.indices(self._step)[suspects])
-        indices = indices[~self._bad.tried[indices]]
-        # Other formats are always decoded whole, as they just were. What a file is called says nothing of its format.
-        jpeg = begins_as_jpeg(self._samples, indices)
-        self._bad.tried[indices[~jpeg]] = True
-        return indices[jpeg]
 
     def _leave_out(self, indices: np.ndarray, *, failed: bool) -> bool:
         """Leaves the bad ones of some samples out from now on; whether there are any."""
@@ -238,13 +226,15 @@ class EvalLoader:
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
         device_id = _device_id(device)
         self._run = Runner(device_id)
-        make = functools.partial(
-            eval_pipeline,
-            decoder=decoder or Decoder(fancy_upsampling=True),
-            device_id=device_id,
-            num_threads=num_threads,
-        )
-        self._bad = BadSamples(samples, functools.partial(make, image_size=8), bad_samples, max_bad_share)
+        decoding: dict[str, Any] = {
+            "decoder": decoder or Decoder(fancy_upsampling=True),
+            "device_id": device_id,
+            "num_threads": num_threads,
+        }
+        make = functools.partial(eval_pipeline, **decoding)
+        on_cpu = functools.partial(probe.decode_pipeline, **(decoding | {"device_id": None}))
+        failing = functools.partial(make, image_size=8)
+        self._bad = BadSamples(samples, failing, on_cpu, bad_samples, max_bad_share)
         self._make_pipeline = functools.partial(make, samples, self._order, image_size=image_size, bad=self._bad.mask)
         self._idle: Pipeline | None = None
 
@@ -264,14 +254,17 @@ class EvalLoader:
         batch = start = 0
         while batch < len(self):
             try:
-                images, labels = self._run(pipeline)
+                images, labels, last_bytes = self._run(pipeline)
             except RuntimeError as error:
                 del pipeline
                 self._leave_out(batch, error)
-                pipeline, start = self._make_pipeline(start_batch=batch), batch
-                continue
-            yield images, labels
-            batch += 1
+            else:
+                cut_short = self._bad.cut_short(self._order.indices(batch), last_bytes.numpy())
+                if not self._bad.find(cut_short, failed=False):
+                    yield images, labels
+                    batch += 1
+                    continue
+            pipeline, start = self._make_pipeline(start_batch=batch), batch
         if start == 0:
             pipeline.reset()
             self._idle = pipeline

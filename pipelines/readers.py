@@ -15,8 +15,9 @@ from nvidia.dali.data_node import DataNode
 
 from pipelines.order import EvalOrder, TrainOrder
 
-__all__ = ["EvalSource", "FileList", "Samples", "TrainSource", "read"]
+__all__ = ["NUM_LAST_BYTES", "EvalSource", "FileList", "Samples", "TrainSource", "read"]
 
+NUM_LAST_BYTES = 8  # of a file, by which one that was cut short is known; the smallest image has as many, a PBM
 
 _PLACEHOLDER = Path(__file__).with_name("placeholder.jpg")
 

@@ -16,11 +16,9 @@ from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.order import TrainOrder
 from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, rand_augment
-from pipelines.readers import Samples, TrainSource, read
+from pipelines.readers import NUM_LAST_BYTES, Samples, TrainSource, read
 
-__all__ = ["NUM_LAST_BYTES", "Augment", "Decoder", "train_pipeline"]
-
-NUM_LAST_BYTES = 8  # the smallest image file there is has as many, a PBM of one pixel
+__all__ = ["Augment", "Decoder", "train_pipeline"]
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import Pipeline
+from nvidia.dali import Pipeline, fn, types
 
-from pipelines.loader import DecodeError
+import pipelines.loader
+from pipelines import crop
+from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
+from pipelines.train import Augment
 from tests.bad_images import BAD, InMemory, assert_equal, encoded, loader, mutations, take, with_bad, write
 
 pytestmark = pytest.mark.timeout(240)
@@ -170,3 +174,41 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     for index in (-1, 4):
         with pytest.raises(ValueError, match="bad_samples"):
             loader(files, bad_samples=[index])
+
+
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loaders' own pipelines decode anything, as a GPU's decoder may; those that try samples are as they are."""
+
+    def grey(_: Any, *__: Any, size: int = 64, **___: Any) -> Any:
+        return fn.constant(idata=128, shape=[size, size, 3], dtype=types.UINT8, layout="HWC")
+
+    for name, decoding in [("train_pipeline", "decode_window"), ("eval_pipeline", "decode")]:
+        make = getattr(pipelines.loader, name)
+
+        def patched(*arguments: Any, make: Any = make, decoding: str = decoding, **options: Any) -> Pipeline:
+            with monkeypatch.context() as patch:
+                patch.setattr(crop, decoding, grey)
+                return make(*arguments, **options)
+
+        monkeypatch.setattr(pipelines.loader, name, patched)
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.filterwarnings("ignore:The external source node")  # whose windows a decoder like this does not use
+def test_what_was_cut_short_is_left_out_where_the_decoder_takes_it(tmp_path: Path) -> None:
+    files = write(tmp_path, with_bad(12, {7: encoded(seed=7)[:-50]}))
+    train = loader(files, batch_size=4, augment=Augment(randaug_layers=0))
+    images, labels = take(train, 9)
+    assert train.bad_samples == (7,)
+    assert sorted(labels.flatten().tolist()) == sorted(3 * [*range(7), *range(8, 12), -1])
+    assert (images == 128).all()
+
+    options: dict[str, Any] = {"batch_size": 5, "image_size": 32, "rank": 0, "world_size": 1, "device": "cpu"}
+    evaluation = EvalLoader(files, num_threads=1, max_bad_share=0.1, **options)
+    for _ in range(2):
+        labels = torch.cat([batch for _, batch in evaluation])
+        assert labels.tolist() == [*range(7), -1, *range(8, 12), -1, -1, -1]
+    assert evaluation.bad_samples == (7,)
+    with pytest.raises(DecodeError, match=re.escape(files.path(7))):
+        list(EvalLoader(files, num_threads=1, **options))
