@@ -11,7 +11,6 @@ turns in rounds; the table gives the median step of each, slowest rank.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from benchmark import report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit import distributed, recipes, step
-from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
@@ -53,6 +53,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if not distributed.is_worker():
+        try:  # once, before any process starts
+            report.check_json(arguments.json)
+            create_model(ModelConfig(arguments.model), num_classes=1000, resolution=224)
+        except UserError as error:
+            print(f"measure_ddp.py: {error}", file=sys.stderr)
+            sys.exit(2)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, f"--nproc-per-node={arguments.processes}", __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
@@ -62,7 +68,8 @@ def main() -> None:
         for name, seconds in medians.items():
             print(f"{name:36} {1e3 * seconds:8.2f} ms  {seconds / medians['neither']:.3f}")
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps({"seconds": medians, "arguments": vars(arguments)}, default=str))
+            written = {key: str(v) if isinstance(v, Path) else v for key, v in vars(arguments).items()}
+            report.write_json(arguments.json, {"seconds": medians, "arguments": written})
 
 
 def measure(arguments: argparse.Namespace, group: Group) -> dict[str, float]:
