@@ -78,9 +78,9 @@ class PatchMatmul(PatchEmbed):
 class PlainViT(VisionTransformer):
     """timm's VisionTransformer with big_vision's optional MLP head: logits = head(tanh(pre_logits(pooled))).
 
-    Under autocast the blocks add to float32 tokens, as the positions are float32; or to tokens of the type of the patch
-    embedding with `residual` bfloat16, which is how big_vision's dtype_mm="bfloat16" runs. LayerNorm computes in
-    float32 either way.
+    Under autocast the blocks add to float32 tokens, as the positions are float32; or, with `residual` bfloat16, to
+    tokens of the type of the patch embedding, in which big_vision makes its positions. LayerNorm computes in float32
+    either way.
     """
 
     def __init__(self, *, posemb: str, mlp_head: bool, residual: str, **kwargs) -> None:

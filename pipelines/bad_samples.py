@@ -31,30 +31,30 @@ class BadSamples:
     """What is known of the samples that cannot be read or decoded.
 
     `indices`: those known from before. make: a pipeline that fails where a sample is bad, on the device that is loaded
-    to; make_on_cpu: one on the CPU, where libjpeg-turbo refuses every JPEG that was cut short. Raises DecodeError
-    when more are bad than the share max_share of all samples (1 is allowed in any case, unless the share is 0), and
-    ValueError for arguments out of range.
+    to; make_on_cpu, where that is a GPU: one on the CPU, as libjpeg-turbo refuses every JPEG that was cut short and
+    another decoder may not. Raises DecodeError when more are bad than the share max_share of all samples (1 is allowed
+    in any case, unless the share is 0), and ValueError for arguments out of range.
     """
 
     def __init__(
         self,
         samples: Samples,
         make: probe.MakePipeline,
-        make_on_cpu: probe.MakePipeline,
         indices: Sequence[int],
         max_share: float,
+        make_on_cpu: probe.MakePipeline | None = None,
     ) -> None:
         if not 0 <= max_share <= 1:
             raise ValueError(f"max_bad_share is {max_share}: it must be within [0, 1]")
         if not all(0 <= index < len(samples) for index in indices):
             raise ValueError(f"bad_samples holds other indices than those of the {len(samples)} samples")
-        self._samples, self._make, self._make_on_cpu = samples, make, make_on_cpu
+        self._samples, self._make, self._make_on_cpu = samples, make, make_on_cpu or make
         self._max = max(int(max_share * len(samples) + 1e-6), int(max_share > 0))
         self.mask = np.zeros(len(samples), bool)
         """Which samples are bad, bool [N]; it changes in place."""
         self.mask[list(indices)] = True
         self.tried = self.mask.copy()
-        """Which samples are known to be good or bad, bool [N]."""
+        """Which samples are known to be good or bad, bool [N]; that a GPU decodes one is not enough to call it good."""
         self._check_share()
 
     @property
@@ -74,6 +74,7 @@ class BadSamples:
             return False
         # Where none is passed over, all are to be named.
         at_most = self._max - int(self.mask.sum()) if self._max else len(indices)
+        # What fails on the device is tried there: it may be that device alone that cannot decode it.
         make = self._make if failed else self._make_on_cpu
         places, tried = _undecodable(self._samples.subset(indices), make, at_most)
         if failed and len(places) == tried > min(at_most, _NOT_THE_SAMPLES - 1):
@@ -82,7 +83,9 @@ class BadSamples:
         if len(bad) and not self._max:
             names = [self._samples.path(i) for i in bad.tolist()]
             raise DecodeError(f"cannot read or decode {_some(names)}: replace or remove the file", names)
-        self.tried[indices[:tried]] = True
+        if make is self._make_on_cpu:
+            self.tried[indices[:tried]] = True
+        self.tried[bad] = True
         self.mask[bad] = True
         for index in bad.tolist():
             log.warning("%s cannot be read or decoded: left out for the rest of the run", self._samples.path(index))

@@ -2,8 +2,8 @@
 
 On the CPU they share DALI's buffers: DALI hands none out again while a tensor lives that was made from it. On a GPU
 they are copies. Shared there, too, each tensor that is dropped would make a thread of DALI wait for all that is queued
-on the device (its DLPack deleter calls cudaDeviceSynchronize), which keeps a core busy, holds buffers back for a step,
-and may break the capture of a CUDA graph.
+on the device (its DLPack deleter calls cudaDeviceSynchronize), which holds buffers back, and may keep a core busy and
+break the capture of a CUDA graph.
 """
 
 from __future__ import annotations

@@ -48,6 +48,13 @@ def _device_id(device: torch.device | str) -> int | None:
     raise ValueError(f"device is {str(device)!r}: images are loaded to cpu or cuda")
 
 
+def _on_cpu(decoding: dict[str, Any]) -> probe.MakePipeline | None:
+    """Makes pipelines that decode on the CPU what others decode on a GPU; None where they do on the CPU."""
+    if decoding["device_id"] is None:
+        return None
+    return functools.partial(probe.decode_pipeline, **(decoding | {"device_id": None}))
+
+
 def _num_lanes(num_threads: int) -> int:
     """Into how many pipelines the CPU's threads part, which take the steps in turn.
 
@@ -101,8 +108,7 @@ class TrainLoader:
             "num_threads": num_threads,
         }
         probing = functools.partial(probe.decode_pipeline, **decoding)
-        on_cpu = functools.partial(probing, device_id=None)
-        self._bad = BadSamples(samples, probing, on_cpu, bad_samples, max_bad_share)
+        self._bad = BadSamples(samples, probing, bad_samples, max_bad_share, _on_cpu(decoding))
         self._make_pipeline = functools.partial(
             train_pipeline,
             samples,
@@ -232,9 +238,8 @@ class EvalLoader:
             "num_threads": num_threads,
         }
         make = functools.partial(eval_pipeline, **decoding)
-        on_cpu = functools.partial(probe.decode_pipeline, **(decoding | {"device_id": None}))
         failing = functools.partial(make, image_size=8)
-        self._bad = BadSamples(samples, failing, on_cpu, bad_samples, max_bad_share)
+        self._bad = BadSamples(samples, failing, bad_samples, max_bad_share, _on_cpu(decoding))
         self._make_pipeline = functools.partial(make, samples, self._order, image_size=image_size, bad=self._bad.mask)
         self._idle: Pipeline | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import pipelines.loader
-from pipelines import crop
+from pipelines import crop, probe
+from pipelines.bad_samples import BadSamples
+from pipelines.crop import Decoder
 from pipelines.loader import DecodeError, EvalLoader
-from pipelines.readers import FileList
+from pipelines.order import EvalOrder
+from pipelines.readers import EvalSource, FileList, Samples, read
 from pipelines.train import Augment
 from tests.bad_images import BAD, InMemory, assert_equal, encoded, loader, mutations, take, with_bad, write
 
@@ -192,6 +196,9 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
                 return make(*arguments, **options)
 
         monkeypatch.setattr(pipelines.loader, name, patched)
+    monkeypatch.setattr(
+        pipelines.loader, "_on_cpu", lambda decoding: functools.partial(probe.decode_pipeline, **decoding)
+    )
 
 
 @pytest.mark.usefixtures("lenient")
@@ -212,3 +219,28 @@ def test_what_was_cut_short_is_left_out_where_the_decoder_takes_it(tmp_path: Pat
     assert evaluation.bad_samples == (7,)
     with pytest.raises(DecodeError, match=re.escape(files.path(7))):
         list(EvalLoader(files, num_threads=1, **options))
+
+
+def test_that_a_gpu_decodes_a_sample_is_not_enough_to_call_it_good(tmp_path: Path) -> None:
+    """It is tried there after another's failure; that it was cut short shows when its own turn comes, all the same."""
+    cut = encoded(seed=3)[:-50]
+    files = write(tmp_path, with_bad(6, {1: b"hello, I am no image", 3: cut}))
+    on_cpu = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
+
+    def on_gpu(samples: Samples, order: EvalOrder) -> Pipeline:
+        @pipeline_def(batch_size=order.batch_size, num_threads=1, device_id=None)
+        def graph() -> Any:
+            contents, labels = read(EvalSource(samples, order))
+            return crop.image_size(contents), labels
+
+        return graph()
+
+    bad = BadSamples(files, on_gpu, [], 0.5, on_cpu)
+    indices = np.arange(6)
+    assert bad.find(indices, failed=True)
+    assert bad.indices == (1,)
+    last_bytes = np.stack([np.frombuffer(Path(files.path(i)).read_bytes()[-8:], np.uint8) for i in range(6)])
+    assert bad.cut_short(indices, last_bytes).tolist() == [3]
+    assert bad.find(bad.cut_short(indices, last_bytes), failed=False)
+    assert bad.indices == (1, 3)
+    assert bad.cut_short(indices, last_bytes).tolist() == []
