@@ -21,7 +21,7 @@ from pipelines import compiled as loops
 from pipelines import compiled_gpu as loops_gpu
 from pipelines import randaugment_ops as ops
 
-__all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "rand_augment"]
+__all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "is_compiled", "rand_augment"]
 
 OPS = (
     "auto_contrast",
@@ -72,15 +72,15 @@ def rand_augment(
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
     did (big_vision issue 109), "mean" towards the mean of the image. The operations are compiled, by Numba for the CPU
     and by Triton for a GPU, where `compiled` is true or, if that is None, where they can be; else they are DALI's
-    operators. To be called within a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source:
-    recipe.md; big_vision's `pp/autoaugment.py`.
+    operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source: recipe.md;
+    big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
     _check(magnitude, contrast)
     if layers == 0:
         return images
-    if _compiles(images, image_size, compiled):
+    if is_compiled(images.device, image_size) if compiled is None else compiled:
         return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers)
     branches = _branches(image_size, magnitude, contrast)
     chosen, indices, draws = _draw(u, layers, image_size, branches)
@@ -108,7 +108,7 @@ def apply_op(
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
     _check(magnitude, contrast)
-    if _compiles(images, image_size, compiled):
+    if is_compiled(images.device, image_size) if compiled is None else compiled:
         draw = [(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center]
         u = types.Constant(np.array(draw, np.float32))
         return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers=1)
@@ -118,17 +118,16 @@ def apply_op(
     return branch.apply(images, branch.variants.index(variant), types.Constant(pixel))
 
 
+def is_compiled(device: str, image_size: int) -> bool:
+    """Whether the operations are compiled on a device, `cpu` or `gpu`, if they are not asked to be or not to be."""
+    return loops.available() if device == "cpu" else loops_gpu.available(image_size)
+
+
 def _check(magnitude: float, contrast: str) -> None:
     if not 0 <= magnitude <= MAX_MAGNITUDE:
         raise ValueError(f"RandAugment's magnitude is from 0 to {MAX_MAGNITUDE}, not {magnitude}")
     if contrast not in _CONTRASTS:
         raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
-
-
-def _compiles(images: DataNode, size: int, compiled: bool | None) -> bool:
-    if compiled is not None:
-        return compiled
-    return loops.available() if images.device == "cpu" else loops_gpu.available(size)
 
 
 def _compiled(images: DataNode, u: DataNode, settings: np.ndarray, size: int, layers: int) -> DataNode:

@@ -15,7 +15,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.order import TrainOrder
-from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, rand_augment
+from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, is_compiled, rand_augment
 from pipelines.readers import NUM_LAST_BYTES, Samples, TrainSource, read
 
 __all__ = ["Augment", "Decoder", "train_pipeline"]
@@ -59,7 +59,7 @@ class Augment:
             raise ValueError(f"randaug_contrast is {self.randaug_contrast!r}: choose paper or mean")
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def
 def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
     encoded, labels, *uniforms = read(source)
     size = crop.image_size(encoded)
@@ -118,12 +118,15 @@ def train_pipeline(
         counts.append(1)
     if augment.randaug_layers > 0:
         counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
+    device = "cpu" if device_id is None else "gpu"
     return _train_graph(
         TrainSource(samples, order, counts, start_step, stride, bad),
         image_size,
         augment,
         decoder,
-        "cpu" if device_id is None else "gpu",
+        device,
+        # Only DALI's own operators part the samples. To allow for it DALI rewrites all functions called, for a second.
+        enable_conditionals=augment.randaug_layers > 0 and not is_compiled(device, image_size),
         batch_size=order.local_batch_size,
         num_threads=num_threads,
         device_id=device_id,
