@@ -54,4 +54,4 @@ def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
 
 if __name__ == "__main__":
     dali_vit.train.build_update = build_update
-    cli.main()
+    cli.run()

@@ -137,7 +137,7 @@ from dali_vit import checkpoint, cli
 
 save = checkpoint.save
 checkpoint.save = lambda *arguments, **options: (time.sleep(3), save(*arguments, **options))[1]
-cli.main()
+cli.run()
 """
 
 

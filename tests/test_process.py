@@ -1,0 +1,86 @@
+"""`dali-vit` as a process: it is left without taking everything apart, and still nothing of what it does is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dali_vit import cli
+from tests.conftest import environment
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def end(program: str, stdout: int = subprocess.PIPE, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs `dali-vit` after a program that changes `cli`, for instance what it does."""
+    lines = ["import sys", "from dali_vit import cli", *program.splitlines(), "cli.run()"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    variables = {**environment(), "PYTHONUNBUFFERED": unbuffered}
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=variables, timeout=50, check=False
+    )
+
+
+@pytest.mark.parametrize(("exits", "code"), [("0", 0), ("2", 2), ("75", 75), ("", 0), ("None", 0), ("'text'", 1)])
+def test_the_code_is_that_of_main(exits: str, code: int) -> None:
+    process = end(f"cli.main = lambda: sys.exit({exits})")
+    assert (process.returncode, process.stdout, process.stderr) == (code, "", "")
+
+
+def test_what_was_printed_arrives_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--print-config"])
+    command = [sys.executable, "-m", "dali_vit", "train", "--print-config"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=50, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, capsys.readouterr().out, "")
+
+
+def test_threads_and_exit_handlers_are_waited_for(tmp_path: Path) -> None:
+    process = end(
+        f"""import atexit, pathlib, threading, time
+folder = pathlib.Path({str(tmp_path)!r})
+def main():
+    def write():
+        time.sleep(0.5)
+        (folder / "thread").write_text("done")
+    threading.Thread(target=write).start()
+    atexit.register(lambda: (folder / "handler").write_text((folder / "thread").read_text()))
+    sys.exit(3)
+cli.main = main"""
+    )
+    assert (process.returncode, process.stderr) == (3, "")
+    assert (tmp_path / "thread").read_text() == "done"
+    assert (tmp_path / "handler").read_text() == "done"  # it comes after the threads
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_gone_is_no_error(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = end("cli._dispatch = lambda argv: print('text') or 0", stdout=write, unbuffered=unbuffered)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_closed_output_is_no_error() -> None:
+    process = end("sys.stdout = None\ncli.main = lambda: (print('text'), sys.exit(0))")
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    process = end("def main(): raise KeyError('a defect')\ncli.main = main")
+    assert process.returncode == 1
+    assert process.stderr.startswith("Traceback")
+    assert process.stderr.endswith("KeyError: 'a defect'\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_not_passed_over_in_silence(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = end("cli.main = lambda: (print('text'), sys.exit(0))", stdout=full.fileno(), unbuffered=unbuffered)
+    assert process.returncode != 0
+    assert "No space left" in process.stderr
