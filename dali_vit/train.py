@@ -205,7 +205,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 metrics = scalars = found
             elif evaluating:
                 stopping = stopping or stop.agreed(0)
-            if saving and window.healthy:
+            if saving and (window.healthy or done == total):
                 watchdog.enter("checkpoint", step)
                 stands_still = time.perf_counter()
                 save(done, evaluation_due=evaluating and found is None)
@@ -290,9 +290,8 @@ def _evaluation_steps(every: float, epoch_steps: float, total: int) -> set[int]:
 
 
 def _check_skipped(window: Window, steps: range, total: int, config: Config, background: BackgroundWriter) -> None:
-    """UserError, on every rank alike, once more steps were left out than allowed, or if the run would end on one."""
-    last = steps.stop == total and not window.healthy
-    if window.skipped > config.run.max_skipped_steps or last:
+    """UserError, on every rank alike, once more steps were left out than allowed, or where a whole run was."""
+    if window.skipped > config.run.max_skipped_steps or window.skipped == total:
         background.wait()
         kept = checkpoints.newest(config.run_dir)
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 import dali_vit.step
 import dali_vit.train
 from dali_vit import checkpoint, cli
-from dali_vit.config import Config
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.mixup import mixup_cross_entropy, sample_lambda
 from dali_vit.plan import plan
@@ -237,6 +238,34 @@ def test_spikes_that_do_not_end_stop_the_run(image_folder, tmp_path, leaping, ca
         cli.main([*arguments, "--spike-threshold", "0"])
     assert not ended.value.code
     assert checkpoint.newest(tmp_path / "up").step == STEPS
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_run_may_end_on_a_spike(tiny_config, cpu, leaping, goes_on):
+    """Else it would be gone on with for ever: the step would be as bad the next time."""
+    leaping(range(STEPS - 1, STEPS))
+    config = config_of(tiny_config, "end")
+    config = replace(config, run=replace(config.run, checkpoint_every=STEPS - 1))
+    run(config, cpu)
+    if goes_on:
+        shutil.rmtree(checkpoint.newest(config.run_dir).path)
+        run(config, cpu)
+    before, end = (checkpoint.read(folder) for folder in sorted((config.run_dir / "checkpoints").iterdir()))
+    assert (before.step, end.step) == (STEPS - 1, STEPS)
+    for name, tensor in before.model_state().items():
+        assert torch.equal(tensor, end.model_state()[name]), name
+    logged = read_metrics(config.run_dir)
+    assert [m["train/skipped_steps"] for m in logged if "train/loss" in m][-2:] == [0, 1]
+    assert end.metrics["val/top1"] == logged[-1]["val/top1"]
+
+
+@pytest.mark.timeout(60)
+def test_a_run_without_a_good_step_is_an_error(tiny_config, cpu, monkeypatch):
+    monkeypatch.setattr(dali_vit.step, "mixup_cross_entropy", lambda *a: mixup_cross_entropy(*a) * math.nan)
+    config = replace(tiny_config, optim=replace(tiny_config.optim, steps=4))
+    with pytest.raises(UserError, match=r"^4 steps were left out.*last good checkpoint: none yet"):
+        run(config, cpu)
 
 
 @pytest.mark.timeout(120)
