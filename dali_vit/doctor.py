@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dali_vit import data, environment
 from dali_vit.config import Config, DataConfig, OptimConfig
 from dali_vit.distributed import Group
 from dali_vit.metrics import peak_flops
+from dali_vit.step import compile_fault
 
 
 def report() -> str:
@@ -34,14 +34,17 @@ def report() -> str:
         rows.append(("training", f"{len(gpus)} processes, bf16 autocast, torch.compile"))
     else:
         rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    rows.append(("compile", f"torch.compile {_state(compile_fault(device))}"))
     where = "on the GPU" if gpus else "on the CPU"
-    fault = _input_fault(torch.device("cuda", 0) if gpus else torch.device("cpu"))
-    state = f"fails: {fault}" if fault else "works"
-    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {state}"))
-    if shutil.which("g++") is None and shutil.which("c++") is None:
-        rows.append(("compiler", "none: torch.compile on the CPU needs g++"))
+    input_state = _state(_input_fault(device))
+    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {input_state}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _state(fault: str | None) -> str:
+    return f"fails: {fault}" if fault else "works"
 
 
 def _input_fault(device: torch.device) -> str | None:

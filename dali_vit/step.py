@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.attention import fastest_attention
-from dali_vit.config import Config
-from dali_vit.distributed import Group
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group, gather_objects
 from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
 from dali_vit.spikes import SharedLoss
@@ -27,6 +28,8 @@ DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": 
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile's modes
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+
+log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
@@ -58,6 +61,7 @@ def build_update(
 
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
     nothing waits for them. The loss is this process's, the norm that of all; it is NaN where the step was left out.
+    Collective. Raises UserError where compilation is asked for and does not work here.
     """
     on_gpu = group.device.type == "cuda"
     attention, chosen = fastest_attention(model, config.optim.batch_size // group.world_size, group)
@@ -72,14 +76,8 @@ def build_update(
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
             **DDP_OPTIONS,
         )
-    mode = config.run.compile
-    if mode == "off":
-        compiled = "off (--compile off)"
-    elif mode == "auto" and not on_gpu:
-        compiled = "off (on the CPU it takes longer than it saves; --compile default switches it on)"
-    else:
-        mode = "default" if mode == "auto" else mode
-        compiled = f"torch.compile, {mode} mode"
+    mode, compiled = _how_to_compile(config, group)
+    if mode != "off":
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if on_gpu:
         compiled += f"; attention {chosen}"
@@ -102,4 +100,34 @@ def build_update(
     return update, compiled
 
 
-__all__ = ["DDP_OPTIONS", "TrainStep", "build_update", "normalize"]
+def _how_to_compile(config: Config, group: Group) -> tuple[str, str]:
+    """The mode of torch.compile or `off`, and that in words. Collective."""
+    wanted = config.run.compile
+    if wanted == "off":
+        return "off", "off (--compile off)"
+    if wanted == "auto" and group.device.type != "cuda":
+        return "off", "off (on the CPU it takes longer than it saves; --compile default switches it on)"
+    fault = next(filter(None, gather_objects(compile_fault(group.device))), None)
+    if fault is None:
+        mode = "default" if wanted == "auto" else wanted
+        return mode, f"torch.compile, {mode} mode"
+    if wanted != "auto":
+        raise UserError(f"--compile {wanted}: torch.compile fails here ({fault}); mend that, or give --compile off")
+    log.warning("torch.compile fails here (%s): training goes without it, several times slower on a GPU", fault)
+    return "off", "off (torch.compile fails here)"
+
+
+def compile_fault(device: torch.device) -> str | None:
+    """What keeps torch.compile from working on a device, in one line, such as a missing C compiler; None if nothing.
+
+    A sum is compiled: a second, or ten for the first time on a machine.
+    """
+    try:
+        torch.compile(torch.add)(torch.ones(2, device=device), 1)
+    except Exception as error:  # of any of the many things that have to fit together
+        # What follows an empty line is advice to torch's developers.
+        return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
+    return None
+
+
+__all__ = ["DDP_OPTIONS", "TrainStep", "build_update", "compile_fault", "normalize"]

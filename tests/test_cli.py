@@ -237,4 +237,5 @@ def test_doctor_says_what_works():
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout
     assert "DALI decodes and augments" in result.stdout
-    assert "works" in result.stdout
+    assert re.search(r"^compile +torch.compile works$", result.stdout, re.MULTILINE)
+    assert re.search(r"^input .*: works$", result.stdout, re.MULTILINE)

@@ -1,0 +1,84 @@
+"""Where torch.compile does not work: found out before the first step, said in one line, done without if it may be."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dali_vit import step
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group
+from tests.conftest import TINY, dali_vit
+
+pytestmark = pytest.mark.timeout(120)
+
+GPU = Group(0, 1, 0, 1, torch.device("cuda", 0))
+
+
+def compiling(config: Config, mode: str) -> Config:
+    return replace(config, run=replace(config.run, compile=mode))
+
+
+def test_it_works_here() -> None:
+    assert step.compile_fault(torch.device("cpu")) is None
+
+
+def test_a_missing_compiler_is_named_before_anything_is_trained(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = ["--data", image_folder, "--runs-dir", tmp_path, "--gpus", "0", *TINY, "--steps", "4"]
+    result = dali_vit("train", *arguments, "--compile", "default")
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("dali-vit: --compile default: torch.compile fails here (InductorError: InvalidCxxCompiler:")
+    assert str(tmp_path / "none") in line
+    assert line.endswith("; mend that, or give --compile off")
+    assert "Traceback" not in result.stderr
+    assert "step" not in result.stdout
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_what_was_asked_for_is_not_replaced(mode: str, tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "compile_fault", lambda device: "no compiler")
+    with pytest.raises(UserError, match=rf"^--compile {mode}: torch.compile fails here \(no compiler\)"):
+        step._how_to_compile(compiling(tiny_config, mode), GPU)
+
+
+def test_by_default_training_goes_without_and_says_so(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+    monkeypatch.setattr(step, "compile_fault", lambda device: asked.append(device) or "no compiler")
+    with caplog.at_level(logging.WARNING):
+        assert step._how_to_compile(compiling(tiny_config, "auto"), GPU) == ("off", "off (torch.compile fails here)")
+    assert asked == [GPU.device]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "torch.compile fails here (no compiler)"
+    ]
+
+
+def test_all_ranks_do_as_the_one_where_it_fails(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "compile_fault", lambda device: None)
+    assert step._how_to_compile(compiling(tiny_config, "auto"), GPU)[0] == "default"
+    monkeypatch.setattr(step, "gather_objects", lambda fault: [fault, "no room", None])
+    assert step._how_to_compile(compiling(tiny_config, "auto"), GPU)[0] == "off"
+
+
+def test_the_reason_is_one_line_without_advice_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no compiler\nin sight\n\nSet SOME_VARIABLE=1 for more")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    assert step.compile_fault(torch.device("cpu")) == "RuntimeError: no compiler in sight"
+
+
+def test_without_compilation_nothing_is_tried(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "compile_fault", lambda device: pytest.fail("it was"))
+    assert step._how_to_compile(compiling(tiny_config, "off"), GPU)[0] == "off"
+    assert step._how_to_compile(compiling(tiny_config, "auto"), cpu)[0] == "off"
