@@ -1,4 +1,4 @@
-"""tools/measure_step.py and the table of where a step's time goes; the trainer's step as CUDA graphs replay it."""
+"""tools/measure_*.py and the table of where a step's time goes; the trainer's step as CUDA graphs replay it."""
 # ruff: noqa: E402
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch.autograd import DeviceType
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
 
+import measure_ddp
+import measure_kernels
 import measure_step
 from benchmark import kernels, windows
 
+import dali_vit.step
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
@@ -124,6 +127,26 @@ def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
     assert line.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("tool", "gpus", "flags", "message"),
+    [
+        (measure_kernels, 0, ["--gpu"], "measure_kernels.py: --gpu: no GPU is visible here"),
+        (measure_ddp, 0, ["--gpus", "3"], "measure_ddp.py: --gpus 3: 0 visible on this machine"),
+        (measure_ddp, 4, ["--processes", "8"], "measure_ddp.py: --processes 8: there are 4 GPUs"),
+        (measure_ddp, 4, ["--processes", "3", "--gpus", "2"], "measure_ddp.py: --processes 3: there are 2 GPUs"),
+    ],
+)
+def test_gpus_that_are_not_there_are_said_in_one_line(tool, gpus, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        tool.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu, monkeypatch):
     config = replace(tiny_config, run=replace(tiny_config.run, compile=mode))
@@ -144,6 +167,7 @@ def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu,
         return lambda *arguments: InPlace.apply(step(*arguments))
 
     monkeypatch.setattr(torch, "compile", replayed)
+    monkeypatch.setattr(dali_vit.step, "compile_fault", lambda device: None)
     model = create_model(config.model, num_classes=3, resolution=32)
     update, compiled = build_update(config, model, create_optimizer(model, config.optim), cpu)
     assert compiled == f"torch.compile, {mode} mode"

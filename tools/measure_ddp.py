@@ -56,6 +56,9 @@ def main() -> None:
         try:  # once, before any process starts
             report.check_json(arguments.json)
             create_model(ModelConfig(arguments.model), num_classes=1000, resolution=224)
+            gpus = distributed.resolve_gpus(arguments.gpus)
+            if 0 < gpus < arguments.processes:
+                raise UserError(f"--processes {arguments.processes}: there are {gpus} GPUs; --gpus 0 takes the CPU")
         except UserError as error:
             print(f"measure_ddp.py: {error}", file=sys.stderr)
             sys.exit(2)

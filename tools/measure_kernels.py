@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
@@ -39,6 +41,9 @@ def main() -> None:
     parser.add_argument("--magnitude", type=float, default=10)
     parser.add_argument("--repeats", type=int, default=8)
     arguments = parser.parse_args()
+    if arguments.gpu and not torch.cuda.is_available():
+        print("measure_kernels.py: --gpu: no GPU is visible here; leave it out for the CPU", file=sys.stderr)
+        sys.exit(2)
     rng = np.random.default_rng(0)
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
     names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]
