@@ -141,20 +141,20 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = gpus != 0 and torch.cuda.is_available()
-    here = max(local_rank + 1, local_world_size)  # so that all of them say so, the first among them
-    if on_gpu and here > torch.cuda.device_count():
-        raise UserError(
-            f"{here} processes on this machine, which see {torch.cuda.device_count()} GPUs each: start as many as"
-            " there are GPUs and let each see all of them, or give --gpus 0 for the CPU"
-        )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    here = max(local_rank + 1, local_world_size)  # so that all of them say what is wrong, the first among them
+    device = _own_gpu(local_rank, here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        timeout=collective_timeout(hang_timeout),
-        device_id=device if on_gpu else None,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=collective_timeout(hang_timeout),
+            device_id=device if on_gpu else None,
+        )
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" in str(error):  # it is the same one that each process sees
+            raise _too_few_gpus(here) from error
+        raise
     try:
         yield Group(rank, world_size, local_rank, local_world_size, device)
     finally:
@@ -162,6 +162,23 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
         # cycle. A thread that frees the tensors of the last collective while Python goes down aborts the process.
         gc.collect()
+
+
+def _own_gpu(local_rank: int, processes: int) -> torch.device:
+    """The GPU of one of the processes on this machine; UserError where there are not as many."""
+    visible = torch.cuda.device_count()
+    if visible == 1:  # as srun shows each process its own alone with --gpus-per-task
+        return torch.device("cuda", 0)
+    if processes > visible:
+        raise _too_few_gpus(processes)
+    return torch.device("cuda", local_rank)
+
+
+def _too_few_gpus(processes: int) -> UserError:
+    return UserError(
+        f"{processes} processes on this machine, but {torch.cuda.device_count()} GPUs: start as many as there are GPUs,"
+        " or give --gpus 0 for the CPU"
+    )
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, distributed
+from dali_vit.config import UserError
 from dali_vit.mixup import sample_lambda
 from tests.conftest import TINY, environment, read_metrics
 
@@ -94,3 +96,51 @@ def test_a_mistake_is_said_once_by_the_workers(image_folder, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("dali-vit: --batch-size 7: not divisible by 2 processes; use 8") == 1
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
+    """The device that one of several processes on a machine takes, of as many GPUs as it sees."""
+
+    def device_of(local_rank: int, processes: int, visible: int, failing: str | None = None) -> torch.device:
+        def init(backend: str, *, device_id: torch.device, **_: Any) -> None:
+            assert backend == "nccl"
+            if failing is not None:
+                raise torch.distributed.DistBackendError(failing)
+
+        variables = {"RANK": local_rank, "WORLD_SIZE": processes, "LOCAL_RANK": local_rank}
+        for name, value in {**variables, "LOCAL_WORLD_SIZE": processes}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed.dist, "init_process_group", init)
+        monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+        with distributed.connect(None) as group:
+            assert (group.rank, group.world_size) == (local_rank, processes)
+            return group.device
+
+    return device_of
+
+
+def test_each_process_takes_the_gpu_of_its_local_rank(worker):
+    assert [worker(rank, 4, visible=8).index for rank in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_process_that_sees_its_own_gpu_alone_takes_that(worker):
+    """What srun shows with --gpus-per-task=1."""
+    assert [worker(rank, 4, visible=1).index for rank in range(4)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_more_processes_than_gpus_are_refused_by_each(worker, rank):
+    with pytest.raises(UserError, match=r"^4 processes on this machine, but 2 GPUs: start as many"):
+        worker(rank, 4, visible=2)
+
+
+def test_processes_that_see_the_same_single_gpu_are_refused(worker):
+    said = "NCCL error: invalid usage. Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 5000"
+    with pytest.raises(UserError, match=r"^2 processes on this machine, but 1 GPUs: start as many"):
+        worker(0, 2, visible=1, failing=said)
+    with pytest.raises(torch.distributed.DistBackendError, match="unhandled"):
+        worker(0, 2, visible=1, failing="NCCL error: unhandled system error")
