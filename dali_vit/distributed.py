@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dali_vit.config import UserError
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
+_SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 T = TypeVar("T")
@@ -152,7 +153,7 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             device_id=device if on_gpu else None,
         )
     except dist.DistBackendError as error:
-        if "Duplicate GPU" in str(error):  # it is the same one that each process sees
+        if _SAME_GPU.search(str(error)):  # each process sees the same one
             raise _too_few_gpus(here) from error
         raise
     try:

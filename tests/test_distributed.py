@@ -138,9 +138,18 @@ def test_more_processes_than_gpus_are_refused_by_each(worker, rank):
         worker(rank, 4, visible=2)
 
 
-def test_processes_that_see_the_same_single_gpu_are_refused(worker):
-    said = "NCCL error: invalid usage. Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 5000"
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 5000",
+        "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI_RANK_GPU_ENABLE=1 to enable",
+    ],
+)
+def test_processes_that_see_the_same_single_gpu_are_refused(worker, said):
     with pytest.raises(UserError, match=r"^2 processes on this machine, but 1 GPUs: start as many"):
-        worker(0, 2, visible=1, failing=said)
+        worker(0, 2, visible=1, failing=f"NCCL error in: init.cpp, invalid usage. Last error:\n{said}")
+
+
+def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
     with pytest.raises(torch.distributed.DistBackendError, match="unhandled"):
         worker(0, 2, visible=1, failing="NCCL error: unhandled system error")
