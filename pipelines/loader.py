@@ -134,8 +134,9 @@ class TrainLoader:
             threads = (self._threads + lane) // self._lanes
             step = self._step + lane
             self._pipelines.append(self._make_pipeline(start_step=step, stride=self._lanes, num_threads=threads))
-        for pipeline in self._pipelines:
-            pipeline.build()
+        # By no name: an import on the way leaves a cycle with this call's frame, and so with all that has a name in it.
+        for lane in range(self._lanes):
+            self._pipelines[lane].build()
 
     @property
     def step(self) -> int:

@@ -43,6 +43,34 @@ def test_memory_beyond_the_index_does_not_depend_on_the_number_of_samples(tmp_pa
     assert abs(many["grown"]) < 100_000
 
 
+CLOSED = """
+import gc, sys, weakref
+from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.readers import FileList
+
+gc.disable()
+files = FileList.from_paths(sys.argv[1:] * 8, range(8))
+shared = {"batch_size": 4, "image_size": 16, "rank": 0, "world_size": 1, "device": "cpu", "num_threads": 2}
+train, evaluation = TrainLoader(files, seed=0, **shared), EvalLoader(files, **shared)
+next(train), list(evaluation)
+pipelines = [weakref.ref(pipeline) for pipeline in [*train._pipelines, evaluation._idle]]
+train.close(), evaluation.close()
+print([pipeline() for pipeline in pipelines])
+"""
+
+
+@pytest.mark.timeout(120)
+def test_nothing_keeps_the_pipelines_of_closed_loaders(tmp_path: Path) -> None:
+    """On a GPU the next one wants their memory at once, before Python looks for cycles. In a process of its own, as
+    the first loader imports what others find imported."""
+    image = tmp_path / "image.jpg"
+    image.write_bytes(encode(np.zeros((20, 30, 3), np.uint8)))
+    command = [sys.executable, "-c", CLOSED, str(image)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "[None, None, None]\n"
+
+
 @pytest.mark.timeout(120)
 def test_what_was_read_is_forgotten(tmp_path: Path) -> None:
     """DALI keeps a note of each file that it has mapped into memory, which for 1.3 million are 330 MiB a process."""
