@@ -53,7 +53,7 @@ def summary(
         f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {threads} threads",
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
-        "compile": compiled,
+        "compile": compiled + (", for which the first step waits" if compiled.startswith("torch.compile") else ""),
         "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
         f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",
     }
