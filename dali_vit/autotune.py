@@ -202,7 +202,7 @@ def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict
         "driver": environment.gpu_driver(),
         "cpu": f"{environment.cpu_name()} x {environment.cpu_count()}",
         "dali": environment.versions()["nvidia-dali-cuda120"],
-        "processes": [group.local_world_size, group.world_size],
+        "processes": [group.local_world_size, group.world_size, group.cores],
         "threads": config.run.threads,
         "data": str(dataset.root),
         "images": len(dataset.split("train")),

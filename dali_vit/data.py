@@ -18,7 +18,6 @@ import numpy as np
 from dali_vit.config import Config, UserError
 from dali_vit.demo import demo_folder
 from dali_vit.distributed import Group
-from dali_vit.environment import cpu_count
 from dali_vit.listing import (
     IMAGE_SUFFIXES,
     IO_THREADS,
@@ -222,12 +221,7 @@ class LoaderSettings:
 
 def num_threads(config: Config, group: Group) -> int:
     """DALI's CPU threads for this process."""
-    return config.run.threads or default_threads(group)
-
-
-def default_threads(group: Group) -> int:
-    """This machine's cores divided by the processes on it, at least 1."""
-    return max(1, cpu_count() // group.local_world_size)
+    return config.run.threads or group.cores
 
 
 def train_loader(

@@ -6,20 +6,23 @@ import ctypes
 import gc
 import logging
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dali_vit.config import UserError
+from dali_vit.environment import control_groups, cpu_count, cpu_quota, usable_cores
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
@@ -40,6 +43,8 @@ class Group:
     """Rank among the processes of this machine."""
     local_world_size: int
     device: torch.device
+    cores: int = field(default_factory=cpu_count)
+    """This process's share of the machine's CPU cores."""
 
     @property
     def is_main(self) -> bool:
@@ -157,12 +162,24 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             raise _too_few_gpus(here) from error
         raise
     try:
-        yield Group(rank, world_size, local_rank, local_world_size, device)
+        yield Group(rank, world_size, local_rank, local_world_size, device, _core_share())
     finally:
         dist.destroy_process_group()
         # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
         # cycle. A thread that frees the tensors of the last collective while Python goes down aborts the process.
         gc.collect()
+
+
+def _core_share() -> int:
+    """How many CPU cores this process has to itself, at least 1, if those who may use a core share it evenly.
+
+    A scheduler may bind each process of a machine to cores of its own, or all of them to the same; a container's quota
+    is that of all processes in it. Collective.
+    """
+    cores, groups = usable_cores(), control_groups()
+    here = [found for host, *found in gather_objects((platform.node(), cores, groups)) if host == platform.node()]
+    share = sum(Fraction(1, sum(core in theirs for theirs, _ in here)) for core in cores)
+    return max(1, int(min(share, cpu_quota() / sum(theirs == groups for _, theirs in here))))
 
 
 def _own_gpu(local_rank: int, processes: int) -> torch.device:

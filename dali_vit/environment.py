@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
@@ -49,8 +50,48 @@ def cache_folder() -> Path:
 
 
 def cpu_count() -> int:
-    """Cores this process may use, which a container or a scheduler may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use, which a scheduler or a container may have limited, to cores or to a quota of time."""
+    return max(1, int(min(len(usable_cores()), cpu_quota())))
+
+
+def usable_cores() -> set[int]:
+    """Numbers of the cores this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def control_groups() -> str:
+    """The control groups this process is in, a line each; none where the kernel has none."""
+    return _read_text(Path("/proc/self/cgroup"))
+
+
+def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Seconds of CPU time a second that control groups grant all their processes together; infinite without a limit.
+
+    groups: as `control_groups` has them, by default this process's; root: where their files are. Source: the kernel's
+    cgroup-v2.rst (cpu.max) and, of version 1, sched-bwc.rst (cpu.cfs_quota_us).
+    """
+    quotas = [math.inf]
+    for line in (control_groups() if groups is None else groups).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 2 has one tree, and no names here. A container's own group may be the top of what it sees of the tree.
+        own = root / controllers / path.strip("/")
+        for folder in (own, *own.parents):
+            if controllers:
+                limits = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+            else:
+                limits = _read_text(folder / "cpu.max").split()
+            if len(limits) == 2 and all(limit.isdecimal() for limit in limits):  # neither "max" nor -1
+                quotas.append(int(limits[0]) / int(limits[1]))
+    return min(quotas)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def cpu_name() -> str:

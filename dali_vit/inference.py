@@ -50,7 +50,7 @@ def evaluate_checkpoint(
         files = dataset.split(split)
     datasets.check_images(files)
     model = opened.model.to(group.device)
-    threads = threads or datasets.default_threads(group)
+    threads = threads or group.cores
 
     def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
@@ -85,7 +85,7 @@ def predict(
         batch_size=min(len(files), 64),
         resolution=opened.resolution,
         group=group,
-        threads=datasets.default_threads(group),
+        threads=group.cores,
     )
     model = opened.model.to(device)
     found: list[tuple[Path, list[dict[str, Any]]]] = []

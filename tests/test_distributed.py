@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,3 +154,39 @@ def test_processes_that_see_the_same_single_gpu_are_refused(worker, said):
 def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
     with pytest.raises(torch.distributed.DistBackendError, match="unhandled"):
         worker(0, 2, visible=1, failing="NCCL error: unhandled system error")
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "quota", "expected"),
+    [
+        (range(12), [], math.inf, 12),
+        (range(96), [range(96)] * 7, math.inf, 12),  # nobody is bound
+        (range(12), [range(12 * i, 12 * i + 12) for i in range(1, 8)], math.inf, 12),  # each to cores of its own
+        (range(16), [range(16), range(16, 32), range(16, 32)], math.inf, 8),  # in pairs
+        (range(3), [range(2)], math.inf, 2),
+        (range(2), [range(2)] * 7, math.inf, 1),
+        (range(96), [range(96)] * 7, 32.0, 4),  # a container's quota
+        (range(12), [range(12, 24)], 6.0, 3),
+        (range(12), [range(12, 24)], 0.5, 1),
+    ],
+)
+def test_the_cores_of_a_machine_are_shared_by_those_who_may_use_them(mine, others, quota, expected, monkeypatch):
+    def gather(value: tuple[str, set[int], str]) -> list[tuple[str, set[int], str]]:
+        host, cores, groups = value
+        elsewhere = ("another machine", cores, groups)
+        return [elsewhere, value, *((host, set(them), groups) for them in others), elsewhere]
+
+    monkeypatch.setattr(distributed, "usable_cores", lambda: set(mine))
+    monkeypatch.setattr(distributed, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    assert distributed._core_share() == expected
+
+
+def test_a_quota_is_shared_by_the_processes_of_its_group_alone(monkeypatch):
+    """A scheduler's, of the task of each process."""
+    monkeypatch.setattr(distributed, "usable_cores", lambda: set(range(64)))
+    monkeypatch.setattr(distributed, "cpu_quota", lambda: 12.0)
+    others = [(set(range(64)), f"0::/job/task{i}") for i in range(1, 4)]
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, *((value[0], *other) for other in others)])
+    monkeypatch.setattr(distributed, "control_groups", lambda: "0::/job/task0")
+    assert distributed._core_share() == 12

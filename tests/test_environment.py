@@ -1,0 +1,71 @@
+"""How many CPU cores a process may use: those it is bound to, and what its control groups leave of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from dali_vit import environment
+
+V1 = "9:name=systemd:/init\n4:memory:/m\n1:{controllers}:{path}\n0::/"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, math.inf),
+        ("0::/", {}, math.inf),
+        ("0::/", {"cpu.max": "max 100000"}, math.inf),
+        ("0::/", {"cpu.max": "400000 100000"}, 4.0),
+        ("0::/", {"cpu.max": "50000 100000"}, 0.5),
+        # A job of a scheduler: any of the groups above its own may have the tightest limit.
+        ("0::/jobs/7/step", {"jobs/7/step/cpu.max": "max 100000", "jobs/7/cpu.max": "1250000 50000"}, 25.0),
+        ("0::/jobs/7", {"jobs/7/cpu.max": "800000 100000", "jobs/cpu.max": "300000 100000"}, 3.0),
+        # A container whose name outside is not to be found inside.
+        ("0::/../docker/abc", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/", {"cpu.max": "what is this"}, math.inf),
+        (V1.format(controllers="cpu", path="/"), {"cpu/cpu.cfs_quota_us": "-1"}, math.inf),
+        (
+            V1.format(controllers="cpu,cpuacct", path="/docker/abc"),
+            {"cpu,cpuacct/cpu.cfs_quota_us": "600000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            6.0,
+        ),
+        (
+            V1.format(controllers="cpu", path="/slurm/job"),
+            {"cpu/slurm/job/cpu.cfs_quota_us": "150000", "cpu/slurm/job/cpu.cfs_period_us": "50000"},
+            3.0,
+        ),
+    ],
+)
+def test_quotas(groups: str, files: dict[str, str], expected: float, tmp_path: Path) -> None:
+    assert environment.cpu_quota(groups, write(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "expected"), [(8, math.inf, 8), (8, 64.0, 8), (8, 3.5, 3), (8, 0.5, 1), (1, 2.0, 1)]
+)
+def test_cores_that_may_be_used(cores: int, quota: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "usable_cores", lambda: set(range(cores)))
+    monkeypatch.setattr(environment, "cpu_quota", lambda: quota)
+    assert environment.cpu_count() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binds itself to a core")
+def test_a_process_bound_to_one_core_has_one() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert environment.usable_cores() == {min(before)}
+        assert environment.cpu_count() == 1
+    finally:
+        os.sched_setaffinity(0, before)
