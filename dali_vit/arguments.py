@@ -43,7 +43,7 @@ class EvalArguments:
     resolution: int | None = None
     """Side of the images; default: the checkpoint's. Position embeddings are resampled."""
     threads: int | None = None
-    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    """DALI's CPU threads per process; default: its share of the machine's cores."""
     json: bool = False
     """Print one JSON object instead of a table."""
 

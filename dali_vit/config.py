@@ -128,7 +128,7 @@ class RunConfig:
     gpus: int | None = operational(None)
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = operational(None)
-    """DALI's CPU threads per process; default: the machine's cores divided by its processes."""
+    """DALI's CPU threads per process; default: its share of the machine's cores."""
     autotune: Literal["auto", "on", "off"] = operational("auto")
     """Search for the loader's fastest settings at the start, a minute at most; the result is kept for this machine
     and data set. auto: on GPUs."""

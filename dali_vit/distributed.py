@@ -140,7 +140,7 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         device = torch.device("cuda", 0) if resolve_gpus(gpus) else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        yield Group(0, 1, 0, 1, device)
+        yield _settled(Group(0, 1, 0, 1, device))
         return
     _follow_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -162,12 +162,18 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             raise _too_few_gpus(here) from error
         raise
     try:
-        yield Group(rank, world_size, local_rank, local_world_size, device, _core_share())
+        yield _settled(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
     finally:
         dist.destroy_process_group()
         # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
         # cycle. A thread that frees the tensors of the last collective while Python goes down aborts the process.
         gc.collect()
+
+
+def _settled(group: Group) -> Group:
+    """The group, torch having no more threads than it has cores: it knows nothing of quotas."""
+    torch.set_num_threads(min(torch.get_num_threads(), group.cores))
+    return group
 
 
 def _core_share() -> int:

@@ -190,3 +190,18 @@ def test_a_quota_is_shared_by_the_processes_of_its_group_alone(monkeypatch):
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, *((value[0], *other) for other in others)])
     monkeypatch.setattr(distributed, "control_groups", lambda: "0::/job/task0")
     assert distributed._core_share() == 12
+
+
+@pytest.mark.parametrize(("quota", "threads", "expected"), [(1.0, 8, (1, 1)), (64.0, 8, (2, 2)), (64.0, 1, (2, 1))])
+def test_torch_has_no_more_threads_than_cores(quota, threads, expected):
+    """Nor more than it was given, say by OMP_NUM_THREADS."""
+    program = f"""
+import torch
+from dali_vit import distributed, environment
+environment.usable_cores, environment.cpu_quota = lambda: {{0, 1}}, lambda: {quota}
+torch.set_num_threads({threads})
+with distributed.connect(0) as group:
+    print((group.cores, torch.get_num_threads()))
+"""
+    result = python("-c", program)
+    assert result.stdout == f"{expected}\n", result.stderr

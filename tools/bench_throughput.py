@@ -53,8 +53,8 @@ class Options:
     gpus: int | None = None
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = None
-    """DALI's CPU threads per process, and worker processes of the loaders compared with; default: the machine's
-    cores divided by its processes."""
+    """DALI's CPU threads per process, and worker processes of the loaders compared with; default: its share of
+    the machine's cores."""
     compile: CompileMode = "auto"
     """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
     batches: reduce-overhead and max-autotune."""
