@@ -140,7 +140,7 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         device = torch.device("cuda", 0) if resolve_gpus(gpus) else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        yield _settled(Group(0, 1, 0, 1, device))
+        yield _limit_threads(Group(0, 1, 0, 1, device))
         return
     _follow_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -162,7 +162,7 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             raise _too_few_gpus(here) from error
         raise
     try:
-        yield _settled(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
+        yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
     finally:
         dist.destroy_process_group()
         # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
@@ -170,8 +170,8 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         gc.collect()
 
 
-def _settled(group: Group) -> Group:
-    """The group, torch having no more threads than it has cores: it knows nothing of quotas."""
+def _limit_threads(group: Group) -> Group:
+    """Gives torch, which knows nothing of quotas, no more threads than the group's process has cores; the group."""
     torch.set_num_threads(min(torch.get_num_threads(), group.cores))
     return group
 
