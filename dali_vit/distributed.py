@@ -6,7 +6,6 @@ import ctypes
 import gc
 import logging
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dali_vit.config import UserError
-from dali_vit.environment import control_groups, cpu_count, cpu_quota, usable_cores
+from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
@@ -182,10 +181,10 @@ def _core_share() -> int:
     A scheduler may bind each process of a machine to cores of its own, or all of them to the same; a container's quota
     is that of all processes in it. Collective.
     """
-    cores, groups = usable_cores(), control_groups()
-    here = [found for host, *found in gather_objects((platform.node(), cores, groups)) if host == platform.node()]
+    cores, holder = usable_cores(), quota_holder()
+    here = [found for where, *found in gather_objects((machine(), cores, holder)) if where == machine()]
     share = sum(Fraction(1, sum(core in theirs for theirs, _ in here)) for core in cores)
-    return max(1, int(min(share, cpu_quota() / sum(theirs == groups for _, theirs in here))))
+    return max(1, int(min(share, cpu_quota() / sum(theirs == holder for _, theirs in here))))
 
 
 def _own_gpu(local_rank: int, processes: int) -> torch.device:

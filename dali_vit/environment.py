@@ -59,9 +59,23 @@ def usable_cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
+def machine() -> str:
+    """The same for all processes of a machine, in whatever containers, and for no others: hosts may share a name."""
+    return _read_text(Path("/proc/sys/kernel/random/boot_id")) or platform.node()
+
+
 def control_groups() -> str:
     """The control groups this process is in, a line each; none where the kernel has none."""
     return _read_text(Path("/proc/self/cgroup"))
+
+
+def quota_holder() -> str:
+    """The same for processes that share a `cpu_quota`: within containers, groups may be called the same."""
+    try:
+        namespace = os.readlink("/proc/self/ns/cgroup")
+    except OSError:
+        namespace = ""
+    return f"{namespace} {_cpu_groups(control_groups())}"
 
 
 def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -71,11 +85,8 @@ def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) ->
     cgroup-v2.rst (cpu.max) and, of version 1, sched-bwc.rst (cpu.cfs_quota_us).
     """
     quotas = [math.inf]
-    for line in (control_groups() if groups is None else groups).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 2 has one tree, and no names here. A container's own group may be the top of what it sees of the tree.
+    for controllers, path in _cpu_groups(control_groups() if groups is None else groups):
+        # A container's own group may be the top of what it sees of the tree.
         own = root / controllers / path.strip("/")
         for folder in (own, *own.parents):
             if controllers:
@@ -85,6 +96,12 @@ def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) ->
             if len(limits) == 2 and all(limit.isdecimal() for limit in limits):  # neither "max" nor -1
                 quotas.append(int(limits[0]) / int(limits[1]))
     return min(quotas)
+
+
+def _cpu_groups(groups: str) -> list[tuple[str, str]]:
+    """Controllers and path of the groups that may limit CPU time; version 2 names no controllers."""
+    lines = [line.split(":", 2)[1:] for line in groups.splitlines()]
+    return [(controllers, path) for controllers, path in lines if not controllers or "cpu" in controllers.split(",")]
 
 
 def _read_text(path: Path) -> str:

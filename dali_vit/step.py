@@ -113,7 +113,8 @@ def _how_to_compile(config: Config, group: Group) -> tuple[str, str]:
         return mode, f"torch.compile, {mode} mode"
     if wanted != "auto":
         raise UserError(f"--compile {wanted}: torch.compile fails here ({fault}); mend that, or give --compile off")
-    log.warning("torch.compile fails here (%s): training goes without it, several times slower on a GPU", fault)
+    if group.is_main:
+        log.warning("torch.compile fails here (%s): training goes without it, several times slower on a GPU", fault)
     return "off", "off (torch.compile fails here)"
 
 

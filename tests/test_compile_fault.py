@@ -63,11 +63,17 @@ def test_by_default_training_goes_without_and_says_so(
     ]
 
 
-def test_all_ranks_do_as_the_one_where_it_fails(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_do_as_the_one_where_it_fails(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(step, "compile_fault", lambda device: None)
     assert step._how_to_compile(compiling(tiny_config, "auto"), GPU)[0] == "default"
     monkeypatch.setattr(step, "gather_objects", lambda fault: [fault, "no room", None])
-    assert step._how_to_compile(compiling(tiny_config, "auto"), GPU)[0] == "off"
+    with caplog.at_level(logging.WARNING):
+        assert step._how_to_compile(compiling(tiny_config, "auto"), replace(GPU, rank=1, world_size=3))[0] == "off"
+        assert not caplog.records  # rank 0 says it
+        assert step._how_to_compile(compiling(tiny_config, "auto"), replace(GPU, world_size=3))[0] == "off"
+    assert len(caplog.records) == 1
 
 
 def test_the_reason_is_one_line_without_advice_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

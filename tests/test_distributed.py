@@ -172,9 +172,9 @@ def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
 )
 def test_the_cores_of_a_machine_are_shared_by_those_who_may_use_them(mine, others, quota, expected, monkeypatch):
     def gather(value: tuple[str, set[int], str]) -> list[tuple[str, set[int], str]]:
-        host, cores, groups = value
-        elsewhere = ("another machine", cores, groups)
-        return [elsewhere, value, *((host, set(them), groups) for them in others), elsewhere]
+        where, cores, holder = value
+        elsewhere = ("another machine", cores, holder)
+        return [elsewhere, value, *((where, set(them), holder) for them in others), elsewhere]
 
     monkeypatch.setattr(distributed, "usable_cores", lambda: set(mine))
     monkeypatch.setattr(distributed, "cpu_quota", lambda: quota)
@@ -188,7 +188,7 @@ def test_a_quota_is_shared_by_the_processes_of_its_group_alone(monkeypatch):
     monkeypatch.setattr(distributed, "cpu_quota", lambda: 12.0)
     others = [(set(range(64)), f"0::/job/task{i}") for i in range(1, 4)]
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, *((value[0], *other) for other in others)])
-    monkeypatch.setattr(distributed, "control_groups", lambda: "0::/job/task0")
+    monkeypatch.setattr(distributed, "quota_holder", lambda: "0::/job/task0")
     assert distributed._core_share() == 12
 
 

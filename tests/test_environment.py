@@ -51,6 +51,25 @@ def test_quotas(groups: str, files: dict[str, str], expected: float, tmp_path: P
     assert environment.cpu_quota(groups, write(tmp_path, files)) == expected
 
 
+def test_containers_with_groups_of_the_same_name_have_quotas_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "control_groups", lambda: "0::/")
+    holders = []
+    for namespace in ("cgroup:[1]", "cgroup:[2]", "cgroup:[1]"):
+        monkeypatch.setattr(os, "readlink", lambda path, namespace=namespace: namespace)
+        holders.append(environment.quota_holder())
+    assert holders[0] == holders[2] != holders[1]
+    # Groups that have nothing to do with time may be each process's own.
+    monkeypatch.setattr(environment, "control_groups", lambda: "4:memory:/task0\n0::/")
+    assert environment.quota_holder() == holders[0]
+
+
+def test_a_machine_is_known_by_more_than_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "localhost")
+    assert environment.machine() == Path("/proc/sys/kernel/random/boot_id").read_text()
+    monkeypatch.setattr(environment, "_read_text", lambda path: "")
+    assert environment.machine() == "localhost"
+
+
 @pytest.mark.parametrize(
     ("cores", "quota", "expected"), [(8, math.inf, 8), (8, 64.0, 8), (8, 3.5, 3), (8, 0.5, 1), (1, 2.0, 1)]
 )
