@@ -1,6 +1,7 @@
 """`dali-vit ARGUMENTS`, with what each process trains on written to $RECORD/rank<R>.jsonl, one line a step.
 
 $SPIKE, `<rank>:<first>:<end>`: the losses of that rank in those steps (from 0) are 50 times what they are.
+$BUCKETS: MB of a bucket of gradients, at whose borders a compiled step is parted into graphs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 import dali_vit.step
 import dali_vit.train
@@ -23,6 +25,8 @@ _now = 0
 
 
 def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
+    if buckets := os.environ.get("BUCKETS"):
+        dali_vit.step.DDP_OPTIONS["bucket_cap_mb"] = float(buckets)
     update, compiled = dali_vit.step.build_update(config, model, optimizer, group)
     rank, first, end = map(int, os.environ.get("SPIKE", "-1:0:0").split(":"))
     cross_entropy = dali_vit.step.mixup_cross_entropy
@@ -45,6 +49,7 @@ def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
         for parameter in model.parameters():
             weights.update(parameter.detach().numpy().tobytes())
         line = {"samples": samples, "lam": lam, "weights": weights.hexdigest(), "left_out": bool(norm.isnan())}
+        line["graphs"] = counters["aot_autograd"]["total"]
         file.write(json.dumps(line) + "\n")
         file.flush()
         return loss, norm

@@ -75,6 +75,22 @@ def test_two_and_four_processes_train_like_one(image_folder, tmp_path):
 
 
 @pytest.mark.timeout(300)
+def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_path):
+    """In several graphs, as a model of more than one bucket of gradients is parted: each is sent when it is done."""
+    one, two = tmp_path / "1", tmp_path / "2"
+    larger = ("--width", "192", "--depth", "3", "--num-heads", "3", "--mlp-dim", "768")  # 5 MB of gradients
+    record(one, 1, arguments(image_folder, one, *PLAIN, *larger, steps=8))
+    command = arguments(image_folder, two, *PLAIN, *larger, "--compile", "default", steps=8)
+    ranks = record(two, 2, command, BUCKETS="1")
+    losses = [[m["train/loss"] for m in read_metrics(folder / "run") if "train/loss" in m] for folder in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    for rank in ranks:
+        assert [line["weights"] for line in rank] == [line["weights"] for line in ranks[0]]
+        assert rank[1]["graphs"] >= 5
+        assert len({line["graphs"] for line in rank[1:]}) == 1  # nothing is compiled again
+
+
+@pytest.mark.timeout(300)
 def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(image_folder, tmp_path):
     """One rank alone has a spike: the mean over both is one, so that both leave the step out."""
     command = arguments(image_folder, tmp_path / "a", "--grad-clip-norm", "None", steps=115)
