@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is r
 import measure_ddp
 import measure_kernels
 import measure_step
-from benchmark import kernels, windows
+from benchmark import goals, kernels, windows
 
 import dali_vit.step
 from dali_vit.model import create_model
@@ -100,15 +100,43 @@ def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, cap
     out = tmp_path / "step.json"
     flags = ["--gpus", "0", "--model", "mu/16", "--batch-size", "2", "--seconds", "0.2", "--profile", "2"]
     monkeypatch.setattr(sys, "argv", ["measure_step.py", *flags, "--compile", "off", "--json", str(out)])
-    measure_step.main()
+    monkeypatch.setenv("TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "1")
+    with pytest.raises(SystemExit) as stopped:
+        measure_step.main()
+    assert stopped.value.code == 0
     result = json.loads(out.read_text())
-    assert set(result) == {"environment", "config", "off"}
+    assert set(result) == {"environment", "config", "inductor", "off"}
+    assert result["inductor"]["TORCHINDUCTOR_COORDINATE_DESCENT_TUNING"] == "1"
     assert result["off"]["images_per_sec"] > 0
     profile = result["off"]["profile"]
     assert (profile["busy"], profile["launches"], result["off"]["mfu"]) == (None, None, None)
     assert profile["kinds"]["matrix products"] > 0
     assert 0 < sum(profile["longest"].values()) <= sum(profile["kinds"].values()) * (1 + 1e-9)
     assert kernels.table(profile) in capsys.readouterr().out
+
+
+def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, monkeypatch, capsys):
+    def measured(config, *_):
+        if config.run.compile == "reduce-overhead":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"images_per_sec": 7.0 if config.run.compile == "default" else 3.0}
+
+    monkeypatch.setattr(measure_step, "measure_step", measured)
+    out = tmp_path / "step.json"
+    ways = ["--compile", "default", "reduce-overhead", "off"]
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", "--gpus", "0", *ways, "--json", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        measure_step.main()
+    assert stopped.value.code == 1
+    result = json.loads(out.read_text())
+    assert [result[way] for way in ways[1:]] == [
+        {"images_per_sec": 7.0},
+        {"fails": "OutOfMemoryError: CUDA out of memory"},
+        {"images_per_sec": 3.0},
+    ]
+    assert "OutOfMemoryError" in capsys.readouterr().err
+    (row,) = goals.rows({"step-128": result})
+    assert row.remark == "default 7, off 3"
 
 
 @pytest.mark.parametrize(

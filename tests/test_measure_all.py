@@ -1,0 +1,237 @@
+"""tools/measure_all.py: what is measured in which order, within limits, and the table of the goals."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
+
+import bench_throughput
+import make_jpegs
+import measure_all
+import measure_ddp
+import measure_kernels
+import measure_step
+from benchmark import goals
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_every_command_is_one_that_its_tool_takes(gpus, tmp_path, monkeypatch):
+    modules = (bench_throughput, make_jpegs, measure_ddp, measure_kernels, measure_step)
+    tools = {f"{module.__name__}.py": module for module in modules}
+    (tmp_path / "out").mkdir()
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, *arguments: Any) -> None:
+        parse_args(self, *arguments)
+        raise Parsed
+
+    measurements = measure_all.plan(gpus, tmp_path / "jpegs", tmp_path / "out")
+    assert measurements[0].name == "jpegs"
+    assert len({m.name for m in measurements}) == len(measurements)
+    for measurement in measurements:
+        tool, *arguments = measurement.command
+        if tool == "bench_throughput.py":
+            options, config = bench_throughput.parse(arguments)
+            assert config.data.data == str(tmp_path / "jpegs")
+            assert options.json == tmp_path / "out" / f"{measurement.name}.json"
+            assert (options.gpus or 0) <= gpus
+            assert config.optim.batch_size % max(1, options.gpus or 0) == 0
+            continue
+        with monkeypatch.context() as patched:
+            patched.setattr(argparse.ArgumentParser, "parse_args", parse)
+            patched.setattr(sys, "argv", [tool, *arguments])
+            with pytest.raises(Parsed):
+                tools[tool].main()
+
+
+def test_only_data_of_ours_is_drawn(tmp_path):
+    def names(data: Path) -> list[str]:
+        return [m.name for m in measure_all.plan(0, data, tmp_path)]
+
+    users, begun = tmp_path / "imagenet", tmp_path / "begun"
+    for folder in (users, begun):
+        folder.mkdir()
+    (begun / "make_jpegs.json").write_text("{}")
+    assert "jpegs" not in names(users)
+    assert "jpegs" in names(begun)
+    assert "jpegs" in names(tmp_path / "not there")
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """A folder of tools: `good.py FILE` adds a line to a file, `bad.py` fails, `slow.py FILE` and its child go on."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "good.py").write_text(
+        "import os, sys; print('x', file=open(sys.argv[1], 'a')); print('fine', os.environ.get('SETTING'))"
+    )
+    (folder / "bad.py").write_text("import sys; sys.exit('one\\ntwo')")
+    (folder / "slow.py").write_text(
+        "import os, sys, time\n"
+        "child = os.fork()\n"
+        "if child: print(os.getpid(), child, file=open(sys.argv[1], 'w'), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(measure_all, "TOOLS", folder)
+    return folder
+
+
+def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(tools, tmp_path, capsys):
+    out, lines = tmp_path / "out", tmp_path / "lines"
+    out.mkdir()
+    measurements = [
+        measure_all.Measurement("first", ("bad.py",), 1),
+        measure_all.Measurement("second", ("good.py", str(lines)), 1, (("SETTING", "7"),)),
+    ]
+    for _ in range(2):
+        assert measure_all._measure(measurements, out, time.monotonic() + 60) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("| two") == 2
+    assert printed.count("there already") == 1
+    assert lines.read_text() == "x\n"
+    assert (out / "second.txt").read_text() == "fine 7\n"
+    records = measure_all.read_records(out)
+    assert {name: record["exit_code"] for name, record in records.items()} == {"first": 1, "second": 0}
+    summary = (out / "summary.md").read_text()
+    assert "- first: `tools/bad.py` (failed with exit code 1" in summary
+    assert f"- second: `SETTING=7 tools/good.py {lines}` (" in summary
+
+    changed = [measure_all.Measurement("second", ("good.py", str(lines), "another flag"), 1)]
+    (out / "second.json").write_text('{"earlier": {}}')
+    assert measure_all._measure(changed, out, time.monotonic() + 60) == 0
+    assert lines.read_text() == "x\nx\n"
+    assert not (out / "second.json").exists()
+    assert json.loads((out / "second.before.json").read_text()) == {"earlier": {}}
+
+
+def test_one_that_takes_too_long_is_ended_with_its_children_and_the_rest_is_left(tools, tmp_path, capsys):
+    out, pids = tmp_path / "out", tmp_path / "pids"
+    out.mkdir()
+    measurements = [
+        measure_all.Measurement("slow", ("slow.py", str(pids)), 1),
+        measure_all.Measurement("next", ("good.py", str(tmp_path / "lines")), 1),
+    ]
+    assert measure_all._measure(measurements, out, time.monotonic() + 5) == 1
+    assert "left: the time is over" in capsys.readouterr().out
+    assert not (tmp_path / "lines").exists()
+    assert measure_all.read_records(out)["slow"]["exit_code"] is None
+    for pid in map(int, pids.read_text().split()):
+        for _ in range(100):
+            if not is_running(pid):
+                break
+            time.sleep(0.1)
+        assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_goals_are_met_or_missed_by_what_was_measured():
+    where = {"gpus": "NVIDIA H200", "torch": "2.15.0", "host": "secret", "command": "x"}
+
+    def joint(rate: float, gpus: int) -> dict[str, Any]:
+        return {
+            "environment": where,
+            "config": {"run": {"gpus": gpus}, "compiled": "default mode"},
+            "loader": {"images_per_sec": 16_000.0},
+            "joint": {"images_per_sec": rate},
+            "joint_to_model": 0.96,
+            "stall_fraction": 0.02,
+            "randaug_cost": {"cost": 0.035},
+        }
+
+    loaders = {"dali-vit": {"images_per_sec": 1700.0}, "timm": {"images_per_sec": 680.0}}
+    compared = {"config": {"run": {"gpus": 0}}, "compare": {"ratio": 2.5, "loaders": loaders}}
+    results = {
+        "step-1024": {"default": {"images_per_sec": 11_900.0}, "off": {"images_per_sec": 3_000.0}},
+        "step-1024-autotune": {"max-autotune": {"images_per_sec": 12_000.0}},
+        "step-128": {"default": {"images_per_sec": 8_999.0}},
+        "joint-128": joint(7_927.0, 1),
+        "node": joint(63_000.0, 2),
+        "compare-1": compared,
+        "compare": compared | {"config": {"run": {"gpus": 1}}},
+    }
+    found = {row.what: row for row in goals.rows(results)}
+    assert {what: (round(row.measured, 6), row.verdict) for what, row in found.items()} == {
+        "step alone, batch 1024": (12_000, "met"),
+        "step alone, batch 128": (8_999, "missed"),
+        "loader alone, batch 128": (16_000, "met"),
+        "training, batch 128": (7_927, ""),
+        "training / step alone, batch 128": (96, "missed"),
+        "data wait, batch 128": (2, "met"),
+        "RandAugment's cost, batch 128": (3.5, "missed"),
+        "loader alone, all GPUs": (16_000, "missed"),  # of 2 GPUs
+        "training, all GPUs": (63_000, ""),
+        "training / step alone, all GPUs": (96, "missed"),
+        "data wait, all GPUs": (2, "met"),
+        "RandAugment's cost, all GPUs": (3.5, "missed"),
+        "loader / best other, compare-1": (2.5, "met"),
+        "loader / best other, compare": (2.5, ""),
+    }
+    assert found["step alone, batch 1024"].remark == "max-autotune 12,000, default 11,900, off 3,000"
+
+    text = goals.summary(results, {"step-128": "`tools/measure_step.py` (80 s)"})
+    assert "| step alone, batch 128 | >= 9,000 | 8,999 images/s | missed | default 8,999 |" in text
+    assert "| data wait, batch 128 | <= 3 | 2.0 % | met |  |" in text
+    assert "90 epochs of 1,268,355 images on 8 such GPUs take 30.0 minutes" in text  # 90 x 1,268,355 / (8 x 7,927 x 60)
+    assert "- gpus: NVIDIA H200" in text
+    assert "secret" not in text
+    assert text.endswith("- step-128: `tools/measure_step.py` (80 s)\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "{file}/below"], "--out {file}/below: cannot be made (Not a directory)"),
+        (["--out", "{folder}", "--only", "nothing"], "--only nothing: no such measurement; there are jpegs, compare-1"),
+        (["--out", "{folder}", "--count", "0"], "--count 0: must be at least 1"),
+        (["--out", "{folder}", "--gpus", "99"], "--gpus 99: 0 visible on this machine"),
+        (["--out", "{damaged}"], "{damaged}/measured.json: cannot be read"),
+    ],
+)
+def test_a_mistake_is_said_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    places = {"file": tmp_path / "file", "folder": tmp_path / "folder", "damaged": tmp_path / "damaged"}
+    places["file"].touch()
+    places["damaged"].mkdir()
+    (places["damaged"] / "measured.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["measure_all.py", *(flag.format(**places) for flag in flags)])
+    with pytest.raises(SystemExit) as stopped:
+        measure_all.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"measure_all.py: {message.format(**places)}")
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "file"]
+
+
+def test_the_list_measures_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_all.py", "--out", str(tmp_path / "out"), "--gpus", "0", "--list"])
+    with pytest.raises(SystemExit) as stopped:
+        measure_all.main()
+    assert stopped.value.code == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        *("jpegs", "compare-1", "compare-2", "compare-3", "kernels", "joint-32"),
+    ]
+    assert not (tmp_path / "out").exists()

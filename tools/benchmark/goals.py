@@ -1,0 +1,133 @@
+"""What was measured beside what is aimed at, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args
+
+from dali_vit.config import CompileMode
+from dali_vit.recipes import IMAGENET_TRAIN_99
+
+__all__ = ["EPOCHS", "GOALS_ARE_FOR", "GPUS", "Row", "rows", "summary"]
+
+GOALS_ARE_FOR = "one H200 with 16 CPU cores, ViT-S/16 at 224 px; the loader on the CPU: 2 cores"
+EPOCHS, GPUS = 90, 8  # of the time that is derived
+
+Results = Mapping[str, Mapping[str, Any]]
+"""What the JSON file of each measurement holds, by the measurement's name."""
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    what: str
+    measured: float
+    unit: str
+    least: float | None = None
+    """The goal is at least so much."""
+    most: float | None = None
+    """Or at most so much."""
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.least is None and self.most is None:
+            return ""
+        met = self.measured >= self.least if self.least is not None else self.measured <= (self.most or 0.0)
+        return "met" if met else "missed"
+
+    def cells(self) -> list[str]:
+        digits = 0 if self.unit == "images/s" else 2 if self.unit == "times" else 1
+        goal = "" if self.least is None else f">= {self.least:,g}"
+        goal = goal if self.most is None else f"<= {self.most:,g}"
+        return [self.what, goal, f"{self.measured:,.{digits}f} {self.unit}", self.verdict, self.remark]
+
+
+def rows(results: Results) -> list[Row]:
+    """The goals of which something was measured, and what follows from it."""
+    found: list[Row] = []
+    for batch, least in ((1024, 12_000), (128, 9_000)):
+        ways = _ways(results, f"step-{batch}", f"step-{batch}-autotune")
+        found += _step(ways, f"step alone, batch {batch}", least)
+        for name, what in (
+            ("bfloat16", "bfloat16 residual stream"),
+            ("descent", "Inductor's coordinate descent"),
+        ):
+            found += _step(_ways(results, f"step-{batch}-{name}"), f"step alone, batch {batch}, {what}")
+    for name, what in (
+        *(("joint-1024", "batch 1024"), ("joint-128", "batch 128"), ("node", "all GPUs")),
+        ("joint-32", "batch 32 on the CPU"),
+    ):
+        if name in results:
+            found += _joint(results[name], what)
+    for name, result in results.items():
+        if "compare" in result:
+            compared = result["compare"]
+            loaders = {loader: values["images_per_sec"] for loader, values in compared["loaders"].items()}
+            rates = ", ".join(f"{loader} {rate:,.0f}" for loader, rate in loaders.items())
+            on_cpu = _num_gpus(result) == 0  # on a GPU the others still load on the CPU: no goal
+            found.append(
+                Row(f"loader / best other, {name}", compared["ratio"], "times", 1.6 if on_cpu else None, None, rates)
+            )
+    return found
+
+
+def _ways(results: Results, *names: str) -> dict[str, float]:
+    """Images/s of the ways of running the step, by name."""
+    return {
+        way: results[name][way]["images_per_sec"]
+        for name in names
+        for way in get_args(CompileMode)
+        if "images_per_sec" in results.get(name, {}).get(way, {})  # it may have failed
+    }
+
+
+def _step(ways: dict[str, float], what: str, least: float | None = None) -> Iterator[Row]:
+    if ways:
+        each = ", ".join(f"{way} {rate:,.0f}" for way, rate in sorted(ways.items(), key=lambda item: -item[1]))
+        yield Row(what, max(ways.values()), "images/s", least, None, each)
+
+
+def _joint(result: Mapping[str, Any], what: str) -> Iterator[Row]:
+    if "loader" in result:
+        goal = 15_000 * _num_gpus(result) or None
+        yield Row(f"loader alone, {what}", result["loader"]["images_per_sec"], "images/s", goal)
+    if "joint" in result:
+        rate = result["joint"]["images_per_sec"]
+        yield Row(f"training, {what}", rate, "images/s", None, None, result["config"]["compiled"])
+    if "joint_to_model" in result:
+        yield Row(f"training / step alone, {what}", 100 * result["joint_to_model"], "%", 97)
+        yield Row(f"data wait, {what}", 100 * result["stall_fraction"], "%", None, 3)
+    if "randaug_cost" in result:
+        yield Row(f"RandAugment's cost, {what}", 100 * result["randaug_cost"]["cost"], "%", None, 3)
+
+
+def _num_gpus(result: Mapping[str, Any]) -> int:
+    gpus: int = result["config"]["run"]["gpus"]
+    return gpus
+
+
+def derived_minutes(images_per_sec: float) -> float:
+    """Of EPOCHS on GPUS that each train at the rate of one alone, without evaluation."""
+    return EPOCHS * IMAGENET_TRAIN_99 / (GPUS * images_per_sec) / 60
+
+
+def summary(results: Results, commands: Mapping[str, str]) -> str:
+    """The table, what it was measured on, and how; commands: each measurement's and how it ended, by name."""
+    lines = [f"Goals are for {GOALS_ARE_FOR}.", "", "| | goal | measured | | |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows(results)]
+    share = results.get("joint-128", {})
+    if "joint" in share:
+        rate = share["joint"]["images_per_sec"]
+        lines += [
+            "",
+            f"Derived, not run: {EPOCHS} epochs of {IMAGENET_TRAIN_99:,} images on {GPUS} such GPUs take"
+            f" {derived_minutes(rate):.1f} minutes and evaluation besides, if each trains at {rate:,.0f} images/s, as"
+            f" one did at its share of batch {128 * GPUS}, and {GPUS} processes slow each other down by nothing.",
+        ]
+    environment: Mapping[str, str] = next(
+        (result["environment"] for result in results.values() if "environment" in result), {}
+    )
+    lines += ["", *(f"- {name}: {value}" for name, value in environment.items() if name not in ("command", "host"))]
+    lines += ["", *(f"- {name}: {how}" for name, how in commands.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""All that BENCHMARKS.md wants to know of a machine, the most telling first, and a table of it beside the goals.
+
+    tools/measure_all.py --out results                 on every GPU, else on the CPU
+    tools/measure_all.py --out results --minutes 9     as much as fits; the same command again goes on
+
+Each measurement is a command of another tool, in a process of its own and with a time limit: where one fails or takes
+too long, the others are measured all the same. Of each, --out gets NAME.txt, what it printed, and NAME.json; and
+summary.md, written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark import goals
+
+from dali_vit import distributed
+from dali_vit.config import UserError
+
+TOOLS = Path(__file__).parent
+RECORDS = "measured.json"
+IMAGES_ON_GPU, IMAGES_ON_CPU = 20_000, 594
+_GRACE = 15.0  # seconds to end in, once asked to
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A command that measures something and writes it to NAME.json in the folder it runs for."""
+
+    name: str
+    command: tuple[str, ...]
+    """A file of this folder, and its arguments."""
+    minutes: float
+    """Given up after so long."""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Of its environment, besides those that are set."""
+
+    def shown(self) -> str:
+        variables = "".join(f"{name}={value} " for name, value in self.variables)
+        return variables + shlex.join(("tools/" + self.command[0], *self.command[1:]))
+
+
+def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Measurement]:
+    """What to measure, the most telling first; gpus 0: the CPU. Data that is not there, or not finished, is drawn."""
+    measurements: list[Measurement] = []
+
+    def add(
+        name: str, minutes: float, tool: str, *arguments: str | int | Path, has_json: bool = True, **variables: str
+    ) -> None:
+        to = ("--json", str(out / f"{name}.json")) if has_json else ()
+        measurements.append(Measurement(name, (tool, *map(str, arguments), *to), minutes, tuple(variables.items())))
+
+    if not data.exists() or (data / "make_jpegs.json").exists():
+        images = count or (IMAGES_ON_GPU if gpus else IMAGES_ON_CPU)
+        classes = min(images, 1000 if gpus else 10)
+        add("jpegs", 30, "make_jpegs.py", "--out", data, "--count", images, "--classes", classes, has_json=False)
+    bench: tuple[Any, ...] = ("bench_throughput.py", "--data", data, "--gpus")
+    if not gpus:
+        for number in (1, 2, 3):
+            loaders = ("--mode", "loader", "--compare", "--seconds", 3, "--batch-size", 256)
+            add(f"compare-{number}", 10, *bench, 0, *loaders)
+        add("kernels", 10, "measure_kernels.py", "--repeats", 16, has_json=False)
+        add("joint-32", 10, *bench, 0, "--batch-size", 32, "--seconds", 20)
+        return measurements
+
+    def profiled(name: str) -> tuple[str, ...]:
+        return "--randaug-cost", "--profile", "5", "--profile-dir", str(out / f"{name}-trace")
+
+    quick, slow = ("default", "reduce-overhead", "off"), ("max-autotune-no-cudagraphs", "max-autotune")
+    for batch in (128, 1024):
+        add(f"step-{batch}", 10, "measure_step.py", "--batch-size", batch, "--compile", *quick)
+    for batch in (128, 1024):
+        add(f"joint-{batch}", 10, *bench, 1, "--batch-size", batch, *profiled(f"joint-{batch}"))
+    if gpus > 1:
+        add("node", 10, *bench, gpus, "--batch-size", 128 * gpus, *profiled("node"))
+        add("ddp", 10, "measure_ddp.py", "--processes", gpus)
+    add("kernels", 10, "measure_kernels.py", "--gpu", "--batch-size", 1024, has_json=False)
+    add("sweep", 10, *bench, 1, "--mode", "loader", "--sweep", "--seconds", 5)
+    for batch in (1024, 128):
+        one = ("measure_step.py", "--batch-size", batch, "--compile", "default")
+        add(f"step-{batch}-bfloat16", 10, *one, "--residual", "bfloat16")
+        add(f"step-{batch}-descent", 15, *one, TORCHINDUCTOR_COORDINATE_DESCENT_TUNING="1")
+    for batch in (1024, 128):
+        add(f"step-{batch}-autotune", 20, "measure_step.py", "--batch-size", batch, "--compile", *slow)
+    add("compare", 10, *bench, 1, "--mode", "loader", "--compare", "--batch-size", 256)
+    return measurements
+
+
+def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
+    """Measures, for so long at most; how it went, for RECORDS. `exit_code` is None where time ran out."""
+    result = out / f"{measurement.name}.json"
+    if result.exists():  # of another command, or of one that was given up
+        result.replace(out / f"{measurement.name}.before.json")
+    environment = os.environ | dict(measurement.variables)
+    began = time.monotonic()
+    command = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
+    with (out / f"{measurement.name}.txt").open("wb") as printed:
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    return {
+        "command": measurement.shown(),
+        "exit_code": code,
+        "seconds": round(time.monotonic() - began, 1),
+        "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that may have begun others, and those."""
+    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(patience)
+
+
+def read_records(out: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((out / RECORDS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{out / RECORDS}: cannot be read ({error}); remove it to measure all again") from error
+
+
+def write_summary(out: Path, records: dict[str, dict[str, Any]]) -> str:
+    """Writes RECORDS and summary.md; the latter's text."""
+    results: dict[str, dict[str, Any]] = {}
+    for name in records:
+        with contextlib.suppress(OSError, ValueError):  # it failed before it wrote one
+            results[name] = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    commands = {name: f"`{record['command']}` ({_ending(record)})" for name, record in records.items()}
+    text = goals.summary(results, commands)
+    for name, content in ((RECORDS, json.dumps(records, indent=1)), ("summary.md", text)):
+        partial = out / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(out / name)
+    return text
+
+
+def _ending(record: dict[str, Any]) -> str:
+    code = record["exit_code"]
+    how = "" if code == 0 else "given up after " if code is None else f"failed with exit code {code} after "
+    return f"{how}{record['seconds']:.0f} s, {record['ended']}"
+
+
+def main() -> None:
+    """Exits with 0 when all is measured, 1 when something failed or is left, 2 for what the user can mend."""
+    try:
+        sys.exit(_main())
+    except UserError as error:
+        print(f"measure_all.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("measure_all.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured")
+    parser.add_argument("--data", type=Path, help="a data set, or a folder to draw JPEGs into; default: OUT/jpegs")
+    parser.add_argument(
+        "--count", type=int, help=f"JPEGs to draw; default: {IMAGES_ON_GPU}, on the CPU {IMAGES_ON_CPU}"
+    )
+    parser.add_argument("--gpus", type=int, help="0: the CPU; default: all, else the CPU")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no more than so long; default: no limit")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these alone")
+    parser.add_argument("--list", action="store_true", help="show the commands and measure nothing")
+    arguments = parser.parse_args()
+    if arguments.count is not None and arguments.count < 1:
+        raise UserError(f"--count {arguments.count}: must be at least 1")
+    out = arguments.out
+    gpus = distributed.resolve_gpus(arguments.gpus)
+    measurements = plan(gpus, arguments.data or out / "jpegs", out, arguments.count)
+    names = [m.name for m in measurements]
+    if unknown := set(arguments.only or ()) - set(names):
+        raise UserError(f"--only {' '.join(sorted(unknown))}: no such measurement; there are {', '.join(names)}")
+    measurements = [m for m in measurements if arguments.only is None or m.name in arguments.only]
+    if arguments.list:
+        print("\n".join(f"{m.name:<20} {m.shown()}" for m in measurements))
+        return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from error
+    return _measure(measurements, out, time.monotonic() + 60 * arguments.minutes)
+
+
+def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int:
+    records = read_records(out)
+    for measurement in measurements:
+        name, before = measurement.name, records.get(measurement.name, {})
+        # Drawing goes on where it stopped, and finds out by itself that nothing is left to do.
+        if name != "jpegs" and before.get("exit_code") == 0 and before["command"] == measurement.shown():
+            print(f"{name:<20} there already", flush=True)
+            continue
+        seconds = min(60 * measurement.minutes, deadline - time.monotonic())
+        if seconds <= 0:
+            print(f"{name:<20} left: the time is over", flush=True)
+            continue
+        print(f"{name:<20} {measurement.shown()}", flush=True)
+        records[name] = run(measurement, out, seconds)
+        write_summary(out, records)
+        print(f"{'':<20} {_ending(records[name])}", flush=True)
+        if records[name]["exit_code"] != 0:
+            lines = (out / f"{name}.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(f"{'':<20} | {line}" for line in lines[-5:]), flush=True)
+    print("\n" + write_summary(out, records))
+    return int(any(records.get(m.name, {}).get("exit_code") != 0 for m in measurements))
+
+
+if __name__ == "__main__":
+    main()
