@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.order import EvalOrder, TrainOrder
-from pipelines.readers import EvalSource, FileList, TrainSource, _placeholder
+from pipelines.readers import EvalSource, FileList, TrainSource, _placeholder, stack_paths
 
 PATHS = ["/data/a.JPEG", "relative/b c.png", "/data/žába/鳥.webp", "/" + "x" * 300, os.fsdecode(b"/data/\xff.jpg")]
 
@@ -34,6 +34,16 @@ def test_file_list_gives_back_paths_and_labels() -> None:
     assert encoded.dtype == np.uint8
     assert np.shares_memory(encoded, files.buffer)
     assert encoded.tobytes() == os.fsencode(PATHS[2])
+
+
+def test_paths_are_stacked_for_dali() -> None:
+    files = FileList.from_paths(PATHS, np.arange(5))
+    indices = np.array([3, 0, 4, 2, 0])
+    rows, lengths = stack_paths(files.payload(indices))
+    assert (rows.dtype, lengths.dtype) == (np.uint8, np.int32)
+    assert rows.shape == (5, 301)
+    assert decoded([row[:length] for row, length in zip(rows, lengths, strict=True)]) == [PATHS[i] for i in indices]
+    assert [int(row[length:].sum()) for row, length in zip(rows, lengths, strict=True)] == [0] * 5
 
 
 def test_subset_keeps_order_and_repeats_and_shares_the_paths() -> None:
