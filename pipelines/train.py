@@ -7,10 +7,11 @@ One definition for both devices. On the CPU, the window, resize and RandAugment 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.data_node import DataNode
 
 from pipelines import crop
 from pipelines.crop import Decoder
@@ -18,7 +19,7 @@ from pipelines.order import TrainOrder
 from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, is_compiled, rand_augment
 from pipelines.readers import NUM_LAST_BYTES, Samples, TrainSource, read
 
-__all__ = ["Augment", "Decoder", "train_pipeline"]
+__all__ = ["Augment", "Decoder", "Drawn", "draw", "numbers_drawn", "train_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,43 @@ class Augment:
             raise ValueError(f"randaug_contrast is {self.randaug_contrast!r}: choose paper or mean")
 
 
-@pipeline_def
-def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
+class Drawn(NamedTuple):
+    """What is known of a batch before anything is decoded; all of it is on the CPU."""
+
+    encoded: DataNode
+    """Image files, uint8 [n]."""
+    labels: DataNode
+    start: DataNode
+    """(top, left) of the window, float32 [2] in pixels."""
+    window: DataNode
+    """Its (height, width), likewise."""
+    mirror: DataNode | None
+    """Whether the image is flipped."""
+    uniforms: DataNode
+    """RandAugment's, if there is one."""
+
+
+def draw(source: TrainSource, augment: Augment) -> Drawn:
+    """The part of the training graph that the CPU does on either device; within a pipeline definition."""
     encoded, labels, *uniforms = read(source)
     size = crop.image_size(encoded)
     encoded = crop.refuse_too_large(encoded, size)
-
     ranges: dict[str, Any] = {"area_range": augment.area_range}
     if augment.ratio_range is not None:
         ranges["ratio_range"] = augment.ratio_range
     start, window = crop.SAMPLERS[augment.crop](size, tuple(uniforms[:3]), **ranges)
     mirror = uniforms[3] < 0.5 if augment.flip else None
+    return Drawn(encoded, labels, start, window, mirror, uniforms[-1])
+
+
+@pipeline_def
+def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
+    drawn = draw(source, augment)
     images = crop.decode_window(
-        encoded,
-        start,
-        window,
-        mirror,
+        drawn.encoded,
+        drawn.start,
+        drawn.window,
+        drawn.mirror,
         size=image_size,
         antialias=augment.antialias,
         device=device,
@@ -83,13 +105,24 @@ def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder
     if augment.randaug_layers > 0:
         images = rand_augment(
             images,
-            uniforms[-1],
+            drawn.uniforms,
             image_size=image_size,
             layers=augment.randaug_layers,
             magnitude=augment.randaug_magnitude,
             contrast=augment.randaug_contrast,
         )
-    return images, labels.gpu() if device == "gpu" else labels, encoded[-NUM_LAST_BYTES:]
+    labels = drawn.labels.gpu() if device == "gpu" else drawn.labels
+    return images, labels, drawn.encoded[-NUM_LAST_BYTES:]
+
+
+def numbers_drawn(augment: Augment) -> list[int]:
+    """How many uniforms an image takes, in the arrays that `draw` reads."""
+    counts = [*crop.NUM_UNIFORMS[augment.crop]]
+    if augment.flip:
+        counts.append(1)
+    if augment.randaug_layers > 0:
+        counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
+    return counts
 
 
 def train_pipeline(
@@ -113,14 +146,9 @@ def train_pipeline(
     images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. All its randomness comes from `order`: it
     holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.
     """
-    counts = [*crop.NUM_UNIFORMS[augment.crop]]
-    if augment.flip:
-        counts.append(1)
-    if augment.randaug_layers > 0:
-        counts.append(augment.randaug_layers * NUM_UNIFORMS_PER_LAYER)
     device = "cpu" if device_id is None else "gpu"
     return _train_graph(
-        TrainSource(samples, order, counts, start_step, stride, bad),
+        TrainSource(samples, order, numbers_drawn(augment), start_step, stride, bad),
         image_size,
         augment,
         decoder,

@@ -21,6 +21,7 @@ import bench_throughput
 import make_jpegs
 import measure_all
 import measure_ddp
+import measure_input
 import measure_kernels
 import measure_step
 from benchmark import goals
@@ -34,7 +35,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("gpus", [0, 1, 8])
 def test_every_command_is_one_that_its_tool_takes(gpus, tmp_path, monkeypatch):
-    modules = (bench_throughput, make_jpegs, measure_ddp, measure_kernels, measure_step)
+    modules = (bench_throughput, make_jpegs, measure_ddp, measure_input, measure_kernels, measure_step)
     tools = {f"{module.__name__}.py": module for module in modules}
     (tmp_path / "out").mkdir()
     parse_args = argparse.ArgumentParser.parse_args
@@ -170,6 +171,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         "step-128": {"default": {"images_per_sec": 8_999.0}},
         "joint-128": joint(7_927.0, 1),
         "node": joint(63_000.0, 2),
+        "input": {"images_per_sec": 29_449.0, "cpu_us": 60.5, "python_us": 6.7, "threads": 2},
         "compare-1": compared,
         "compare": compared | {"config": {"run": {"gpus": 1}}},
     }
@@ -187,6 +189,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         "training / step alone, all GPUs": (96, "missed"),
         "data wait, all GPUs": (2, "met"),
         "RandAugment's cost, all GPUs": (3.5, "missed"),
+        "the CPU's part of a GPU's loader": (29_449, ""),
         "loader / best other, compare-1": (2.5, "met"),
         "loader / best other, compare": (2.5, ""),
     }
@@ -232,6 +235,6 @@ def test_the_list_measures_nothing(tmp_path, monkeypatch, capsys):
         measure_all.main()
     assert stopped.value.code == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        *("jpegs", "compare-1", "compare-2", "compare-3", "kernels", "joint-32"),
+        *("jpegs", "compare-1", "compare-2", "compare-3", "input", "kernels", "joint-cpu"),
     ]
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
 
 import measure_ddp
+import measure_input
 import measure_kernels
 import measure_step
 from benchmark import goals, kernels, windows
@@ -150,6 +151,35 @@ def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["measure_step.py", "--gpus", "0", "--batch-size", "2", *flags])
     with pytest.raises(SystemExit) as stopped:
         measure_step.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
+def test_the_cpu_s_part_of_the_input_is_measured(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure_input, "WINDOW_SECONDS", 0.1)
+    out = tmp_path / "input.json"
+    flags = ["--data", str(image_folder), "--batch-size", "8", "--threads", "1", "--seconds", "0.3", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["measure_input.py", *flags])
+    measure_input.main()
+    result = json.loads(out.read_text())
+    assert set(result) == {"environment", "threads", "images_per_sec", "cpu_us", "python_us"}
+    assert 0 < result["python_us"] <= result["cpu_us"]
+    assert result["python_us"] <= 1e6 / result["images_per_sec"]
+    assert f"{result['images_per_sec']:,.0f} images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "/nowhere"], "measure_input.py: /nowhere: no such folder"),
+        (["--data", "demo", "--threads", "0"], "measure_input.py: --threads 0: must be at least 1"),
+    ],
+)
+def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_input.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        measure_input.main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)

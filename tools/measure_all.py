@@ -71,8 +71,9 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         for number in (1, 2, 3):
             loaders = ("--mode", "loader", "--compare", "--seconds", 3, "--batch-size", 256)
             add(f"compare-{number}", 10, *bench, 0, *loaders)
+        add("input", 5, "measure_input.py", "--data", data)
         add("kernels", 10, "measure_kernels.py", "--repeats", 16, has_json=False)
-        add("joint-32", 10, *bench, 0, "--batch-size", 32, "--seconds", 20)
+        add("joint-cpu", 10, *bench, 0, "--model", "Ti/16", "--batch-size", 16, "--seconds", 20)
         return measurements
 
     def profiled(name: str) -> tuple[str, ...]:
@@ -83,6 +84,7 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         add(f"step-{batch}", 10, "measure_step.py", "--batch-size", batch, "--compile", *quick)
     for batch in (128, 1024):
         add(f"joint-{batch}", 10, *bench, 1, "--batch-size", batch, *profiled(f"joint-{batch}"))
+    add("input", 5, "measure_input.py", "--data", data)
     if gpus > 1:
         add("node", 10, *bench, gpus, "--batch-size", 128 * gpus, *profiled("node"))
         add("ddp", 10, "measure_ddp.py", "--processes", gpus)

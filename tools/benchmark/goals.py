@@ -56,10 +56,14 @@ def rows(results: Results) -> list[Row]:
             found += _step(_ways(results, f"step-{batch}-{name}"), f"step alone, batch {batch}, {what}")
     for name, what in (
         *(("joint-1024", "batch 1024"), ("joint-128", "batch 128"), ("node", "all GPUs")),
-        ("joint-32", "batch 32 on the CPU"),
+        ("joint-cpu", "Ti/16 on the CPU"),
     ):
         if name in results:
             found += _joint(results[name], what)
+    if "input" in results:
+        result = results["input"]
+        times = f"{result['threads']} threads; {result['cpu_us']:.0f} us an image, {result['python_us']:.0f} in Python"
+        found.append(Row("the CPU's part of a GPU's loader", result["images_per_sec"], "images/s", remark=times))
     for name, result in results.items():
         if "compare" in result:
             compared = result["compare"]

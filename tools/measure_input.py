@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""What the CPU does for a training image besides decoding: the order, reading the file, its size, the crop's window.
+
+    tools/measure_input.py --data PATH --batch-size 128 --threads 8
+
+With a GPU this is all that is left to the CPU, so that its rate bounds the loader's there; it is measured without one.
+Files are in the page cache once they were read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmark import report
+from nvidia.dali import Pipeline, pipeline_def
+
+from dali_vit import data as datasets
+from dali_vit.config import UserError
+from dali_vit.environment import cpu_count, describe_environment
+from pipelines.order import TrainOrder
+from pipelines.readers import NUM_LAST_BYTES, TrainSource
+from pipelines.train import Augment, draw, numbers_drawn
+
+WINDOW_SECONDS = 1.0
+
+
+@pipeline_def
+def _graph(source: TrainSource, augment: Augment) -> Any:
+    drawn = draw(source, augment)
+    return drawn.labels, drawn.start, drawn.window, drawn.mirror, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
+
+
+def main() -> None:
+    """Exits with 2 for what the user can mend, one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="as for dali-vit train")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=cpu_count(), help="DALI's; default: the machine's cores")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    try:
+        for flag, value in (("--batch-size", arguments.batch_size), ("--threads", arguments.threads)):
+            if value < 1:
+                raise UserError(f"{flag} {value}: must be at least 1")
+        report.check_json(arguments.json)
+        samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
+    except UserError as error:
+        print(f"measure_input.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    augment = Augment()
+    source = TrainSource(samples, TrainOrder(len(samples), arguments.batch_size, 0, 1, seed=0), numbers_drawn(augment))
+    pipeline = _graph(source, augment, batch_size=arguments.batch_size, num_threads=arguments.threads, device_id=None)
+    result = {
+        "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
+        "threads": arguments.threads,
+        **measure(pipeline, arguments.batch_size, arguments.seconds),
+    }
+    print(
+        f"{result['images_per_sec']:,.0f} images/s; {result['cpu_us']:.1f} us of CPU time an image,"
+        f" {result['python_us']:.1f} of them in Python's thread"
+    )
+    if arguments.json is not None:
+        report.write_json(arguments.json, result)
+
+
+def measure(pipeline: Pipeline, batch_size: int, seconds: float) -> dict[str, float]:
+    """Images/s of the best window of a second, its microseconds of CPU time an image, and those of this thread."""
+    clocks = (time.perf_counter, time.process_time, time.thread_time)
+    deadline = None
+    best: tuple[float, ...] = (float("inf"),) * 3
+    while deadline is None or time.perf_counter() < deadline:
+        began, count = [clock() for clock in clocks], 0
+        while time.perf_counter() - began[0] < WINDOW_SECONDS:
+            pipeline.run()
+            count += batch_size
+        if deadline is None:  # the first window warms up
+            deadline = time.perf_counter() + seconds
+            continue
+        best = min(best, tuple((clock() - start) / count for clock, start in zip(clocks, began, strict=True)))
+    return {"images_per_sec": 1 / best[0], "cpu_us": 1e6 * best[1], "python_us": 1e6 * best[2]}
+
+
+if __name__ == "__main__":
+    main()
