@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ import measure_input
 import measure_kernels
 import measure_step
 from benchmark import goals
+
+from tests.conftest import environment
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -134,6 +137,32 @@ def test_one_that_takes_too_long_is_ended_with_its_children_and_the_rest_is_left
     assert "left: the time is over" in capsys.readouterr().out
     assert not (tmp_path / "lines").exists()
     assert measure_all.read_records(out)["slow"]["exit_code"] is None
+    wait_for_the_end_of(pids)
+
+
+def test_stopped_by_a_signal_it_leaves_nothing_running(tools, tmp_path):
+    out, pids = tmp_path / "out", tmp_path / "pids"
+    program = (
+        "import sys; from pathlib import Path; import measure_all\n"
+        f"measure_all.TOOLS = Path({str(tools)!r})\n"
+        f"measure_all.plan = lambda *_: [measure_all.Measurement('slow', ('slow.py', {str(pids)!r}), 1)]\n"
+        f"sys.argv = ['measure_all.py', '--gpus', '0', '--out', {str(out)!r}]\n"
+        "measure_all.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment() | {"PYTHONPATH": str(ROOT / "tools")}, stderr=subprocess.PIPE
+    )
+    while not pids.exists() or not pids.read_text().endswith("\n"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.decode() == "measure_all.py: stopped; the same command goes on from here\n"
+    wait_for_the_end_of(pids)
+
+
+def wait_for_the_end_of(pids: Path) -> None:
     for pid in map(int, pids.read_text().split()):
         for _ in range(100):
             if not is_running(pid):

@@ -167,6 +167,8 @@ def _ending(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Exits with 0 when all is measured, 1 when something failed or is left, 2 for what the user can mend."""
+    # Else what it has begun would go on without it.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(_main())
     except UserError as error:
@@ -175,6 +177,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("measure_all.py: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main() -> int:
