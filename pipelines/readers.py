@@ -122,7 +122,7 @@ def _payload(samples: Samples, indices: np.ndarray, left_out: np.ndarray | None)
 
 @dataclass(frozen=True)
 class TrainSource:
-    """What the training graph reads: iteration -> payload, and iteration -> (labels, uniforms, ...) of that step.
+    """What the training graph reads: iteration -> payload, or paths, and iteration -> (labels, uniforms, ...).
 
     It keeps nothing between calls, so a pipeline can be built at any step: iteration i is start_step + i stride. The
     uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
@@ -146,6 +146,10 @@ class TrainSource:
         indices = self.order.indices(self.start_step + info.iteration * self.stride)
         return _payload(self.samples, indices, None if self.bad is None else self.bad[indices])
 
+    def paths(self, info: BatchInfo) -> tuple[np.ndarray, np.ndarray]:
+        """`payload` as `stack_paths` arranges it."""
+        return stack_paths(self.payload(info))
+
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
         step = self.start_step + info.iteration * self.stride
         indices = self.order.indices(step)
@@ -159,9 +163,9 @@ class TrainSource:
 
 @dataclass(frozen=True)
 class EvalSource:
-    """What the evaluation graph reads: iteration -> payload, iteration -> (labels,); StopIteration after the last.
+    """What the evaluation graph reads: iteration -> payload, or paths, iteration -> (labels,).
 
-    Iteration 0 is start_batch. Padding is a grey image, labelled -1.
+    Iteration 0 is start_batch; StopIteration comes after the last batch. Padding is a grey image, labelled -1.
     """
 
     samples: Samples
@@ -183,6 +187,10 @@ class EvalSource:
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
         return _payload(self.samples, *self._indices(info))
 
+    def paths(self, info: BatchInfo) -> tuple[np.ndarray, np.ndarray]:
+        """`payload` as `stack_paths` arranges it."""
+        return stack_paths(self.payload(info))
+
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
         indices, padding = self._indices(info)
         return (np.where(padding, -1, self.samples.labels[indices]),)
@@ -195,9 +203,7 @@ def read(source: TrainSource | EvalSource) -> list[DataNode]:
         encoded = fn.external_source(source.payload, batch=True, batch_info=True, no_copy=True)
     else:
         # DALI's Python takes 8 us for each array of a list, in the thread that trains, and 1 us for a row of one array.
-        paths, lengths = fn.external_source(
-            lambda info: stack_paths(source.payload(info)), num_outputs=2, batch=True, batch_info=True
-        )
+        paths, lengths = fn.external_source(source.paths, num_outputs=2, batch=True, batch_info=True)
         # As memory maps DALI would remember every path it has ever read, 265 bytes each, and be no faster.
         encoded = fn.io.file.read(paths[:lengths], dont_use_mmap=True)
     arrays = fn.external_source(source.arrays, num_outputs=source.num_arrays, batch=True, batch_info=True)
