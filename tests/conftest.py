@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,10 @@ from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunCon
 from dali_vit.distributed import Group
 
 gc.set_threshold(10_000, 10, 1_000)  # as `cli.run` has it: a sixth of the time of all tests
+
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
 
 CLASSES = ("ant", "bee", "cat", "dog")
 TRAIN_PER_CLASS, VAL_PER_CLASS = 15, 7

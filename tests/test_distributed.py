@@ -16,7 +16,7 @@ import torch
 from dali_vit import checkpoint, distributed
 from dali_vit.config import UserError
 from dali_vit.mixup import sample_lambda
-from tests.conftest import TINY, environment, read_metrics
+from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
 
 RECORDER = str(Path(__file__).with_name("recorder.py"))
 PLAIN = ("--mixup-alpha", "0", "--randaug-layers", "0")
@@ -74,6 +74,7 @@ def test_two_and_four_processes_train_like_one(image_folder, tmp_path):
         assert ends[processes].metrics["val/loss"] == pytest.approx(ends[1].metrics["val/loss"], abs=1e-5)
 
 
+@needs_a_compiler
 @pytest.mark.timeout(300)
 def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_path):
     """In several graphs, as a model of more than one bucket of gradients is parted: each is sent when it is done."""

@@ -5,8 +5,6 @@ optimiser of `create_optimizer`, called as dali_vit/train.py calls them.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +18,10 @@ from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.step import TrainStep, build_update
+from tests.conftest import needs_a_compiler
 from tests.parity.conftest import Reference
 
 CPU = Group(0, 1, 0, 1, torch.device("cpu"))
-needs_a_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU"
-)
 
 
 class Tolerance(NamedTuple):
