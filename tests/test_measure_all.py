@@ -258,6 +258,17 @@ def test_a_mistake_is_said_in_one_line(flags, message, tmp_path, monkeypatch, ca
     assert sorted(os.listdir(tmp_path)) == ["damaged", "file"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "compare-1.txt").mkdir()
+    flags = ["--out", str(tmp_path), "--gpus", "0", "--only", "compare-1"]
+    monkeypatch.setattr(sys, "argv", ["measure_all.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        measure_all.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"measure_all.py: --out: [Errno 21] Is a directory: '{tmp_path}/compare-1.txt'; mend that")
+
+
 def test_the_list_measures_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["measure_all.py", "--out", str(tmp_path / "out"), "--gpus", "0", "--list"])
     with pytest.raises(SystemExit) as stopped:

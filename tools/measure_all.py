@@ -174,6 +174,9 @@ def main() -> None:
     except UserError as error:
         print(f"measure_all.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        print(f"measure_all.py: --out: {error}; mend that, and the same command goes on", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("measure_all.py: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
