@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""All that BENCHMARKS.md wants to know of a machine, the most telling first, and a table of it beside the goals.
+"""What a machine is asked about loading and training, the most telling first, and a table of it beside the goals.
 
     tools/measure_all.py --out results                 on every GPU, else on the CPU
     tools/measure_all.py --out results --minutes 9     as much as fits; the same command again goes on

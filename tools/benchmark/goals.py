@@ -87,9 +87,9 @@ def _ways(results: Results, *names: str) -> dict[str, float]:
 
 
 def _step(ways: dict[str, float], what: str, least: float | None = None) -> Iterator[Row]:
-    if ways:
-        each = ", ".join(f"{way} {rate:,.0f}" for way, rate in sorted(ways.items(), key=lambda item: -item[1]))
-        yield Row(what, max(ways.values()), "images/s", least, None, each)
+    """A row for each way: the best of several would be called met by luck, or in a way that no run has by default."""
+    for way, rate in ways.items():
+        yield Row(f"{what}, {way}", rate, "images/s", None if way == "off" else least)
 
 
 def _joint(result: Mapping[str, Any], what: str) -> Iterator[Row]:
@@ -129,9 +129,20 @@ def summary(results: Results, commands: Mapping[str, str]) -> str:
             f" {derived_minutes(rate):.1f} minutes and evaluation besides, if each trains at {rate:,.0f} images/s, as"
             f" one did at its share of batch {128 * GPUS}, and {GPUS} processes slow each other down by nothing.",
         ]
-    environment: Mapping[str, str] = next(
-        (result["environment"] for result in results.values() if "environment" in result), {}
-    )
-    lines += ["", *(f"- {name}: {value}" for name, value in environment.items() if name not in ("command", "host"))]
+    lines += ["", *_environment(results)]
     lines += ["", *(f"- {name}: {how}" for name, how in commands.items())]
     return "\n".join(lines) + "\n"
+
+
+def _environment(results: Results) -> Iterator[str]:
+    """What was measured on, a line each; where it differs, as in a folder used again later, with what was measured."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for measurement, result in results.items():
+        for name, value in result.get("environment", {}).items():
+            if name not in ("command", "host", "load average before"):
+                found.setdefault(name, {}).setdefault(value, []).append(measurement)
+    for name, values in found.items():
+        if len(values) == 1:
+            yield f"- {name}: {next(iter(values))}"
+        else:
+            yield f"- {name} DIFFERS: " + "; ".join(f"{value} ({', '.join(of)})" for value, of in values.items())
