@@ -202,7 +202,7 @@ def read(source: TrainSource | EvalSource) -> list[DataNode]:
         # Copying encoded images takes 16 us each, in one thread, and so would reading them from a memory map.
         encoded = fn.external_source(source.payload, batch=True, batch_info=True, no_copy=True)
     else:
-        # DALI's Python takes 8 us for each array of a list, in the thread that trains, and 1 us for a row of one array.
+        # A list of arrays takes the thread that trains 7 us more an image, in DALI's Python (BENCHMARKS.md).
         paths, lengths = fn.external_source(source.paths, num_outputs=2, batch=True, batch_info=True)
         # As memory maps DALI would remember every path it has ever read, 265 bytes each, and be no faster.
         encoded = fn.io.file.read(paths[:lengths], dont_use_mmap=True)
