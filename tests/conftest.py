@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Before torch is imported. The models are so small that a second thread makes nothing faster; and with two threads, on two
-# cores that others used, too, a test of 9 s once took more than two minutes: probably they spin while they wait.
+# Before torch is imported. The models are so small that a second thread makes nothing faster; and with two threads, on
+# two cores that others used, too, a test of 9 s once took two minutes and more: probably they spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
