@@ -126,65 +126,46 @@ def _losses_seen(optimizer: Optimizer, loss: Tensor) -> Tensor:
     return group["losses_seen"]
 
 
-class AdamWBFloat16Moment(Optimizer):
-    """AdamW with decoupled weight decay that keeps its first moment in bfloat16, as optax's scale_by_adam does.
+class AdamWBFloat16Moment(torch.optim.AdamW):
+    """AdamW whose first moment is rounded to bfloat16 after each step, as optax's scale_by_adam keeps it.
 
     The update uses the new moment before it is rounded. beta1 itself is rounded (0.9 to 0.8984375) where it
     multiplies the old moment, because JAX gives a constant the type of the array; with 0.9 the losses of
-    reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. Options of a group: lr (a 0-d
-    tensor on the parameters' device), betas, eps, weight_decay.
+    reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. The rounded moment lies in float32,
+    where torch's fused kernel takes it. Options of a group: lr (a 0-d tensor on the parameters' device), betas, eps,
+    weight_decay.
     """
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"betas": betas, "eps": eps})
+        super().__init__(params, betas=betas, eps=eps, fused=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for p, state in self.state.items():
-            state["exp_avg"] = state["exp_avg"].bfloat16()  # torch has cast it to float32, which lost nothing
-            state["step"] = state["step"].to(p.device)
+        # Checkpoints from before the fused kernel have moments in bfloat16, which torch widens, and do not ask for it.
+        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, [p.grad for p in params if p.grad is not None], group)
+            moments = self._moments(group)
+            if moments:
+                beta1 = group["betas"][0]
+                # The kernel multiplies by beta1. A step that is left out changes nothing, so neither does this.
+                scale = torch.full((), torch.tensor(beta1).bfloat16().item() / beta1, device=moments[0].device)
+                if hasattr(self, "found_inf"):
+                    scale = torch.where(self.found_inf.bool(), 1.0, scale)
+                torch._foreach_mul_(moments, scale)
+        super().step()
+        for group in self.param_groups:
+            moments = self._moments(group)
+            rounded = [torch.empty_like(m, dtype=torch.bfloat16) for m in moments]
+            torch._foreach_copy_(rounded, moments)
+            torch._foreach_copy_(moments, rounded)
 
-    def _update(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p, dtype=torch.bfloat16),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        states = [self.state[p] for p in params]
-        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        beta1, beta2 = group["betas"]
-        changed = [*params, *first, *second, *[s["step"] for s in states]]
-        before = [t.clone() for t in changed]
-        torch._foreach_add_([s["step"] for s in states], 1)
-        step = states[0]["step"]  # the same for all, as every parameter has a gradient at every step
-
-        moment = [m.float() for m in first]
-        torch._foreach_mul_(moment, torch.tensor(beta1, dtype=torch.bfloat16).item())
-        torch._foreach_add_(moment, gradients, alpha=1 - beta1)
-        torch._foreach_copy_(first, moment)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_mul_(moment, group["lr"] / (1 - beta1**step))
-        torch._foreach_div_(moment, denominator)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(params, moment)
-        left_out = getattr(self, "found_inf", torch.zeros((), device=params[0].device)).bool()
-        torch._foreach_copy_(
-            changed, [torch.where(left_out, old, new) for old, new in zip(before, changed, strict=True)]
-        )
+    def _moments(self, group: dict[str, Any]) -> list[Tensor]:
+        """None before the first step."""
+        return [self.state[p]["exp_avg"] for p in group["params"] if p in self.state]
 
 
 __all__ = [
