@@ -217,6 +217,7 @@ def test_policy_draws_operations_uniformly_signs_fairly_and_layers_independently
     assert chi_square_uniform_p(np.bincount(2 * negative[:, 0] + negative[:, 1], minlength=4)) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:The external source node")  # the uniforms are not used
 def test_no_layers_leave_the_images_alone() -> None:
     images = photo(32)[None]
     np.testing.assert_array_equal(run_policy(images, np.zeros((1, 1)), layers=0), images)
