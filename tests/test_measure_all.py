@@ -273,11 +273,12 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_one_line(tmp_path, monkey
 
 
 def test_the_list_measures_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["measure_all.py", "--out", str(tmp_path / "out"), "--gpus", "0", "--list"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["measure_all.py", "--gpus", "0", "--list"])
     with pytest.raises(SystemExit) as stopped:
         measure_all.main()
     assert stopped.value.code == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         *("jpegs", "compare-1", "compare-2", "compare-3", "input", "kernels", "joint-cpu"),
     ]
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == []

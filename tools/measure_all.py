@@ -186,7 +186,9 @@ def main() -> None:
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is measured")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for what is measured; default: results"
+    )
     parser.add_argument("--data", type=Path, help="a data set, or a folder to draw JPEGs into; default: OUT/jpegs")
     parser.add_argument(
         "--count", type=int, help=f"JPEGs to draw; default: {IMAGES_ON_GPU}, on the CPU {IMAGES_ON_CPU}"
