@@ -39,25 +39,37 @@ class Shape(NamedTuple):
     head_width: int
 
 
-def fastest_attention(
-    model: nn.Module, images: int, group: Group
-) -> tuple[Callable[[], AbstractContextManager[object]], str]:
-    """A context in which attention runs on the fastest kernel for `images` a process, and that choice in words.
+class Attention(NamedTuple):
+    """What attention is to run on."""
+
+    context: Callable[[], AbstractContextManager[object]]
+    """Makes a context in which it does."""
+    kernel: str
+    """One of BACKENDS, or `torch's choice`."""
+    words: str
+    """The kernel, and the times of all."""
+
+
+_TORCHS_CHOICE = Attention(nullcontext, "torch's choice", "torch's choice")
+
+
+def fastest_attention(model: nn.Module, images: int, group: Group) -> Attention:
+    """The fastest kernel for `images` a process.
 
     For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective, takes a second.
     """
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
-        return nullcontext, "torch's choice"
+        return _TORCHS_CHOICE
     times = gather_objects(measure(shape, group.device) if group.is_main else None)[0]
     if not times:
         log.warning("none of %s runs here: attention is torch's plain one", ", ".join(BACKENDS))
-        return nullcontext, "torch's choice"
+        return _TORCHS_CHOICE
     chosen = choose(times)
     # The others stay behind it, for what it cannot do.
     order = sorted([*BACKENDS.values(), SDPBackend.MATH], key=lambda backend: backend != BACKENDS[chosen])
     measured = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in times.items())
-    return partial(sdpa_kernel, order, set_priority=True), f"{chosen} ({measured} a layer)"
+    return Attention(partial(sdpa_kernel, order, set_priority=True), chosen, f"{chosen} ({measured} a layer)")
 
 
 def shape_of(model: nn.Module, images: int) -> Shape | None:

@@ -25,6 +25,8 @@ _KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True}
 """DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
 
+_CACHE_KEY_TAG = torch.compiler.config.cache_key_tag  # the user's, by TORCH_COMPILE_CACHE_KEY_TAG
+
 _WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile's modes
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
@@ -64,7 +66,7 @@ def build_update(
     Collective. Raises UserError where compilation is asked for and does not work here.
     """
     on_gpu = group.device.type == "cuda"
-    attention, chosen = fastest_attention(model, config.optim.batch_size // group.world_size, group)
+    attention = fastest_attention(model, config.optim.batch_size // group.world_size, group)
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
@@ -78,9 +80,11 @@ def build_update(
         )
     mode, compiled = _how_to_compile(config, group)
     if mode != "off":
+        # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
+        torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if on_gpu:
-        compiled += f"; attention {chosen}"
+        compiled += f"; attention {attention.words}"
     replays = mode in _WITH_CUDA_GRAPHS
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
@@ -88,7 +92,7 @@ def build_update(
         lam_tensor = torch.tensor(lam, dtype=torch.float32, pin_memory=on_gpu)
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
-        with attention():
+        with attention.context():
             loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
             loss.backward()
         set_lr(optimizer, lr)

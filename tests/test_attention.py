@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
+import dali_vit.step
 from dali_vit import attention
-from dali_vit.attention import Shape, choose, fastest_attention, shape_of
-from dali_vit.config import ModelConfig
+from dali_vit.attention import Attention, Shape, choose, fastest_attention, shape_of
+from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
+from dali_vit.optim import create_optimizer
+from tests.conftest import needs_a_compiler
 
 GPU = Group(0, 1, 0, 1, torch.device("cuda", 0))  # nothing here touches the device
 CPU = Group(0, 1, 0, 1, torch.device("cpu"))
@@ -48,8 +53,9 @@ def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pyte
         attention, "measure", lambda shape, device: shapes.append(shape) or {"flash": 1.25, "cudnn": 1.0}
     )
     before = _cur_sdpa_kernel_backends(with_priority=True)
-    context, words = fastest_attention(vit(), 64, GPU)
+    context, kernel, words = fastest_attention(vit(), 64, GPU)
     assert shapes == [Shape(64, 196, 3, 64)]
+    assert kernel == "cudnn"
     assert words == "cudnn (flash 1.25 ms, cudnn 1.00 ms a layer)"
     for _ in range(2):  # one for every step
         with context():
@@ -63,11 +69,35 @@ def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    assert fastest_attention(vit(), 64, CPU)[1] == "torch's choice"
+    assert fastest_attention(vit(), 64, CPU).words == "torch's choice"
     assert not caplog.records
     monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
-    context, words = fastest_attention(vit(), 64, GPU)
+    context, _, words = fastest_attention(vit(), 64, GPU)
     assert words == "torch's choice"
     assert "none of flash, cudnn, efficient runs here" in caplog.text
     with context():
         pass
+
+
+@needs_a_compiler
+def test_what_another_run_compiled_does_not_decide_on_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch keeps what it compiled on disk, for all processes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = Config(model=ModelConfig(model="mu/16"), optim=OptimConfig(batch_size=4), run=RunConfig(compile="default"))
+    images, labels = torch.zeros(4, 64, 64, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+
+    def runs_flash(kernel: str, backend: SDPBackend) -> bool:
+        asked_for = Attention(partial(sdpa_kernel, backend), kernel, kernel)
+        monkeypatch.setattr(dali_vit.step, "fastest_attention", lambda *_: asked_for)
+        torch.compiler.reset()  # like a new process
+        model = create_model(config.model, num_classes=10, resolution=64)
+        update, _ = dali_vit.step.build_update(config, model, create_optimizer(model, config.optim), CPU)
+        update(images, labels, 0.7, 1e-3)  # compiles, and to find shapes calls all that it compiles
+        with torch.profiler.profile() as profile:
+            update(images, labels, 0.7, 1e-3)
+        return any("flash" in event.key for event in profile.key_averages())
+
+    assert not runs_flash("math", SDPBackend.MATH)
+    assert runs_flash("flash", SDPBackend.FLASH_ATTENTION)
