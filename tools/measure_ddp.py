@@ -55,6 +55,8 @@ def main() -> None:
     if not distributed.is_worker():
         try:  # once, before any process starts
             report.check_json(arguments.json)
+            if arguments.processes < 2:
+                raise UserError(f"--processes {arguments.processes}: at least 2 have gradients to exchange")
             create_model(ModelConfig(arguments.model), num_classes=1000, resolution=224)
             gpus = distributed.resolve_gpus(arguments.gpus)
             if 0 < gpus < arguments.processes:

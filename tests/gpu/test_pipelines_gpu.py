@@ -63,7 +63,8 @@ def test_training_images_are_those_of_the_cpu(files: FileList, crop: Any, region
         assert images.device == labels.device == torch.device("cuda", torch.cuda.current_device())
         assert torch.equal(labels.cpu(), expected_labels)
         error = (images.cpu().float() - expected_images).abs().mean(dim=(1, 2, 3))
-        assert error.max() < 3  # levels; another window or a flip would cost 30
+        # Levels. Training repeats chroma, which costs up to 2.7 here; another window or a flip would cost 30.
+        assert error.max() < 5
 
 
 def test_randaugment_is_that_of_the_cpu(files: FileList) -> None:
@@ -85,10 +86,13 @@ def test_evaluation_images_are_those_of_the_cpu(files: FileList) -> None:
         assert counted == list(range(NUM_FILES))
 
 
-def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList) -> None:
-    full = train_loader(files, "cuda", augment=Augment())
+# Two decoders need not give the same bits. Which of them an image goes to is to depend on the step alone.
+@pytest.mark.parametrize("hw_decoder_load", [0.0, Decoder().hw_decoder_load])
+def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList, hw_decoder_load: float) -> None:
+    options: dict[str, Any] = {"augment": Augment(), "decoder": Decoder(hw_decoder_load=hw_decoder_load)}
+    full = train_loader(files, "cuda", **options)
     batches = [next(full) for _ in range(6)]
-    resumed = train_loader(files, "cuda", augment=Augment(), start_step=3)
+    resumed = train_loader(files, "cuda", **options, start_step=3)
     for step in range(3, 6):
         images, labels = next(resumed)
         assert torch.equal(images, batches[step][0])
@@ -99,14 +103,15 @@ def test_batches_stay_valid_while_kernels_still_read_them(files: FileList) -> No
     """The host runs ahead of slow kernels, dropping each batch at once: no later batch may overwrite it."""
     weights = torch.randn(4096, 4096, device="cuda")
     sums = []
-    loader = train_loader(files, "cuda")
+    options = {"decoder": Decoder(hw_decoder_load=0.0)}  # one decoder alone, whose bits are always the same
+    loader = train_loader(files, "cuda", **options)
     for _ in range(40):
         images, _ = next(loader)
         for _ in range(20):
             weights = torch.nn.functional.normalize(weights @ weights)  # keeps the stream busy
         sums.append(images.long().sum() + (0 * weights[0, 0]).long())
         del images
-    again = train_loader(files, "cuda")
+    again = train_loader(files, "cuda", **options)
     expected = []
     for _ in range(40):
         images, _ = next(again)
