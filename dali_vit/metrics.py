@@ -135,7 +135,8 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step or None)
+        # Of a run that begins again from scratch not even the sample images of step 0 stay.
+        self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else 0)
         path = run_dir / "metrics.jsonl"
         if path.exists():
             _drop_lines_past(path, start_step)

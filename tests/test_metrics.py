@@ -1,0 +1,51 @@
+"""What a run that goes on keeps of the scalars and images it has logged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dali_vit.metrics import MetricLog
+from dali_vit.train import _is_evaluated
+
+
+def attempt(run_dir: Path, start: int, steps: range, value: float) -> None:
+    log = MetricLog(run_dir, start)
+    if start == 0:
+        log.image("samples/train", np.zeros((4, 4, 3), np.uint8), 0)
+    for step in steps:
+        log.scalars(step, {"train/loss": value})
+    log.close()
+
+
+def logged(run_dir: Path) -> tuple[list[tuple[int, float]], int]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars("train/loss")], len(events.Images("samples/train"))
+
+
+def test_what_was_logged_up_to_the_checkpoint_stays_and_what_comes_again_goes(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 6), 1.0)
+    attempt(tmp_path, 3, range(4, 7), 2.0)
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert logged(tmp_path) == (expected, 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in lines] == expected
+
+
+def test_of_an_attempt_without_a_checkpoint_nothing_stays(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 6), 1.0)
+    attempt(tmp_path, 0, range(1, 4), 2.0)
+    assert logged(tmp_path) == ([(1, 2.0), (2, 2.0), (3, 2.0)], 1)
+
+
+@pytest.mark.parametrize("every", [0.3, 1.0, 2.5, 7.75, 1238.6])
+def test_evaluations_come_when_a_multiple_is_reached(every: float) -> None:
+    expected = {math.ceil(i * every) for i in range(1, 20_000)}
+    assert [step for step in range(1, 5000) if _is_evaluated(step, every)] == sorted(s for s in expected if s < 5000)
+    assert not any(_is_evaluated(step, 0.0) for step in range(1, 100))
