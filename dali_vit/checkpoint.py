@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
+from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
 
 FORMAT = 1
 BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
@@ -93,9 +93,12 @@ def save(
         return _write(
             folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state, metrics
         )
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save does not say so.
+        full = not isinstance(error, OSError) and shutil.disk_usage(folder).free < 2**16
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final}: {str(error).splitlines()[0]}") from error
+        reason = "no space left on the disk" if full else str(error).splitlines()[0]
+        raise OSError(f"{final}: {reason}") from error
 
 
 def _write(
@@ -204,6 +207,8 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     path = Path(path)
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
+    if resolution is not None:
+        check_range("--resolution", resolution, 1, MAX_RESOLUTION)
     if path.suffix == ".npz":
         try:
             return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
@@ -227,6 +232,8 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
             state = big_vision.resample_positions(state, model)
         model.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError) and resolution is not None:
+            raise
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: its weights do not fit the model it describes: {reason}") from error
     return OpenedModel(

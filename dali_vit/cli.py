@@ -125,7 +125,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
   {PROGRAM} export --checkpoint C --out DIR  a folder that timm.create_model loads
   {PROGRAM} prepare SOURCE TARGET            shards or folders from ILSVRC's tars, TFRecords, parquet, a folder
   {PROGRAM} verify PATH                      reads every image and names what would hurt training
-  {PROGRAM} preview --data PATH --out F.png  a grid of augmented images; takes all flags of train
+  {PROGRAM} preview --data PATH --out F.png  a grid of augmented images; takes all settings of train
   {PROGRAM} doctor                           what this machine has and what it will be used for
 
 `{PROGRAM} COMMAND --help` lists a command's options."""
@@ -179,7 +179,8 @@ def _parse_train(argv: list[str]) -> tuple[Config, bool]:
 
 def _recipe(argv: list[str]) -> Config:
     """The settings of the recipe that the flags name, or of the default one."""
-    names = [re.split("[= ]", " ".join(argv[i : i + 2]))[1] for i, a in enumerate(argv) if a.startswith("--recipe")]
+    flags = [re.split("[= ]", " ".join(argv[i : i + 2])) for i, a in enumerate(argv) if a.startswith("--recipe")]
+    names = [flag[1] for flag in flags if len(flag) > 1]  # the parser misses a name that is not there
     defaults = recipes.get(names[-1] if names else Config().run.recipe)
     given = {argument.split("=")[0] for argument in argv}
     if {"--epochs", "--steps"} <= given:

@@ -7,6 +7,8 @@ baselines for ImageNet-1k* (arXiv 2205.01580); `dali_vit.recipes` states what ot
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +57,7 @@ class ModelConfig:
     """The network."""
 
     model: str = "S/16"
-    """VARIANT/PATCH of a plain ViT (Ti, S, B, L), or timm:NAME for any classifier of timm."""
+    """VARIANT/PATCH of a plain ViT (mu, Ti, S, M, B, L, So400m, H, g, G), or timm:NAME for any classifier of timm."""
     pool: Literal["gap", "tok"] = "gap"
     """Global average pooling, or the [cls] token."""
     posemb: Literal["sincos2d", "learn"] = "sincos2d"
@@ -174,23 +176,47 @@ class Config:
 _GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
 
 
+def check_range(flag: str, value: float, low: float, high: float = math.inf) -> None:
+    """UserError unless low <= value <= high and the value is finite."""
+    if not math.isfinite(value):
+        raise UserError(f"{flag} {value}: must be a finite number")
+    if not low <= value <= high:
+        limits = f"at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
+        raise UserError(f"{flag} {value}: must be {limits}")
+
+
+MAX_THREADS = 1024
+MAX_RESOLUTION = 8192
+MAX_BATCH_SIZE = 2**20
+
+
 def validate(config: Config) -> None:
     """Raises UserError for a value no run can use, whatever the data and the machine."""
     data, optim, run = config.data, config.optim, config.run
+    for group in (data, optim, run):
+        for f in dataclasses.fields(group):
+            value = getattr(group, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{f.name.replace('_', '-')} {value}: must be a finite number")
     if (optim.epochs is None) == (optim.steps is None):
         raise UserError("give exactly one of --epochs and --steps")
     for flag, value in [("--epochs", optim.epochs), ("--steps", optim.steps)]:
         if value is not None and value <= 0:
             raise UserError(f"{flag} {value}: must be above 0")
-    for flag, value in [
-        ("--batch-size", optim.batch_size),
-        ("--resolution", data.resolution),
-        ("--log-every", run.log_every),
-        ("--checkpoint-every", run.checkpoint_every),
-        ("--keep-checkpoints", run.keep_checkpoints),
-    ]:
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
+    check_range("--batch-size", optim.batch_size, 1, MAX_BATCH_SIZE)
+    check_range("--resolution", data.resolution, 1, MAX_RESOLUTION)
+    check_range("--log-every", run.log_every, 1)
+    check_range("--checkpoint-every", run.checkpoint_every, 1)
+    check_range("--keep-checkpoints", run.keep_checkpoints, 1)
+    if run.threads is not None:
+        check_range("--threads", run.threads, 1, MAX_THREADS)
+    for flag, share in [("--beta1", optim.beta1), ("--beta2", optim.beta2), ("--momentum", optim.momentum)]:
+        if not 0 <= share < 1:
+            raise UserError(f"{flag} {share:g}: must be from 0 to below 1")
+    if optim.eps <= 0:
+        raise UserError(f"--eps {optim.eps:g}: must be above 0")
+    if optim.grad_clip_norm is not None and optim.grad_clip_norm <= 0:
+        raise UserError(f"--grad-clip-norm {optim.grad_clip_norm:g}: must be above 0; None switches clipping off")
     for flag, number in [
         ("--lr", optim.lr),
         ("--weight-decay", optim.weight_decay),
@@ -224,11 +250,13 @@ def validate(config: Config) -> None:
         raise UserError(f"--label-smoothing {optim.label_smoothing:g}: must be from 0 to below 1")
     if run.max_hours is not None and not run.max_hours > 0:
         raise UserError(f"--max-hours {run.max_hours:g}: must be above 0")
-    if run.threads is not None and run.threads < 1:
-        raise UserError(f"--threads {run.threads}: must be at least 1")
+    if run.seed >= 2**63:
+        raise UserError(f"--seed {run.seed}: must be below 2^63")
     name = run.name or run.recipe
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")
+    if len(os.fsencode(name)) > 255:
+        raise UserError(f"--name {name[:20]}...: longer than the 255 bytes that a folder's name may have")
 
 
 def total_steps(optim: OptimConfig, num_images: int) -> int:

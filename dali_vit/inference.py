@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
-from dali_vit.config import UserError
+from dali_vit.config import MAX_BATCH_SIZE, MAX_THREADS, UserError, check_range
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.model import num_parameters
@@ -36,6 +38,9 @@ def evaluate_checkpoint(
     Collective over the group; every image counts once. With `v2` the classes are DATA's own folders and the
     scalars are `v2/*`. UserError names what does not fit.
     """
+    check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
+    threads = group.cores if threads is None else threads
+    check_range("--threads", threads, 1, MAX_THREADS)
     opened = checkpoint.open_model(path, resolution)
     files: datasets.ImageList
     if v2:
@@ -50,7 +55,6 @@ def evaluate_checkpoint(
         files = dataset.split(split)
     datasets.check_images(files)
     model = opened.model.to(group.device)
-    threads = threads or group.cores
 
     def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
@@ -108,13 +112,18 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     if target.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{target}: the name must end in .safetensors or .npz")
     opened = checkpoint.open_model(source, resolution)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".npz":
-        big_vision.save_npz(target, big_vision.to_big_vision(opened.model))
-    else:
-        checkpoint.save_model(
-            target, opened.model.state_dict(), opened.config, opened.resolution, opened.classes, opened.step
-        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".npz":
+            big_vision.save_npz(target, big_vision.to_big_vision(opened.model))
+        else:
+            checkpoint.save_model(
+                target, opened.model.state_dict(), opened.config, opened.resolution, opened.classes, opened.step
+            )
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            target.unlink()
+        raise UserError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     parameters = num_parameters(opened.model)
     return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters"
 

@@ -234,7 +234,9 @@ def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed
     for field in dataclasses.fields(ModelConfig):
         value = getattr(config, field.name)
         if value != getattr(defaults, field.name):
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: has no effect on {config.model}; leave it out")
+            flag = f"--{field.name.replace('_', '-')}"
+            instead = f" or, where the recipe has it, give {flag} None" if getattr(defaults, field.name) is None else ""
+            raise UserError(f"{flag} {value}: has no effect on {config.model}; leave it out{instead}")
     name = config.model.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)

@@ -31,7 +31,13 @@ def write_run_files(config: Config) -> None:
         (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (config.run_dir / "env.txt").write_text(describe_environment(), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+        raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
+
+
+def _unwritable(config: Config, error: OSError) -> str:
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        return f"{config.run_dir.name} is a file there; choose another --name"
+    return f"cannot write there ({error.strerror})"
 
 
 @contextmanager
@@ -50,7 +56,7 @@ def _lock(config: Config, held: ExitStack) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(config.run_dir, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"--runs-dir {config.run.runs_dir}: cannot write there ({error.strerror})") from error
+        raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
     held.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -119,7 +119,6 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     loaders: dict[str, datasets.EvalLoader] = {}
-    evaluations = _evaluation_steps(config.run.eval_every, epoch_steps, total)
     timer, window = StepTimer(group.device), Window(group)
     starving = report.StarvationWarning()
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout)
@@ -175,7 +174,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
 
             done = step + 1
             stopping = stop.agreed(done) if done < total else None
-            evaluating = done in evaluations
+            evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
             saving = evaluating or stopping or done % config.run.checkpoint_every == 0 or done == total
             if not saving and done % config.run.log_every:
                 continue
@@ -280,13 +279,9 @@ def _random_state(group: Group) -> dict[str, torch.Tensor]:
     return states
 
 
-def _evaluation_steps(every: float, epoch_steps: float, total: int) -> set[int]:
-    """Steps after which to evaluate: each multiple of `every` epochs, rounded up, and the last step."""
-    steps = {total}
-    if every:
-        count = int(total / (every * epoch_steps))
-        steps |= {min(math.ceil(i * every * epoch_steps), total) for i in range(1, count + 1)}
-    return steps
+def _is_evaluated(done: int, every: float) -> bool:
+    """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
+    return every > 0 and math.floor(done / every) > math.floor((done - 1) / every)
 
 
 def _check_skipped(window: Window, steps: range, total: int, config: Config, background: BackgroundWriter) -> None:

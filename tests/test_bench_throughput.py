@@ -174,6 +174,7 @@ def test_two_processes(image_folder, tmp_path):
         (["--mode", "everything"], ["--mode", "everything"]),
         (["--secnods", "3"], ["--secnods"]),
         (["--seconds", "0"], ["--seconds 0"]),
+        (["--seconds", "nan"], ["--seconds nan"]),
         (["--profile", "-1"], ["--profile -1"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--gpus", "64"], ["--gpus 64"]),

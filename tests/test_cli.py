@@ -79,6 +79,8 @@ def good(image_folder, tmp_path) -> list[str]:
     ("flags", "words"),
     [
         (["--recipe", "nonsense"], ["--recipe nonsense"]),
+        (["--recipe"], ["--recipe"]),
+        (["--recipe", "demo", "--model", "timm:resnet18"], ["--width 32: has no effect", "give --width None"]),
         (["--epocs", "3"], ["--epocs"]),
         (["--epochs", "many"], ["--epochs"]),
         (["--epochs", "1", "--steps", "5"], ["--epochs", "--steps"]),
@@ -101,6 +103,13 @@ def test_a_mistake_is_one_line_code_2_and_nothing_written(flags, words, image_fo
     for word in words:
         assert word in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_in_place_of_the_runs_folder_is_named(image_folder, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").touch()
+    code, _, err = run(*good(image_folder, tmp_path), "--name", "mine", "--steps", "4", capsys=capsys)
+    assert (code, err) == (2, f"dali-vit: --runs-dir {tmp_path}/runs: mine is a file there; choose another --name\n")
 
 
 def test_data_is_asked_for(capsys):

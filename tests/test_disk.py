@@ -12,7 +12,10 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_vit import checkpoint
+from dali_vit.config import ModelConfig, UserError
+from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
+from dali_vit.model import create_model
 from tests.conftest import dali_vit, environment, read_metrics
 from tests.test_faults import LAUNCH, command, logged_steps, running, wait_for
 
@@ -41,8 +44,9 @@ def test_a_full_disk_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path
         (small_disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
         out, err = process.communicate(timeout=90)
     assert process.returncode == 2, err
-    assert "training goes on" in out
+    assert "no space left on the disk); the ones before are untouched, training goes on" in out
     assert err.splitlines()[-1].startswith("dali-vit: the last checkpoint could not be written")
+    assert err.splitlines()[-1].endswith("no space left on the disk); make room and start again")
     assert not list(small_disk.glob(".tmp*"))
     kept = checkpoint.newest(run_dir)
     assert kept.step >= 10
@@ -148,3 +152,15 @@ def test_events_that_cannot_be_written_are_given_up_with_one_warning(tmp_path, m
         "TensorBoard's events are written no more (No space left on device); training goes on"
     ]
     assert [m["train/loss"] for m in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_convert_on_a_full_disk_is_said_in_one_line(tmp_path, small_disk, capsys):
+    config = ModelConfig(model="mu/16", width=256, mlp_dim=1024)
+    checkpoint.save_model(
+        tmp_path / "m.safetensors", create_model(config, num_classes=5, resolution=32).state_dict(), config, 32, None, 1
+    )
+    for name in ("m.npz", "again.safetensors"):
+        with pytest.raises(UserError, match=f"{name}: cannot be written ") as raised:
+            convert(tmp_path / "m.safetensors", small_disk / name)
+        assert "\n" not in str(raised.value)
+    assert not list(small_disk.iterdir())

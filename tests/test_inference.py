@@ -110,6 +110,24 @@ def test_minival_and_train_are_counted_apart(tmp_path, capsys):
         assert (result[f"{split}/count"], result[f"{split}/top1"]) == (count, 100)
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--batch-size", "0", "must be from 1 to 1,048,576"),
+        ("--threads", "0", "must be from 1 to 1,024"),
+        ("--threads", "100000", "must be from 1 to 1,024"),
+        ("--resolution", "-32", "must be from 1 to 8,192"),
+        ("--resolution", "33", "not divisible by the patch of Ti/8; use 32"),
+    ],
+)
+def test_impossible_numbers_are_refused_by_their_flag(flag, value, message, data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    code, _, err = run(
+        "eval", "--checkpoint", str(model), "--data", str(data), flag, value, "--gpus", "0", capsys=capsys
+    )
+    assert (code, err) == (2, f"dali-vit: {flag} {value}: {message}\n")
+
+
 @pytest.mark.timeout(60)
 def test_other_classes_than_the_models_are_refused(data, tmp_path, capsys):
     model = save(tmp_path / "m.safetensors", 3, ("x", "y", "z"))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is run as a script
 
 import measure_ddp
+import measure_index
 import measure_input
 import measure_kernels
 import measure_step
@@ -190,6 +191,8 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
 @pytest.mark.parametrize(
     ("tool", "gpus", "flags", "message"),
     [
+        (measure_kernels, 0, ["--size", "0"], "measure_kernels.py: --size: must be at least 1"),
+        (measure_index, 0, ["--images", "0"], "measure_index.py: --images 0: must be from 1 to"),
         (measure_kernels, 0, ["--gpu"], "measure_kernels.py: --gpu: no GPU is visible here"),
         (measure_ddp, 0, ["--gpus", "3"], "measure_ddp.py: --gpus 3: 0 visible on this machine"),
         (measure_ddp, 1, ["--processes", "1"], "measure_ddp.py: --processes 1: at least 2 have gradients to exchange"),
@@ -197,7 +200,9 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
         (measure_ddp, 4, ["--processes", "3", "--gpus", "2"], "measure_ddp.py: --processes 3: there are 2 GPUs"),
     ],
 )
-def test_gpus_that_are_not_there_are_said_in_one_line(tool, gpus, flags, message, monkeypatch, capsys):
+def test_impossible_numbers_and_gpus_that_are_not_there_are_said_in_one_line(
+    tool, gpus, flags, message, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *flags])

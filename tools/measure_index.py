@@ -35,8 +35,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    if max(arguments.images) > 60_000 * _SOURCES:
-        sys.exit(f"measure_index: --images {max(arguments.images)}: at most {60_000 * _SOURCES}")
+    for images in arguments.images:
+        if not 1 <= images <= 60_000 * _SOURCES:
+            print(f"measure_index.py: --images {images}: must be from 1 to {60_000 * _SOURCES:,}", file=sys.stderr)
+            sys.exit(2)
     results = []
     for images in arguments.images:
         root = Path(tempfile.mkdtemp(prefix="measure-index-", dir=arguments.folder))

@@ -44,6 +44,10 @@ def main() -> None:
     if arguments.gpu and not torch.cuda.is_available():
         print("measure_kernels.py: --gpu: no GPU is visible here; leave it out for the CPU", file=sys.stderr)
         sys.exit(2)
+    for flag in ("size", "batch_size", "repeats"):
+        if getattr(arguments, flag) < 1:
+            print(f"measure_kernels.py: --{flag.replace('_', '-')}: must be at least 1", file=sys.stderr)
+            sys.exit(2)
     rng = np.random.default_rng(0)
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
     names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]
