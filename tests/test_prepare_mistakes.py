@@ -74,6 +74,7 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     prepare_fails(replace(arguments, shard_mb=0), "--shard-mb 0", "at least 1")
     prepare_fails(replace(arguments, quality=96), "--quality 96", "from 1 to 95")
     prepare_fails(replace(arguments, shorter_side=2), "--shorter-side 2")
+    prepare_fails(replace(arguments, quality=50), "--quality 50: images keep their bytes", "give --shorter-side too")
     prepare_fails(replace(arguments, workers=0), "--workers 0")
     prepare_fails(replace(arguments, val_labels=tmp_path / "x"), "--val-labels", "only ILSVRC")
     prepare_fails(replace(arguments, source_format="tfrecord"), "no TFRecords with 'train'")
@@ -114,6 +115,66 @@ def test_mistakes_with_tfrecords(tmp_path):
     path.write_bytes(data)
     (root / "label.labels.txt").write_text("one\ntwo\n")
     prepare_fails(PrepareArguments(root, tmp_path / "set"), "label 2 is none of the 2 class names")
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "pattern"),
+    [
+        ("tfds", "imagenet2012-train.tfrecord-00001-of-00002", "imagenet2012-train.tfrecord-*-of-00002"),
+        ("tfds", "imagenet2012-validation.tfrecord-00000-of-00002", "imagenet2012-validation.tfrecord-*-of-00002"),
+        ("parquet", "data/train-00001-of-00002.parquet", "data/train-*-of-00002.parquet"),
+    ],
+)
+def test_a_file_missing_of_those_numbered_is_named(tmp_path, kind, missing, pattern):
+    arguments = replace(write_source(kind, tmp_path / "source"), target=tmp_path / "set")
+    (arguments.source / missing).unlink()
+    prepare_fails(arguments, f"{arguments.source}: 1 of 2 files of {pattern} is missing ({missing}); download it")
+    assert not list(tmp_path.glob("set*"))
+
+
+def test_numbered_files_are_of_one_set(tmp_path):
+    root = datasets.write_inception(tmp_path / "source", IMAGES)
+    arguments = PrepareArguments(root, tmp_path / "set")
+    whole = root / "train-00000-of-00001"
+    other = whole.rename(root / "train-00001-of-01024")
+    prepare_fails(
+        arguments,
+        f"{root}: 1023 of 1024 files of train-*-of-01024 are missing (train-00000-of-01024, ...); download them",
+    )
+    whole.write_bytes(b"")
+    prepare_fails(
+        arguments, f"{root} has files of several sets, train-*-of-00001 and train-*-of-01024: keep those of one"
+    )
+    other.rename(whole)
+    assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("inception", "00000-of-00001", "00001-of-00001"),
+        ("inception", "-00000-of-00001", ".tfrecord"),
+        ("inception", "00000-of-00001", "7"),
+        ("parquet", "-of-00002.parquet", ".parquet"),
+    ],
+)
+def test_files_may_be_numbered_otherwise(tmp_path, kind, old, new):
+    source_format = "parquet" if kind == "parquet" else "tfrecord"
+    arguments = replace(write_source(kind, tmp_path / "source"), target=tmp_path / "set", source_format=source_format)
+    for path in [path for path in arguments.source.rglob("*") if old in path.name]:
+        path.rename(path.with_name(path.name.replace(old, new)))
+    assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+
+
+def test_parquet_files_may_have_a_fingerprint_each(tmp_path):
+    arguments = replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set")
+    data = arguments.source / "data"
+    for i, path in enumerate(sorted(data.iterdir())):
+        path.rename(path.with_name(f"{path.stem}-a09b74b3ef9c3b5{i}.parquet"))
+    kept = (data / "train-00000-of-00002-a09b74b3ef9c3b50.parquet").rename(tmp_path / "kept")
+    prepare_fails(arguments, "1 of 2 files of data/train-*-of-00002-*.parquet is missing (data/train-00000-of-00002-*.")
+    kept.rename(data / "train-00000-of-00002-a09b74b3ef9c3b50.parquet")
+    assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
 
 
 def test_what_the_manifest_says_must_be_there(tmp_path):

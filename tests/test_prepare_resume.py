@@ -107,7 +107,10 @@ def test_stopped_before_any_file_operation_and_started_again_it_ends_in_the_same
     if how == "full":
         lines = ran.stderr.splitlines()
         assert len(lines) == result["stops"]
-        assert all("No space left on device" in line and "run the command again" in line for line in lines)
+        assert set(lines) == {
+            f"preparing {tmp_path / 'set'}: No space left on device; mend that and run the command again: "
+            "it goes on where it stopped"
+        }
 
 
 def test_a_finished_set_is_left_alone_and_no_other_put_in_its_place(tmp_path):

@@ -55,7 +55,7 @@ class PrepareArguments:
     shorter_side: int | None = None
     """Resize larger images to this shorter side, in pixels; changes the recipe. Default: bytes stay as they are."""
     quality: int = 92
-    """JPEG quality of images that were resized, 1 to 95."""
+    """JPEG quality of the images that --shorter-side resizes, 1 to 95."""
     workers: int | None = None
     """Threads; default: the machine's cores."""
 
@@ -76,9 +76,9 @@ def prepare(arguments: PrepareArguments) -> Path:
         with _exclusive(partial):
             _prepare(arguments, target, partial, existing)
     except OSError as error:
-        path = f"{error.filename}: " if error.filename else ""
+        where = error.filename or f"preparing {target}"  # a write to a full disk does not say which file it was to
         raise UserError(
-            f"{path}{error.strerror or error}; mend that and run the command again: it goes on where it stopped"
+            f"{where}: {error.strerror or error}; mend that and run the command again: it goes on where it stopped"
         ) from error
     return target
 
@@ -128,6 +128,11 @@ def _check(arguments: PrepareArguments) -> None:
     ]:
         if value is not None and (value < least or (most is not None and value > most)):
             raise UserError(f"{flag} {value}: must be {f'from {least} to {most}' if most else f'at least {least}'}")
+    if arguments.shorter_side is None and arguments.quality != PrepareArguments.quality:
+        raise UserError(
+            f"--quality {arguments.quality}: images keep their bytes unless they are resized; "
+            "give --shorter-side too, or leave --quality out"
+        )
     if not arguments.source.expanduser().is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds the tars, records or images")
     source, target = (path.expanduser().resolve() for path in (arguments.source, arguments.target))

@@ -32,6 +32,8 @@ _FILE, _CLASS = ("file_name", "image/filename"), ("image/class/synset",)
 # The sides of the protocol buffer messages in use: Example.features, Features.feature, a map's key and value.
 _KEY, _VALUE = 1, 2
 _BYTES_LIST, _INT64_LIST = 1, 3
+# NAME-IIIII-of-NNNNN; what Hugging Face's `datasets` once added to that is a fingerprint, another for each file.
+_NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
 
 # A place in a buffer: (start, end).
 Place = tuple[int, int]
@@ -80,7 +82,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]:
-    """The files whose own or whose folder's name has `train` or `val` in it."""
+    """The files whose own or whose folder's name has `train` or `val` in it; UserError if some are missing."""
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
@@ -90,7 +92,33 @@ def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]
                 break
     if not splits["train"]:
         raise UserError(f"{root} has no {what} with 'train' in their names: give the folder that holds them")
+    for paths in splits.values():
+        _check_complete(root, paths)
     return {split: paths for split, paths in splits.items() if paths}
+
+
+def _check_complete(root: Path, paths: list[Path]) -> None:
+    """UserError unless of every NAME-IIIII-of-NNNNN all N files are there; other names say nothing of that."""
+    found: dict[tuple[str, str], dict[str, set[int]]] = {}
+    for path in paths:
+        if match := _NUMBERED.fullmatch(path.relative_to(root).as_posix()):
+            name, number, total, fingerprint, suffix = match.groups()
+            totals = found.setdefault((name, f"-*{suffix}" if fingerprint else suffix), {})
+            totals.setdefault(total, set()).add(int(number))
+    for (name, suffix), totals in found.items():
+        patterns = [f"{name}*-of-{total}{suffix}" for total in totals]
+        if len(patterns) > 1:
+            raise UserError(f"{root} has files of several sets, {' and '.join(patterns)}: keep those of one")
+        ((total, numbers),) = totals.items()
+        # TensorFlow and Hugging Face count from 0, but not everyone who names files as they do.
+        missing = min((set(range(first, first + int(total))) - numbers for first in (0, 1)), key=len)
+        if missing:
+            example = f"{name}{min(missing):0{len(total)}d}-of-{total}{suffix}"
+            verb, more, them = ("is", "", "it") if len(missing) == 1 else ("are", ", ...", "them")
+            raise UserError(
+                f"{root}: {len(missing)} of {int(total)} files of {patterns[0]} {verb} missing "
+                f"({example}{more}); download {them}"
+            )
 
 
 def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None) -> Source:
