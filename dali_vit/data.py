@@ -7,7 +7,9 @@ among the sorted names. Nothing is opened while listing, and the listing of a la
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -52,6 +54,7 @@ _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|BM|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
+_NOT_REGULAR = "is not a regular file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +177,10 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
     return replace(files, labels=np.array([index[name] for name in names], np.int64)[files.labels])
 
 
-def check_images(samples: ImageList, max_bad_share: float = 0.0) -> None:
+def check_images(samples: ImageList, max_bad_share: float | None = None) -> None:
     """Raises UserError if more than a share of the samples is empty, unreadable or, by the first bytes, no image.
 
+    max_bad_share: training's --max-bad-share; None: there is no such flag, and all must be good.
     Up to 4,096 are all looked at, of more 256 spread evenly: enough to notice a folder of something
     else before training starts, at no cost on a network file system.
     """
@@ -188,14 +192,21 @@ def check_images(samples: ImageList, max_bad_share: float = 0.0) -> None:
         with ThreadPoolExecutor(IO_THREADS) as pool:
             faults = list(pool.map(_fault, [samples.path(i) for i in indices]))
     bad = [(samples.path(i), fault) for i, fault in zip(indices, faults, strict=True) if fault]
-    if len(bad) > max_bad_share * len(indices):
+    for path, fault in bad:
+        if fault == _NOT_REGULAR:  # DALI would wait for a pipe's writer for ever, where it leaves other bad files out
+            raise UserError(f"{path} {fault}: remove it or put an image in its place")
+    if len(bad) > (max_bad_share or 0.0) * len(indices):
         path, fault = bad[0]
-        more = f" ({len(bad) - 1} more of the {len(indices)} files looked at)" if len(bad) > 1 else ""
-        raise UserError(f"{path} {fault}{more}: remove it or put an image in its place")
+        found = f"unusable images: {len(bad)} of {len(indices)} looked at"
+        limit = "" if max_bad_share is None else f", more than --max-bad-share {max_bad_share:g} allows"
+        it, image = ("it", "an image in its") if len(bad) == 1 else ("them", "images in their")
+        raise UserError(f"{path} {fault} ({found}{limit}): remove {it} or put {image} place")
 
 
 def _fault(path: str) -> str | None:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return _NOT_REGULAR
         with open(path, "rb") as file:
             return _fault_of(file.read(16))
     except OSError as error:

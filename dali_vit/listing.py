@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,12 @@ from pipelines.readers import FileList
 __all__ = [
     "IMAGE_SUFFIXES",
     "IO_THREADS",
+    "LEFT_OUT",
+    "LeftOut",
     "check_root",
     "check_same_classes",
     "class_names",
+    "left_out",
     "list_split",
     "scan",
     "some",
@@ -27,6 +32,12 @@ __all__ = [
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
+
+LEFT_OUT = {
+    "in a subfolder": "move images into the class folder itself",
+    "other suffix": "save images as JPEG or PNG",
+}
+"""Why files of a class folder are not taken, and what to do about it."""
 
 # Listing and peeking wait for the file system, which on a network answers many requests at once.
 IO_THREADS = 16
@@ -73,6 +84,33 @@ def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False
     if empty and not some_empty:
         raise UserError(f"{folder} has classes without images ({some(empty)}): add images or remove the folders")
     return _file_list(folder, listing)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files in class folders that no split takes, all for the same reason."""
+
+    kind: str
+    """One of LEFT_OUT."""
+    count: int
+    example: str
+    """Path of the first one."""
+
+
+def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
+    """What `list_split` leaves out of these class folders; hidden and linked folders in them are not looked into."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for folder in map(str, classes):
+        for parent, subfolders, files in os.walk(folder):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(name for name in files if not name.startswith(".")):
+                if name.lower().endswith(IMAGE_SUFFIXES) and parent == folder:
+                    continue
+                kind = "in a subfolder" if name.lower().endswith(IMAGE_SUFFIXES) else "other suffix"
+                counts[kind] += 1
+                examples.setdefault(kind, os.path.join(parent, name))
+    return tuple(LeftOut(kind, counts[kind], examples[kind]) for kind in LEFT_OUT if counts[kind])
 
 
 def _list_class(path: str) -> tuple[bytes, int]:

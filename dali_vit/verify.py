@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import shutil
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,8 +26,10 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
 from dali_vit.environment import cpu_count
+from dali_vit.listing import LEFT_OUT, LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
+from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
 __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "inspect", "verify"]
@@ -103,6 +107,8 @@ class Report:
     """In the order of the set."""
     quarantined: int = 0
     """Images moved aside."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files in class folders that belong to no split: remarks, as they do not hurt training."""
 
     @property
     def exit_code(self) -> int:
@@ -110,21 +116,23 @@ class Report:
         return 2 if sum(problem.hurts for problem in self.problems) > self.quarantined else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `images`, `problems` by kind, `quarantined`, and `found`, one object a problem."""
+        """Plain values: `images`, `problems` by kind, `quarantined`, `found`, one object a problem, and `left_out`."""
         kinds = Counter(problem.kind for problem in self.problems)
         return {
             "images": self.counts,
             "problems": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
             "quarantined": self.quarantined,
             "found": [asdict(problem) for problem in self.problems],
+            "left_out": [asdict(files) for files in self.left_out],
         }
 
 
 def verify(arguments: VerifyArguments) -> Report:
     """Carries out `dali-vit verify` and logs a summary; UserError for a set that cannot be listed."""
-    for flag, value in [("--max-megapixels", arguments.max_megapixels), ("--workers", arguments.workers)]:
-        if value is not None and value <= 0:
-            raise UserError(f"{flag} {value:g}: must be above 0")
+    if not 0 < arguments.max_megapixels < math.inf:
+        raise UserError(f"--max-megapixels {arguments.max_megapixels:g}: must be above 0 and finite")
+    if arguments.workers is not None and arguments.workers <= 0:
+        raise UserError(f"--workers {arguments.workers}: must be above 0")
     dataset = load_dataset(arguments.path, minival=0)
     _check_quarantine(dataset, arguments.quarantine)
     splits = {name: s for name, s in (("train", dataset.train), ("val", dataset.val)) if s is not None}
@@ -138,6 +146,12 @@ def verify(arguments: VerifyArguments) -> Report:
         found["train"] += _duplicates(splits["train"], splits["val"], digests["train"], digests["val"])
     problems = [p for name in splits for _, p in sorted(found[name], key=lambda item: item[0])]
     problems += _check_shards(dataset, workers)
+    remarks = left_out(
+        dataset.root / name / folder
+        for name, samples in splits.items()
+        if isinstance(samples, FileList)
+        for folder in dataset.classes
+    )
 
     moved = 0
     if arguments.quarantine is not None:
@@ -145,7 +159,7 @@ def verify(arguments: VerifyArguments) -> Report:
             _log.info("nothing is moved out of shards: mend the source and prepare it again")
         else:
             moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
-    report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved)
+    report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks)
     _summarise(report, arguments.quarantine)
     return report
 
@@ -207,7 +221,7 @@ def _inspect_split(
             path = samples.path(i)
             bar.update()
             try:
-                data = read_sample(samples, i)
+                data = _read(samples, i)
             except OSError as error:
                 found.append((i, Problem("unreadable", split, path, _one_line(error.strerror or error))))
                 continue
@@ -218,6 +232,13 @@ def _inspect_split(
     with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar:
         found = _in_threads(task, range(0, len(samples), _CHUNK), workers)
     return [item for chunk in found for item in chunk], digests
+
+
+def _read(samples: ImageList, index: int) -> bytes:
+    """The encoded image; OSError, too, for what is not a regular file: opening a pipe waits for its writer."""
+    if isinstance(samples, FileList) and not stat.S_ISREG(os.stat(samples.path(index)).st_mode):
+        raise OSError("not a regular file")
+    return read_sample(samples, index)
 
 
 def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[Any]:
@@ -238,8 +259,8 @@ def _duplicates(
     for i in np.flatnonzero(np.isin(train_digests, val_digests)).tolist():
         twin = in_val[int(train_digests[i])]
         try:
-            data = read_sample(train, i)
-            if data and data == read_sample(val, twin):
+            data = _read(train, i)
+            if data and data == _read(val, twin):
                 found.append((i, Problem("duplicate", "train", train.path(i), f"the same bytes as {val.path(twin)}")))
         except OSError:  # reported already
             continue
@@ -323,11 +344,17 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
                 _log.info("  %s  %s", problem.path, problem.detail)
             if len(found) > _SHOWN:
                 _log.info("  and %s more: --json lists all", f"{len(found) - _SHOWN:,}")
+    for files in report.left_out:
+        _log.info(
+            "%s (left out; %s): %s, such as %s", files.kind, LEFT_OUT[files.kind], f"{files.count:,}", files.example
+        )
     if report.quarantined:
-        _log.info("%d problems moved to %s and listed in %s there", report.quarantined, quarantine, _LIST)
+        moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
+        _log.info("%s moved to %s and listed in %s there", moved, quarantine, _LIST)
     hurt = sum(problem.hurts for problem in report.problems) - report.quarantined
-    verdict = f"{hurt:,} problems that would hurt training" if hurt else "nothing that would hurt training"
-    _log.info("%s images of %s: %s", f"{total:,}", ", ".join(report.counts), verdict)
+    what = f"{hurt:,} {'problem' if hurt == 1 else 'problems'}" if hurt else "nothing"
+    images = "image" if total == 1 else "images"
+    _log.info("%s %s of %s: %s that would hurt training", f"{total:,}", images, ", ".join(report.counts), what)
 
 
 def _one_line(error: object) -> str:

@@ -311,9 +311,38 @@ def test_what_is_no_image_is_named(tmp_path, content, fault):
     make_split(tmp_path, "train", "a b", 50)
     make_files(tmp_path, "train/a/a_0031.jpg", content=content)
     files = load_dataset(tmp_path, minival=0).train
-    fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", "remove it")
+    found = "(unusable images: 1 of 100 looked at): remove it or put an image in its place"
+    fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", found)
     make_files(tmp_path, "train/b/b_0007.jpg", "train/b/b_0008.jpg", content=content)
-    fails(lambda: check_images(files), "a_0031.jpg", "2 more of the 100 files looked at")
+    found = "(unusable images: 3 of 100 looked at): remove them or put images in their place"
+    assert "--max-bad-share" not in fails(lambda: check_images(files), "a_0031.jpg", found)
+
+
+def test_more_bad_images_than_allowed_name_the_limit(tmp_path):
+    files = load_dataset(make_split(tmp_path, "train", "a", 122), minival=0).train
+    make_files(tmp_path, "train/a/a_0003.jpg", "train/a/a_0100.jpg", content=b"")
+    check_images(files, 2 / 122)
+    assert fails(lambda: check_images(files, 0.01)) == (
+        f"{tmp_path}/train/a/a_0003.jpg is an empty file (unusable images: 2 of 122 looked at, more than "
+        "--max-bad-share 0.01 allows): remove them or put images in their place"
+    )
+    make_files(tmp_path, "train/a/a_0100.jpg")
+    fails(lambda: check_images(files, 0), "1 of 122 looked at, more than --max-bad-share 0 allows): remove it")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to a device", "link to a folder"])
+def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path, kind):
+    """However few they are: DALI, too, would wait for a pipe's writer."""
+    files = load_dataset(make_split(tmp_path, "train", "a", 200), minival=0).train
+    odd, pipe = tmp_path / "train/a/a_0031.jpg", tmp_path / "pipe"
+    odd.unlink()
+    os.mkfifo(odd if kind == "pipe" else pipe)
+    if kind != "pipe":
+        odd.symlink_to({"link to a pipe": pipe, "link to a device": "/dev/null", "link to a folder": tmp_path}[kind])
+    for share in (None, 0.5):
+        message = fails(lambda share=share: check_images(files, share))
+        assert message == f"{odd} is not a regular file: remove it or put an image in its place"
 
 
 def test_unreadable_file_is_named(tmp_path):

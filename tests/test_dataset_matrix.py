@@ -151,7 +151,7 @@ def test_what_verify_moves_aside_is_trained_on_no_more(images, sources, tmp_path
     assert run("prepare", sources["ilsvrc"], data, "--to", "folder")[0] == 0
     code, out, _ = run("verify", data, "--quarantine", aside)
     assert code == 0
-    assert "1 problems moved" in out
+    assert "1 problem moved" in out
     wnid, name, content = images["train"][TRUNCATED]
     assert (aside / "train" / wnid / name).read_bytes() == content
     assert not (data / "train" / wnid / name).exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_vit.data import load_dataset, load_eval_folder, load_real_labels
+from dali_vit.data import check_images, load_dataset, load_eval_folder, load_real_labels
 from tests.test_data import fails, make_files, make_split, relative
 
 
@@ -35,6 +35,15 @@ def test_classes_with_numeric_names_keep_their_order(tmp_path):
 
 def test_missing_evaluation_folder(tmp_path):
     fails(lambda: load_eval_folder(tmp_path / "v2", ["a"]), str(tmp_path / "v2"), "no such folder")
+
+
+def test_a_bad_image_of_an_evaluation_names_no_flag_of_training(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "emu/1.jpg")
+    (tmp_path / "emu/1.jpg").write_bytes(b"")
+    assert fails(lambda: check_images(load_eval_folder(tmp_path, ["cat", "emu"]))) == (
+        f"{tmp_path}/emu/1.jpg is an empty file (unusable images: 1 of 2 looked at): "
+        "remove it or put an image in its place"
+    )
 
 
 def write_json(path: Path, value: object) -> Path:

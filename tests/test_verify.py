@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import zlib
 from collections import Counter
@@ -127,6 +128,7 @@ def test_every_fault_of_a_folder_is_found_once(tmp_path):
     assert described["problems"] == {kind: len(paths) for kind, paths in FOUND.items()}
     assert len(described["found"]) == sum(map(len, FOUND.values()))
     assert described["quarantined"] == 0
+    assert described["left_out"] == []
 
 
 def test_a_clean_set_is_clean(tmp_path, caplog):
@@ -194,6 +196,58 @@ def test_a_shard_that_was_changed_has_another_checksum(tmp_path):
     assert report.exit_code == 2
 
 
+def test_files_that_are_left_out_are_remarked_on(tmp_path, caplog):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    images, notes = f"train/{WNIDS[0]}/more/deep/a.JPEG", f"train/{WNIDS[1]}/a.gif"
+    for name in (images, f"val/{WNIDS[2]}/more/b.png", notes, f"train/{WNIDS[1]}/more/b.avif", f"val/{WNIDS[0]}/c.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(JPEG)
+    for name in (".thumbs/a.JPEG", "more/.b.JPEG", ".DS_Store"):
+        (root / "train" / WNIDS[1] / name).parent.mkdir(exist_ok=True)
+        (root / "train" / WNIDS[1] / name).write_bytes(JPEG)
+    with caplog.at_level("INFO", "dali_vit"):
+        report = verify(VerifyArguments(root, workers=1))
+    assert (report.exit_code, report.counts) == (0, {"train": 24, "val": 9})
+    assert [record.getMessage() for record in caplog.records][-3:] == [
+        f"in a subfolder (left out; move images into the class folder itself): 2, such as {root}/{images}",
+        f"other suffix (left out; save images as JPEG or PNG): 3, such as {root}/{notes}",
+        "33 images of train, val: nothing that would hurt training",
+    ]
+    described = report.to_json()
+    assert described["left_out"] == [
+        {"kind": "in a subfolder", "count": 2, "example": f"{root}/{images}"},
+        {"kind": "other suffix", "count": 3, "example": f"{root}/{notes}"},
+    ]
+    assert set(described["problems"]) == {"CMYK", "other format"}
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_reported_and_never_opened(tmp_path):
+    """Nor when duplicates are looked for among the images, of which unreadable ones have no hash."""
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    pipes = [f"train/{WNIDS[0]}/z.JPEG", f"val/{WNIDS[0]}/z.JPEG"]
+    for name in pipes:
+        os.mkfifo(root / name)
+    (root / "val" / WNIDS[1] / "z.JPEG").symlink_to(root)
+    report = verify(VerifyArguments(root, workers=1))
+    found = [(p.path.removeprefix(f"{root}/"), p.detail) for p in report.problems if p.kind == "unreadable"]
+    assert found == [(name, "not a regular file") for name in (*pipes, f"val/{WNIDS[1]}/z.JPEG")]
+    assert verify(VerifyArguments(root, quarantine=tmp_path / "aside")).exit_code == 0
+    assert (tmp_path / "aside" / pipes[0]).is_fifo()
+
+
+def test_one_problem_is_a_problem(tmp_path, caplog):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "a.jpg").write_bytes(b"")
+    with caplog.at_level("INFO", "dali_vit"):
+        verify(VerifyArguments(tmp_path))
+        assert caplog.messages[-1] == "2 images of train, val: 2 problems that would hurt training"
+        (tmp_path / "val").rename(tmp_path / "aside")
+        verify(VerifyArguments(tmp_path))
+        assert caplog.messages[-1] == "1 image of train: 1 problem that would hurt training"
+
+
 def test_mistakes_are_named_with_their_remedy(tmp_path):
     root = datasets.write_folder(tmp_path / "set", IMAGES)
     (tmp_path / "file").touch()
@@ -201,6 +255,8 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     for changed, word in [
         (replace(arguments, path=tmp_path / "absent"), "absent: no such folder"),
         (replace(arguments, max_megapixels=0), "--max-megapixels 0: must be above 0"),
+        (replace(arguments, max_megapixels=float("nan")), "--max-megapixels nan: must be above 0 and finite"),
+        (replace(arguments, max_megapixels=float("inf")), "--max-megapixels inf: must be above 0 and finite"),
         (replace(arguments, workers=0), "--workers 0: must be above 0"),
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "file"), "is a file"),

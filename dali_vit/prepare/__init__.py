@@ -110,7 +110,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
             name,
             f"{split.count:,}",
             split.mean_bytes / 1000,
-            f" in {len(split.shards)} shards" if split.shards else "",
+            f" in {len(split.shards)} shard{'s' * (len(split.shards) > 1)}" if split.shards else "",
         )
     write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, settings.recorded()))
     os.sync()
