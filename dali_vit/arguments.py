@@ -78,7 +78,8 @@ class ConvertArguments:
     target: Annotated[Path, tyro.conf.Positional]
     """OUT: .safetensors or .npz; must not exist."""
     resolution: int | None = None
-    """Resample the position embeddings for images of this side."""
+    """Resample the position embeddings for images of this side; default: the checkpoint's, of an .npz without learned
+    positions, which does not say, 224."""
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,9 @@ def _one_line(box: str, command: str) -> str:
             message.append(text)
         elif message:  # without UTF-8 a ruler comes before the message, too
             break
-    return f"{' '.join(message)} (`{PROGRAM} {command} --help` lists the options)"
+    similar = re.search(r"Perhaps you meant.*?(--[\w-]+)", box, re.DOTALL)
+    hint = f"; did you mean {similar[1]}?" if similar else ""
+    return f"{' '.join(message)}{hint} (`{PROGRAM} {command} --help` lists the options)"
 
 
 def _set_up_logging(rank: int) -> None:

@@ -33,8 +33,16 @@ _PARALLEL = 4  # files at a time; each is fetched in several ranges at once
 
 
 def is_remote(data: str | Path) -> bool:
-    """Whether this names a place in an object store: s3://bucket/prefix or gs://bucket/prefix."""
-    return str(data).partition("://")[0] in _SCHEMES and "://" in str(data)
+    """Whether this names a place in an object store: s3://bucket/prefix or gs://bucket/prefix.
+
+    UserError for another scheme and for a place without a bucket.
+    """
+    scheme, separator, rest = str(data).partition("://")
+    if not separator:
+        return False
+    if scheme not in _SCHEMES or not rest.partition("/")[0]:
+        raise UserError(f"--data {data}: give a folder, or s3://bucket/prefix or gs://bucket/prefix")
+    return True
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,14 @@ def test_an_interrupted_copy_goes_on_with_what_is_missing(
     assert calls - 100 == 4 - len(whole)
 
 
+@pytest.mark.parametrize("place", ["s3://", "gs:///sets", "http://host/sets"])
+def test_what_is_no_place_in_an_object_store_is_refused(place: str) -> None:
+    with pytest.raises(
+        UserError, match=f"^--data {place}: give a folder, or s3://bucket/prefix or gs://bucket/prefix$"
+    ):
+        load_dataset(place)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
