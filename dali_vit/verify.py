@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -221,7 +220,7 @@ def _inspect_split(
             path = samples.path(i)
             bar.update()
             try:
-                data = _read(samples, i)
+                data = read_sample(samples, i)
             except OSError as error:
                 found.append((i, Problem("unreadable", split, path, _one_line(error.strerror or error))))
                 continue
@@ -232,13 +231,6 @@ def _inspect_split(
     with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar:
         found = _in_threads(task, range(0, len(samples), _CHUNK), workers)
     return [item for chunk in found for item in chunk], digests
-
-
-def _read(samples: ImageList, index: int) -> bytes:
-    """The encoded image; OSError, too, for what is not a regular file: opening a pipe waits for its writer."""
-    if isinstance(samples, FileList) and not stat.S_ISREG(os.stat(samples.path(index)).st_mode):
-        raise OSError("not a regular file")
-    return read_sample(samples, index)
 
 
 def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[Any]:
@@ -259,8 +251,8 @@ def _duplicates(
     for i in np.flatnonzero(np.isin(train_digests, val_digests)).tolist():
         twin = in_val[int(train_digests[i])]
         try:
-            data = _read(train, i)
-            if data and data == _read(val, twin):
+            data = read_sample(train, i)
+            if data and data == read_sample(val, twin):
                 found.append((i, Problem("duplicate", "train", train.path(i), f"the same bytes as {val.path(twin)}")))
         except OSError:  # reported already
             continue

@@ -210,3 +210,12 @@ def test_a_prepared_folder_holds_what_its_manifest_counts(tmp_path):
     next((target / "train" / WNIDS[1]).iterdir()).unlink()
     with pytest.raises(UserError, match=rf"train has {NUM_TRAIN - 1} images but dataset.json {NUM_TRAIN}"):
         load_dataset(target)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_an_image_is_named(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    pipe = next(path for path in sorted((arguments.source / "train").rglob("*")) if path.is_file())
+    pipe.unlink()
+    os.mkfifo(pipe)
+    prepare_fails(replace(arguments, target=tmp_path / "set"), f"{pipe}: not a regular file; mend that and run")

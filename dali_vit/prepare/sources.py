@@ -6,10 +6,12 @@ nothing is copied or decoded for that.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -75,10 +77,13 @@ def sample_names(samples: ImageList) -> list[str]:
 
 
 def read_sample(samples: ImageList, index: int) -> bytes:
-    """The encoded image, whatever it is."""
+    """The encoded image, whatever it is; OSError where it cannot be read."""
     if isinstance(samples, ShardList):
         return samples.payload(np.array([index]))[0].tobytes()
-    with open(samples.path(index), "rb") as file:
+    path = samples.path(index)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its writer
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    with open(path, "rb") as file:
         return file.read()
 
 
