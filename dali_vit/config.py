@@ -185,6 +185,7 @@ def check_range(flag: str, value: float, low: float, high: float = math.inf) -> 
         raise UserError(f"{flag} {value}: must be {limits}")
 
 
+# Past what any machine can do, so that slips of the finger end here and not in the operating system's refusals.
 MAX_THREADS = 1024
 MAX_RESOLUTION = 8192
 MAX_BATCH_SIZE = 2**20

@@ -39,8 +39,8 @@ def evaluate_checkpoint(
     scalars are `v2/*`. UserError names what does not fit.
     """
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
-    threads = group.cores if threads is None else threads
-    check_range("--threads", threads, 1, MAX_THREADS)
+    if threads is not None:
+        check_range("--threads", threads, 1, MAX_THREADS)
     opened = checkpoint.open_model(path, resolution)
     files: datasets.ImageList
     if v2:
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
 
     def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
-            files, batch_size=batch_size, resolution=opened.resolution, group=group, threads=threads
+            files, batch_size=batch_size, resolution=opened.resolution, group=group, threads=threads or group.cores
         )
         try:
             return evaluate(model, batches, group.device, acceptable)

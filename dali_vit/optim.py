@@ -164,7 +164,7 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
             torch._foreach_copy_(moments, rounded)
 
     def _moments(self, group: dict[str, Any]) -> list[Tensor]:
-        """None before the first step."""
+        """First moments; before the first step there are none."""
         return [self.state[p]["exp_avg"] for p in group["params"] if p in self.state]
 
 

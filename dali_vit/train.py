@@ -281,7 +281,7 @@ def _random_state(group: Group) -> dict[str, torch.Tensor]:
 
 def _is_evaluated(done: int, every: float) -> bool:
     """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
-    return every > 0 and math.floor(done / every) > math.floor((done - 1) / every)
+    return 0 < every < 1 or (every > 0 and math.floor(done / every) > math.floor((done - 1) / every))
 
 
 def _check_skipped(window: Window, steps: range, total: int, config: Config, background: BackgroundWriter) -> None:

@@ -44,8 +44,8 @@ def test_of_an_attempt_without_a_checkpoint_nothing_stays(tmp_path: Path) -> Non
     assert logged(tmp_path) == ([(1, 2.0), (2, 2.0), (3, 2.0)], 1)
 
 
-@pytest.mark.parametrize("every", [0.3, 1.0, 2.5, 7.75, 1238.6])
+@pytest.mark.parametrize("every", [1e-308, 0.3, 1.0, 2.5, 7.75, 1238.6])
 def test_evaluations_come_when_a_multiple_is_reached(every: float) -> None:
-    expected = {math.ceil(i * every) for i in range(1, 20_000)}
+    expected = {math.ceil(i * every) for i in range(1, 20_000)} if every >= 0.3 else set(range(1, 5000))
     assert [step for step in range(1, 5000) if _is_evaluated(step, every)] == sorted(s for s in expected if s < 5000)
     assert not any(_is_evaluated(step, 0.0) for step in range(1, 100))
