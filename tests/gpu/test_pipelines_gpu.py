@@ -63,8 +63,10 @@ def test_training_images_are_those_of_the_cpu(files: FileList, crop: Any, region
         assert images.device == labels.device == torch.device("cuda", torch.cuda.current_device())
         assert torch.equal(labels.cpu(), expected_labels)
         error = (images.cpu().float() - expected_images).abs().mean(dim=(1, 2, 3))
-        # Levels. Training repeats chroma, which costs up to 2.7 here; another window or a flip would cost 30.
-        assert error.max() < 5
+        # Levels; another window or a flip would cost 30. Training repeats chroma, which by itself costs up to 2.7 here
+        # where it was sampled down: not where it has every pixel, as in `files` every fourth.
+        has_all_chroma = expected_labels % 4 == 1
+        assert (error < torch.where(has_all_chroma, 3, 5)).all()
 
 
 def test_randaugment_is_that_of_the_cpu(files: FileList) -> None:
