@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
+from dali_vit.blocks import LeanBlock, LeanLayerNorm
 from dali_vit.config import ModelConfig, UserError
 
 
@@ -138,7 +139,8 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
             no_embed_class=True,
             global_pool="token" if config.pool == "tok" else "avg",
             fc_norm=False,
-            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            block_fn=LeanBlock,
+            norm_layer=partial(LeanLayerNorm, eps=LAYER_NORM_EPS),
             act_layer=partial(nn.GELU, approximate="tanh"),
         )
         _initialise(model)

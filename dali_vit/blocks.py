@@ -1,0 +1,140 @@
+"""timm's transformer block and LayerNorm, put so that the kernels torch.compile makes of them move fewer bytes.
+
+About half of what a compiled step reads and writes are activations, in kernels that the compiler makes. Here timm's
+sums are in an order that saves a tenth of the whole (BENCHMARKS.md has the counts). Only a model in training mode that
+is being compiled computes them so; otherwise everything is timm's own, to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+
+class LeanBlock(Block):
+    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout, no masks, no scales of branches."""
+
+    attn: Attention
+    mlp: Any  # timm's Mlp, whose layers may be convolutions elsewhere
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if not _leanly(self):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + _cast(self._attention(self.norm1(x)), x.dtype)
+        return x + _cast(self._mlp(self.norm2(x)), x.dtype)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        q, k, v = _SplitHeads.apply(_linear(self.attn.qkv, x), self.attn.num_heads)  # each [N, heads, T, C / heads]
+        return _linear(self.attn.proj, scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return _linear(self.mlp.fc2, self.mlp.act(_linear(self.mlp.fc1, x)))
+
+
+class LeanLayerNorm(nn.LayerNorm):
+    """torch's LayerNorm over the last axis, computed in float32 at least, as autocast has it on GPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LayerNorm.apply(x, self.weight, self.bias, self.eps) if _leanly(self) else super().forward(x)
+
+
+def _leanly(layer: nn.Module) -> bool:
+    return layer.training and torch.compiler.is_compiling()
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _BiasGradient.apply(linear(x, layer.weight, layer.bias.detach()), layer.bias)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else _Cast.apply(x, dtype)
+
+
+class _BiasGradient(Function):
+    """Gives a bias that `y` [N, T, C] has in it already its gradient, summed over the tokens of each image first.
+
+    The compiler cannot join a sum over all N * T rows to the kernel that computes them, and reads them once more; a sum
+    over an axis of its own it can.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.sum(1, dtype=ctx.dtype).sum(0)
+
+
+class _Cast(Function):
+    """x.to(dtype) for x [N, T, C], whose gradient is written in the shape of x.
+
+    What reads it, a matrix product, sees the tokens of all images in a row. The compiler would take that shape for
+    the conversion, too, not recognise what the kernel before it has just written, and read it from memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dx = dy.to(ctx.dtype).contiguous()
+        images, tokens, width = dx.shape
+        # as_strided makes the compiler write its input first; a view would be seen through.
+        return dx.as_strided((images * tokens, width), (width, 1)).view(dx.shape), None
+
+
+class _SplitHeads(Function):
+    """q, k and v [N, heads, T, D] of their projection [N, T, 3 * heads * D], whose gradient is put together at once.
+
+    Stacked and permuted, as autograd has it, the gradient is of a shape to which no sum over the tokens fits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+        images, tokens, width = qkv.shape
+        return qkv.view(images, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([gradient.transpose(1, 2).flatten(2) for gradient in gradients], dim=-1), None
+
+
+class _LayerNorm(Function):
+    """LayerNorm of x [..., C], whose backward pass reads x, which is in memory anyway.
+
+    Of torch's formula the compiler keeps (x - mean) / deviation for the backward pass, another tensor of that size that
+    the forward pass has to write. It cannot where x is multiplied by nothing but what only the backward pass knows; so
+    x - mean is nowhere formed there, though it would be the shorter expression.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, mean, scale, weight)
+        return (wide - mean) * scale * weight + bias
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, mean, scale, weight = ctx.saved_tensors
+        scaled = dy * scale
+        dweight = scaled * x - scaled * mean  # dy times the normalised x, of each token
+        slope = (dweight * weight).mean(-1, keepdim=True) * scale * scale
+        dnormalised = scaled * weight
+        dx = dnormalised - dnormalised.mean(-1, keepdim=True) - (x * slope - mean * slope)
+        rows = tuple(range(x.ndim - 1))
+        return dx.to(x.dtype), dweight.sum(rows), dy.sum(rows), None
+
+
+__all__ = ["LeanBlock", "LeanLayerNorm"]
