@@ -1,4 +1,4 @@
-"""timm's transformer block and LayerNorm, put so that the kernels torch.compile makes of them move fewer bytes.
+"""timm's transformer block, put so that the kernels torch.compile makes of them move fewer bytes.
 
 About half of what a compiled step reads and writes are activations, in kernels that the compiler makes. Here timm's
 sums are in an order that saves a tenth of the whole (BENCHMARKS.md has the counts). Only a model in training mode that
@@ -20,14 +20,16 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 class LeanBlock(Block):
     """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout, no masks, no scales of branches."""
 
+    norm1: nn.LayerNorm
     attn: Attention
+    norm2: nn.LayerNorm
     mlp: Any  # timm's Mlp, whose layers may be convolutions elsewhere
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not _leanly(self):
+        if not (self.training and torch.compiler.is_compiling()):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = x + _cast(self._attention(self.norm1(x)), x.dtype)
-        return x + _cast(self._mlp(self.norm2(x)), x.dtype)
+        x = x + _cast(self._attention(_norm(self.norm1, x)), x.dtype)
+        return x + _cast(self._mlp(_norm(self.norm2, x)), x.dtype)
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = _SplitHeads.apply(_linear(self.attn.qkv, x), self.attn.num_heads)  # each [N, heads, T, C / heads]
@@ -37,15 +39,8 @@ class LeanBlock(Block):
         return _linear(self.mlp.fc2, self.mlp.act(_linear(self.mlp.fc1, x)))
 
 
-class LeanLayerNorm(nn.LayerNorm):
-    """torch's LayerNorm over the last axis, computed in float32 at least, as autocast has it on GPUs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _LayerNorm.apply(x, self.weight, self.bias, self.eps) if _leanly(self) else super().forward(x)
-
-
-def _leanly(layer: nn.Module) -> bool:
-    return layer.training and torch.compiler.is_compiling()
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return _LayerNorm.apply(x, layer.weight, layer.bias, layer.eps)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -137,4 +132,4 @@ class _LayerNorm(Function):
         return dx.to(x.dtype), dweight.sum(rows), dy.sum(rows), None
 
 
-__all__ = ["LeanBlock", "LeanLayerNorm"]
+__all__ = ["LeanBlock"]

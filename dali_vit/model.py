@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from dali_vit.blocks import LeanBlock, LeanLayerNorm
+from dali_vit.blocks import LeanBlock
 from dali_vit.config import ModelConfig, UserError
 
 
@@ -140,7 +140,7 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
             global_pool="token" if config.pool == "tok" else "avg",
             fc_norm=False,
             block_fn=LeanBlock,
-            norm_layer=partial(LeanLayerNorm, eps=LAYER_NORM_EPS),
+            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
             act_layer=partial(nn.GELU, approximate="tanh"),
         )
         _initialise(model)

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
+from torch._inductor import config as inductor_config
 from torch.autograd import DeviceType
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +23,10 @@ import measure_index
 import measure_input
 import measure_kernels
 import measure_step
-from benchmark import goals, kernels, windows
+from benchmark import goals, kernels, modes, windows
 
 import dali_vit.step
+from dali_vit.blocks import LeanBlock
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
@@ -101,14 +104,15 @@ def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, cap
     monkeypatch.setattr(windows, "WINDOW_SECONDS", 0.1)
     out = tmp_path / "step.json"
     flags = ["--gpus", "0", "--model", "mu/16", "--batch-size", "2", "--seconds", "0.2", "--profile", "2"]
-    monkeypatch.setattr(sys, "argv", ["measure_step.py", *flags, "--compile", "off", "--json", str(out)])
-    monkeypatch.setenv("TORCHINDUCTOR_COORDINATE_DESCENT_TUNING", "1")
+    flags += ["--inductor", "combo_kernels=True", "--compile", "off", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         measure_step.main()
     assert stopped.value.code == 0
     result = json.loads(out.read_text())
     assert set(result) == {"environment", "config", "inductor", "off"}
-    assert result["inductor"]["TORCHINDUCTOR_COORDINATE_DESCENT_TUNING"] == "1"
+    assert result["inductor"]["combo_kernels"] is True
+    assert result["config"]["timm_blocks"] is False
     assert result["off"]["images_per_sec"] > 0
     profile = result["off"]["profile"]
     assert (profile["busy"], profile["launches"], result["off"]["mfu"]) == (None, None, None)
@@ -117,8 +121,48 @@ def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, cap
     assert kernels.table(profile) in capsys.readouterr().out
 
 
+def test_the_compilers_settings_and_timms_blocks_are_there_while_a_step_is_measured(tmp_path, monkeypatch):
+    used = []
+
+    def used_by(config, model, *_):
+        layers = {type(layer) for layer in model.modules()}
+        used.append((inductor_config.combo_kernels, inductor_config.max_fusion_size, layers & {Block, LeanBlock}))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(modes, "training_step", used_by)
+    before = inductor_config.combo_kernels, inductor_config.max_fusion_size
+    flags = ["--gpus", "0", "--model", "mu/16", "--compile", "off", "--inductor"]
+    settings = ["combo_kernels=True", "max_fusion_size=7"]
+    for more in ([], ["--timm-blocks"]):
+        monkeypatch.setattr(sys, "argv", ["measure_step.py", *flags, *settings, *more])
+        with pytest.raises(SystemExit):
+            measure_step.main()
+    assert used == [(True, 7, {LeanBlock}), (True, 7, {Block})]
+    assert (inductor_config.combo_kernels, inductor_config.max_fusion_size) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("combo_kernel=True", "has no setting 'combo_kernel'"),
+        ("combo_kernels", "give NAME=VALUE, such as combo_kernels=True"),
+        ("combo_kernels=yes", "give NAME=VALUE, such as combo_kernels=True"),
+        ("=1", "has no setting ''"),
+    ],
+)
+def test_a_setting_of_the_compiler_that_is_none_is_named(setting, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", "--inductor", setting])
+    with pytest.raises(SystemExit) as stopped:
+        measure_step.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"measure_step.py: --inductor {setting}: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
 def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, monkeypatch, capsys):
-    def measured(config, *_):
+    def measured(config, *_, **__):
         if config.run.compile == "reduce-overhead":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"images_per_sec": 7.0 if config.run.compile == "default" else 3.0}

@@ -44,23 +44,18 @@ class Measurement:
     """A file of this folder, and its arguments."""
     minutes: float
     """Given up after so long."""
-    variables: tuple[tuple[str, str], ...] = ()
-    """Of its environment, besides those that are set."""
 
     def shown(self) -> str:
-        variables = "".join(f"{name}={value} " for name, value in self.variables)
-        return variables + shlex.join(("tools/" + self.command[0], *self.command[1:]))
+        return shlex.join(("tools/" + self.command[0], *self.command[1:]))
 
 
 def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Measurement]:
     """What to measure, the most telling first; gpus 0: the CPU. Data that is not there, or not finished, is drawn."""
     measurements: list[Measurement] = []
 
-    def add(
-        name: str, minutes: float, tool: str, *arguments: str | int | Path, has_json: bool = True, **variables: str
-    ) -> None:
+    def add(name: str, minutes: float, tool: str, *arguments: str | int | Path, has_json: bool = True) -> None:
         to = ("--json", str(out / f"{name}.json")) if has_json else ()
-        measurements.append(Measurement(name, (tool, *map(str, arguments), *to), minutes, tuple(variables.items())))
+        measurements.append(Measurement(name, (tool, *map(str, arguments), *to), minutes))
 
     if not data.exists() or (data / "make_jpegs.json").exists():
         images = count or (IMAGES_ON_GPU if gpus else IMAGES_ON_CPU)
@@ -92,8 +87,10 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
     add("sweep", 10, *bench, 1, "--mode", "loader", "--sweep", "--seconds", 5)
     for batch in (1024, 128):
         one = ("measure_step.py", "--batch-size", batch, "--compile", "default")
+        add(f"step-{batch}-timm", 10, *one, "--timm-blocks")
         add(f"step-{batch}-bfloat16", 10, *one, "--residual", "bfloat16")
-        add(f"step-{batch}-descent", 15, *one, TORCHINDUCTOR_COORDINATE_DESCENT_TUNING="1")
+        add(f"step-{batch}-combo", 15, *one, "--inductor", "combo_kernels=True")
+        add(f"step-{batch}-descent", 15, *one, "--inductor", "coordinate_descent_tuning=True")
     for batch in (1024, 128):
         add(f"step-{batch}-autotune", 20, "measure_step.py", "--batch-size", batch, "--compile", *slow)
     add("compare", 10, *bench, 1, "--mode", "loader", "--compare", "--batch-size", 256)
@@ -105,13 +102,10 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
     result = out / f"{measurement.name}.json"
     if result.exists():  # of another command, or of one that was given up
         result.replace(out / f"{measurement.name}.before.json")
-    environment = os.environ | dict(measurement.variables)
     began = time.monotonic()
     command = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
     with (out / f"{measurement.name}.txt").open("wb") as printed:
-        process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-        )
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:

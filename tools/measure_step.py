@@ -5,13 +5,14 @@
     tools/measure_step.py --gpus 0 --model mu/16 --batch-size 8         on the CPU
 
 The step is the trainer's own, on random images that stay on the device. One way of compiling after the other is
-warmed up, measured and profiled; the table under each rate sums the time of kernels by what they are for. Inductor's
-own settings come from the environment: TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1, say.
+warmed up, measured and profiled; the table under each rate sums the time of kernels by what they are for. Settings of
+torch._inductor.config are tried by --inductor combo_kernels=True, say.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gc
 import os
 import sys
@@ -24,6 +25,7 @@ from typing import Any, get_args
 import torch
 from benchmark import kernels, modes, report
 from benchmark.windows import measure
+from torch._inductor import config as inductor_config
 
 from dali_vit import distributed, recipes
 from dali_vit.config import CompileMode, Config, ModelConfig, UserError, to_dict
@@ -48,14 +50,17 @@ def _main() -> int:
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16")
     parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"], help="see dali-vit train")
+    parser.add_argument("--timm-blocks", action="store_true", help="timm's blocks instead of dali_vit/blocks.py's")
     parser.add_argument("--batch-size", type=int, default=1024)
     every = [mode for mode in get_args(CompileMode) if mode != "auto"]
     parser.add_argument("--compile", nargs="+", default=every, choices=every, help="default: all, one after the other")
+    parser.add_argument("--inductor", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the compiler")
     parser.add_argument("--seconds", type=float, default=5.0, help="time measured of each")
     parser.add_argument("--profile", type=int, default=5, help="steps profiled of each")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)
+    settings = dict(parse_setting(text) for text in arguments.inductor)
 
     recipe = recipes.get("s16-90ep")
     config = replace(
@@ -65,15 +70,17 @@ def _main() -> int:
     )
     result: dict[str, Any] = {
         "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
-        "config": to_dict(config),
-        "inductor": {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")},
+        "config": to_dict(config) | {"timm_blocks": arguments.timm_blocks},
+        "inductor": {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")} | settings,
     }
     gpus = min(1, torch.cuda.device_count()) if arguments.gpus is None else arguments.gpus
-    with distributed.connect(gpus) as group:
+    with distributed.connect(gpus) as group, inductor_config.patch(settings):
         for mode in arguments.compile:
             tried = replace(config, run=replace(config.run, compile=mode))
             try:
-                result[mode] = measure_step(tried, group, arguments.seconds, arguments.profile)
+                result[mode] = measure_step(
+                    tried, group, arguments.seconds, arguments.profile, timm_blocks=arguments.timm_blocks
+                )
             except RuntimeError as error:  # the GPU's memory, or the compiler: the other ways may work
                 traceback.print_exc()
                 result[mode] = {"fails": f"{type(error).__name__}: {error}"}
@@ -83,13 +90,29 @@ def _main() -> int:
     return int(any("fails" in result[mode] for mode in arguments.compile))
 
 
-def measure_step(config: Config, group: distributed.Group, seconds: float, profiled: int) -> dict[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
+    """A setting of torch._inductor.config and its value, of NAME=VALUE with a literal of Python."""
+    name, _, value = text.partition("=")
+    try:
+        getattr(inductor_config, name)
+        return name, ast.literal_eval(value)
+    except AttributeError:
+        raise UserError(f"--inductor {text}: torch {torch.__version__} has no setting {name!r}") from None
+    except (ValueError, SyntaxError):
+        raise UserError(f"--inductor {text}: give NAME=VALUE, such as combo_kernels=True") from None
+
+
+def measure_step(
+    config: Config, group: distributed.Group, seconds: float, profiled: int, *, timm_blocks: bool = False
+) -> dict[str, Any]:
     """Measures, profiles and prints one way of running the step; what the JSON file holds of it."""
     began = time.perf_counter()
     side, count = config.data.resolution, config.optim.batch_size
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=group.device)
     labels = torch.randint(0, NUM_CLASSES, (count,), device=group.device)
     model = create_model(config.model, num_classes=NUM_CLASSES, resolution=side).to(group.device)
+    if timm_blocks:
+        modes.use_timm_blocks(model)
     flops = 3 * flops_per_image(model, side)  # the backward pass costs twice the forward
     train_on, compiled = modes.training_step(config, model, 10**6, group)
 

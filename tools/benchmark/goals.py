@@ -50,7 +50,9 @@ def rows(results: Results) -> list[Row]:
         ways = _ways(results, f"step-{batch}", f"step-{batch}-autotune")
         found += _step(ways, f"step alone, batch {batch}", least)
         for name, what in (
+            ("timm", "timm's blocks"),
             ("bfloat16", "bfloat16 residual stream"),
+            ("combo", "Inductor's combined kernels"),
             ("descent", "Inductor's coordinate descent"),
         ):
             found += _step(_ways(results, f"step-{batch}-{name}"), f"step alone, batch {batch}, {what}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmark.kernels import summarize
 from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
+from dali_vit.blocks import LeanBlock
 from dali_vit.config import Config
 from dali_vit.data import LoaderSettings
 from dali_vit.distributed import Group, barrier
@@ -27,6 +28,13 @@ from pipelines.loader import TrainLoader
 TrainOn = Callable[[Tensor, Tensor], None]
 ROUNDS = 3
 """Of `measure_randaug_cost`."""
+
+
+def use_timm_blocks(model: nn.Module) -> None:
+    """Makes a model's blocks timm's own, to compare with."""
+    for layer in model.modules():
+        if isinstance(layer, LeanBlock):
+            layer.__class__ = type(layer).__bases__[0]
 
 
 def training_step(config: Config, model: nn.Module, total_steps: int, group: Group) -> tuple[TrainOn, str]:
