@@ -18,7 +18,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 class LeanBlock(Block):
-    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout, no masks, no scales of branches."""
+    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout and no scales of branches."""
 
     norm1: nn.LayerNorm
     attn: Attention
@@ -26,7 +26,8 @@ class LeanBlock(Block):
     mlp: Any  # timm's Mlp, whose layers may be convolutions elsewhere
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if not (self.training and torch.compiler.is_compiling()):
+        masked = attn_mask is not None or is_causal
+        if masked or not (self.training and torch.compiler.is_compiling()):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = x + _cast(self._attention(_norm(self.norm1, x)), x.dtype)
         return x + _cast(self._mlp(_norm(self.norm2, x)), x.dtype)

@@ -139,6 +139,16 @@ def test_the_compiled_step_gives_timms_gradients(overrides):
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("mask", [{"is_causal": True}, {"attn_mask": torch.eye(16, dtype=torch.bool)}], ids=str)
+def test_a_masked_block_is_timms(mask):
+    block, tokens = model().train().get_submodule("blocks.0"), draw(2, 16, 32, dtype=torch.float32)
+    torch.compiler.reset()
+    expected = block(tokens, **mask)
+    torch.testing.assert_close(torch.compile(block)(tokens, **mask), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(block(tokens), expected, rtol=1e-3)
+
+
+@needs_a_compiler
 @pytest.mark.parametrize("overrides", [{}, {"residual": "bfloat16"}], ids=str)
 def test_in_bfloat16_the_compiled_step_is_as_near_to_float32_as_timms(overrides):
     exact = step_of(model(), autocast=None, compiled=False)

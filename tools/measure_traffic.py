@@ -73,7 +73,7 @@ def _main() -> None:
 
     result: dict[str, Any] = {
         "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
-        "config": {"model": arguments.model, "residual": arguments.residual, "batch_size": arguments.batch_size},
+        "config": {name: getattr(arguments, name) for name in ("model", "depth", "residual", "batch_size")},
     }
     print(f"{'MB an image':<18} {'forward':>10} {'backward':>10} {'both':>10} {'generated kernels':>20}")
     for name in ("timm's blocks", "lean blocks"):
