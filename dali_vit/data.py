@@ -33,7 +33,8 @@ from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
 from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
-from pipelines.loader import DecodeError, EvalLoader, TrainLoader
+from pipelines import readers
+from pipelines.loader import DecodeError, EvalLoader, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 from pipelines.train import Augment, Decoder
@@ -43,6 +44,7 @@ __all__ = [
     "Dataset",
     "DecodeError",
     "ImageList",
+    "allow_open_files",
     "check_images",
     "load_dataset",
     "load_eval_folder",
@@ -235,6 +237,14 @@ def num_threads(config: Config, group: Group) -> int:
     return config.run.threads or group.cores
 
 
+def allow_open_files(samples: ImageList, batch_size: int) -> None:
+    """Lets this process read batches of so many samples; UserError where the system does not allow it the files."""
+    try:
+        readers.allow_open_files(samples, batch_size)
+    except TooManyFiles as error:
+        raise UserError(f"--batch-size: {error}") from error
+
+
 def train_loader(
     dataset: Dataset,
     config: Config,
@@ -247,8 +257,10 @@ def train_loader(
     """The training stream of this process from a step on, as the config has it; `bad_samples` are left out."""
     data = config.data
     settings = settings or LoaderSettings(num_threads(config, group))
+    train = dataset.split("train")
+    allow_open_files(train, config.optim.batch_size // group.world_size)
     return TrainLoader(
-        dataset.split("train"),
+        train,
         batch_size=config.optim.batch_size,
         image_size=data.resolution,
         seed=config.run.seed,
@@ -284,6 +296,7 @@ def eval_loader(
 
     What cannot be decoded is left out up to a share of the files; by default it ends the evaluation.
     """
+    allow_open_files(files, batch_size)
     return EvalLoader(
         files,
         batch_size=batch_size,

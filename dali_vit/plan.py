@@ -41,6 +41,7 @@ def plan(config: Config, world_size: int) -> Plan:
     with _user_errors():
         dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
         train_files = dataset.split("train")
+        datasets.allow_open_files(train_files, batch_size // world_size)
         datasets.check_images(train_files, config.data.max_bad_share)
         if dataset.val is not None:
             datasets.check_images(dataset.val)

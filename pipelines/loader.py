@@ -20,11 +20,12 @@ from pipelines.bad_samples import BadSamples, DecodeError
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
 from pipelines.handover import Runner
+from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
-from pipelines.readers import Samples
+from pipelines.readers import Samples, allow_open_files
 from pipelines.train import Augment, train_pipeline
 
-__all__ = ["DecodeError", "EvalLoader", "TrainLoader"]
+__all__ = ["DecodeError", "EvalLoader", "TooManyFiles", "TrainLoader"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,8 +77,9 @@ class TrainLoader:
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
     bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0);
-    DALI's RuntimeError when it fails for another reason, as when nothing can be read any more; and ValueError
-    for arguments that do not fit together. After an error the loader is closed.
+    DALI's RuntimeError when it fails for another reason, as when nothing can be read any more; TooManyFiles
+    where a batch has more files than may be open at once; and ValueError for arguments that do not fit
+    together. After an error the loader is closed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class TrainLoader:
     ) -> None:
         self._samples = samples
         self._order = TrainOrder(len(samples), batch_size, rank, world_size, seed)
+        allow_open_files(samples, self._order.local_batch_size)
         self._step = start_step
         self._prefetch = prefetch
         decoding: dict[str, Any] = {
@@ -212,8 +215,9 @@ class EvalLoader:
 
     Up to the share max_bad_share of all samples, in any case 1 unless the share is 0, may be images that cannot be
     read or decoded: they are named in a warning, and in their place comes a grey image of label -1. Raises
-    DecodeError where there are more, DALI's RuntimeError when it fails for another reason, and ValueError for
-    arguments that do not fit together. `bad_samples`, those known from before, spares time.
+    DecodeError where there are more, DALI's RuntimeError when it fails for another reason, TooManyFiles where a batch
+    has more files than may be open at once, and ValueError for arguments that do not fit together. `bad_samples`,
+    those known from before, spares time.
     """
 
     def __init__(
@@ -231,6 +235,7 @@ class EvalLoader:
         max_bad_share: float = 0.0,
     ) -> None:
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
+        allow_open_files(samples, batch_size)
         device_id = _device_id(device)
         self._run = Runner(device_id)
         decoding: dict[str, Any] = {

@@ -13,9 +13,10 @@ import numpy as np
 from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 
+from pipelines import open_files
 from pipelines.order import EvalOrder, TrainOrder
 
-__all__ = ["NUM_LAST_BYTES", "EvalSource", "FileList", "Samples", "TrainSource", "read"]
+__all__ = ["NUM_LAST_BYTES", "EvalSource", "FileList", "Samples", "TrainSource", "allow_open_files", "read"]
 
 NUM_LAST_BYTES = 8  # of a file, by which one that was cut short is known; the smallest image has as many, a PBM
 
@@ -208,6 +209,17 @@ def read(source: TrainSource | EvalSource) -> list[DataNode]:
         encoded = fn.io.file.read(paths[:lengths], dont_use_mmap=True)
     arrays = fn.external_source(source.arrays, num_outputs=source.num_arrays, batch=True, batch_info=True)
     return [encoded, *arrays]
+
+
+def allow_open_files(samples: Samples, batch_size: int) -> None:
+    """Lets this process read batches of so many samples, of which DALI opens all files before it reads the first.
+
+    To be called before a pipeline runs. Raises `open_files.TooManyFiles` where the system does not allow that many.
+    """
+    if not samples.encoded:
+        # Two pipelines may be at it: the lanes of a loader on the CPU, training's and evaluation's on a GPU.
+        what = f"the files of two batches of {batch_size:,} images"
+        open_files.allow(2 * batch_size, what, "read smaller batches, or shards")
 
 
 def stack_paths(paths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

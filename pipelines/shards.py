@@ -7,19 +7,16 @@ encoded image lies in one piece.
 from __future__ import annotations
 
 import mmap
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from pipelines import open_files
 from pipelines.readers import FileList
 
 __all__ = ["ImageList", "ShardList"]
-
-# Files a process may need beside one split's shards: the other split's, which are hardly more, and sockets and devices.
-_OTHER_SHARDS, _OTHER_FILES = 2, 512
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,22 +83,13 @@ class ShardList:
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         mapped = self._maps.get(shard)
         if mapped is None:
-            _allow_open_files(len(self.shards))
+            # Python's memory maps keep their file open; the other split's shards are hardly more.
+            open_files.allow(len(self.shards), f"{len(self.shards):,} shards", "prepare larger shards")
             with open(self.shards[shard], "rb") as file:
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             buffer.madvise(mmap.MADV_RANDOM)  # the kernel's guess of what follows would be wrong
             mapped = self._maps[shard] = buffer, np.frombuffer(buffer, np.uint8)
         return mapped
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raises this process's limit where it may: Python's memory maps keep their file open, and 1,024 are the usual
-    limit, which shards of a terabyte pass."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OTHER_SHARDS * shards + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        highest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, highest), hard))
 
 
 # Images on this machine's file systems, in either form.

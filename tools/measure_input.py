@@ -51,6 +51,7 @@ def main() -> None:
                 raise UserError(f"{flag} {value}: must be at least 1")
         report.check_json(arguments.json)
         samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
+        datasets.allow_open_files(samples, arguments.batch_size)
     except UserError as error:
         print(f"measure_input.py: {error}", file=sys.stderr)
         sys.exit(2)
