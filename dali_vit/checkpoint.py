@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def save_model(
     step: int | None,
 ) -> None:
     """Writes weights as one .safetensors file that `open_model` can build the model from."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     description = {
         "format": FORMAT,
         "model": to_dict(Config(model=config))["model"],
@@ -155,13 +156,22 @@ def save_model(
         "classes": list(classes) if classes is not None else None,
         "step": step,
     }
-    save_file(tensors, path, metadata={"dali_vit": json.dumps(description)})
+    write_safetensors(path, tensors, {"dali_vit": json.dumps(description)})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file that others may read as far as the umask lets them; safetensors' own is its owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(stat.S_IMODE(mode))
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run; damaged ones are named in the log and passed over.
 
-    None where the run has no checkpoint; UserError where it has some and all are damaged.
+    None where the run has no checkpoint; UserError where it has some and all are damaged; PermissionError where one
+    may not be read, as going on from an older one would be to lose it.
     """
     folders = _step_folders(run_dir / "checkpoints")
     for folder in reversed(folders):
@@ -175,7 +185,10 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a step_* folder; UserError where it is damaged, foreign or of another format."""
+    """The checkpoint in a step_* folder; UserError where it is damaged, foreign or of another format.
+
+    PermissionError where it may not be read.
+    """
     try:
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
@@ -191,6 +204,8 @@ def read(folder: Path) -> Checkpoint:
             loader=record["loader"],
             metrics=record["metrics"],
         )
+    except PermissionError:
+        raise
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({error}); use an older checkpoint") from error
 
@@ -199,7 +214,8 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     """The model of a run folder (its newest checkpoint), a checkpoint, a .safetensors or a big_vision .npz.
 
     The model is in eval mode, float32, and maps [N, 3, H, W] in [-1, 1] to logits. With `resolution` it is
-    built for images of that size, its position embeddings resampled. UserError names what cannot be read.
+    built for images of that size, its position embeddings resampled. UserError names what cannot be read,
+    PermissionError what may not.
     """
     from dali_vit import big_vision  # here, because it is needed for one kind of file only
     from dali_vit.model import create_model
@@ -218,6 +234,8 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     try:
         state, metadata = _read_safetensors(file)
         description = json.loads(metadata["dali_vit"])
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
     except (KeyError, json.JSONDecodeError) as error:
@@ -264,6 +282,7 @@ def _model_file(path: Path) -> Path:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    path.open("rb").close()  # safetensors says of a file that it may not read that there is none
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

@@ -31,7 +31,7 @@ from dali_vit.arguments import (
     PredictArguments,
     PreviewArguments,
 )
-from dali_vit.config import Config, UserError, to_yaml
+from dali_vit.config import Config, UserError, mendable, to_yaml
 
 PROGRAM = "dali-vit"
 
@@ -63,17 +63,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _set_up_logging(rank)
     try:
         code = _dispatch(argv)
-    except ValueError as error:
-        if not _is_the_users(error):
-            raise
-        if rank == 0 or not isinstance(error, UserError):  # which is raised on all ranks alike
-            print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
         code = 0
+    except (ValueError, OSError) as error:
+        told = mendable(error) if isinstance(error, OSError) else error
+        if told is None or not _is_the_users(told):
+            raise
+        if rank == 0 or not isinstance(error, UserError):  # which is raised on all ranks alike
+            print(f"{PROGRAM}: {' '.join(str(told).split())}", file=sys.stderr)
+        code = 2
     if code:
         gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
     sys.exit(code)

@@ -7,6 +7,7 @@ baselines for ImageNet-1k* (arXiv 2205.01580); `dali_vit.recipes` states what ot
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 from dataclasses import dataclass, field
@@ -21,6 +22,23 @@ CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the flag, file or value and the remedy."""
+
+
+_MENDABLE = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def mendable(error: OSError) -> UserError | None:
+    """The operating system's refusal of a file as what the user is told; None where it may be a defect of ours."""
+    if error.filename is None or error.errno not in _MENDABLE:
+        return None
+    return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; {_MENDABLE[error.errno]}")
 
 
 def operational(default: Any) -> Any:

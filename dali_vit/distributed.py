@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dali_vit.config import UserError
+from dali_vit.config import UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
@@ -223,13 +223,19 @@ def gather_objects(value: Any) -> list[Any]:
 def together(work: Callable[[], T]) -> T:
     """Does something that may raise UserError on every rank; one that any of them raises is raised on all.
 
-    Else the others would wait for those that have ended. The error of the lowest rank is taken, which it names.
+    Else the others would wait for those that have ended. The error of the lowest rank is taken, which it names. What
+    the operating system refuses is a UserError, too, where the user can mend it.
     """
     message = None
     try:
         result = work()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        told = mendable(error)
+        if told is None:
+            raise
+        message = str(told)
     for rank, found in enumerate(gather_objects(message)):
         if found is not None:
             raise UserError(f"rank {rank}: {found}" if rank else found)

@@ -18,7 +18,6 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dali_vit import checkpoint
@@ -136,7 +135,7 @@ def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tens
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for name, tensors in files.items():
-            save_file({key: t.detach().contiguous() for key, t in tensors.items()}, temporary / name, {"format": "pt"})
+            checkpoint.write_safetensors(temporary / name, tensors, {"format": "pt"})
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

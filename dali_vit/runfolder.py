@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -25,9 +26,12 @@ PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are n
 
 
 def write_run_files(config: Config) -> None:
-    """Writes config.yaml and env.txt; UserError where the folder cannot be written to."""
+    """Writes config.yaml and env.txt; UserError where the folder, or that of the checkpoints, cannot be written to."""
+    checkpoints = config.run_dir / "checkpoints"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):  # else it shows after hours
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints))
         (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (config.run_dir / "env.txt").write_text(describe_environment(), encoding="utf-8")
     except OSError as error:
@@ -37,7 +41,7 @@ def write_run_files(config: Config) -> None:
 def _unwritable(config: Config, error: OSError) -> str:
     if config.run_dir.exists() and not config.run_dir.is_dir():
         return f"{config.run_dir.name} is a file there; choose another --name"
-    return f"cannot write there ({error.strerror})"
+    return f"cannot write {error.filename or 'there'} ({error.strerror})"
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,40 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.newest(tmp_path)
     assert path.parent.is_dir()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, file, monkeypatch):
+    """Going on from the one before would be to lose it. Root may read everything, so it is refused in place."""
+    save(tmp_path, 1)
+    refused = save(tmp_path, 2) / file
+    read_file = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        checkpoint.newest(tmp_path)
+    if file == "model.safetensors":
+        with pytest.raises(PermissionError):
+            checkpoint.open_model(refused)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == {
+        "checkpoint.json": mode,
+        "model.safetensors": mode,
+        "trainer.pt": mode,
+    }
 
 
 def test_what_a_crash_left_behind_is_no_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import yaml
 from PIL import Image
 
 from dali_vit import checkpoint, cli
+from dali_vit.config import mendable
 from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, write_image_folder
 
 FLAGS = [
@@ -111,6 +113,65 @@ def test_a_file_in_place_of_the_runs_folder_is_named(image_folder, tmp_path, cap
     (tmp_path / "runs" / "mine").touch()
     code, _, err = run(*good(image_folder, tmp_path), "--name", "mine", "--steps", "4", capsys=capsys)
     assert (code, err) == (2, f"dali-vit: --runs-dir {tmp_path}/runs: mine is a file there; choose another --name\n")
+
+
+def test_a_folder_that_takes_no_checkpoints_ends_the_run_before_its_first_step(
+    image_folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "runs/s16-90ep/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    code, out, err = run(*good(image_folder, tmp_path), capsys=capsys)
+    assert code == 2
+    assert "step" not in out
+    runs = tmp_path / "runs"
+    refused = runs / "s16-90ep/checkpoints"
+    assert err == f"dali-vit: --runs-dir {runs}: cannot write {refused} (Permission denied)\n"
+
+
+LONG = f"/tmp/{300 * 'x'}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "IMAGES", "--runs-dir", LONG],
+        ["train", "--data", LONG],
+        ["eval", "--checkpoint", LONG, "--data", "IMAGES"],
+        ["predict", "--checkpoint", "run", f"{LONG}.jpg"],
+        ["convert", f"{LONG}.npz", "out.safetensors"],
+        ["export", "--checkpoint", "run", "--out", LONG],
+        ["preview", "--data", "IMAGES", "--out", f"{LONG}.png"],
+        ["prepare", LONG, "out"],
+        ["prepare", "IMAGES", LONG],
+        ["verify", LONG],
+    ],
+)
+def test_what_the_operating_system_refuses_is_one_line(arguments, image_folder, tmp_path, monkeypatch, capsys):
+    """Here a name that is too long; a folder that may not be entered is refused in the same places, but not to root."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(image_folder) if word == "IMAGES" else word for word in arguments]
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("dali-vit: ")
+    assert err.count("\n") == 1
+    assert f"{300 * 'x'}" in err
+    assert "File name too long" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", b"runs"), "runs: Permission denied; check its permissions"),
+        (OSError(28, "No space left on device", "runs"), "runs: No space left on device; make room"),
+        (OSError(28, "No space left on device"), None),
+        (FileNotFoundError(2, "No such file or directory", "runs"), None),
+    ],
+)
+def test_which_refusals_are_the_users_to_mend(error, message):
+    told = mendable(error)
+    assert message == (None if told is None else str(told))
 
 
 def test_data_is_asked_for(capsys):
