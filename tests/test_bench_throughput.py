@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,3 +202,18 @@ def test_a_recipe_supplies_the_settings():
     recipe = recipes.get("demo")
     assert (demo.data, demo.model) == (recipe.data, recipe.model)
     assert demo.optim.batch_size == recipe.optim.batch_size
+
+
+def test_compare_names_shared_memory_that_is_too_small(image_folder, monkeypatch, capsys):
+    """8 images of 32 px a batch, 3 batches of each of the 2 workers."""
+    needed = 8 * 3 * 2 * 3 * 32**2
+    disk = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(compare.shutil, "disk_usage", lambda path: disk if path == "/dev/shm" else None)
+    monkeypatch.setattr(compare, "others", lambda *_: pytest.fail("begun in spite of it"))
+    code, _, err = run(*flags(image_folder), *QUICK, "--mode", "loader", "--compare", capsys=capsys)
+    assert code == 2
+    (line,) = (line for line in err.splitlines() if line.startswith("bench_throughput.py: "))
+    assert "/dev/shm, which has 0 MB free of the 1 MB that they need" in line
+    disk.free = needed
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        run(*flags(image_folder), *QUICK, "--mode", "loader", "--compare", capsys=capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dali_vit import data as datasets
 from dali_vit.config import Config, DataConfig, UserError
 from dali_vit.data import LoaderSettings
-from dali_vit.distributed import Group, gather_objects
+from dali_vit.distributed import Group, gather_objects, together
 from pipelines.loader import TrainLoader
 from pipelines.order import TrainOrder
 from pipelines.readers import FileList
@@ -32,6 +33,8 @@ ROUNDS = 3
 _MAGNITUDE = 10
 
 _PREFETCH = 2  # batches a worker works ahead, the DataLoader's default
+
+SHARED_MEMORY = "/dev/shm"  # where torch's workers put their tensors
 
 Batch = tuple[Tensor, Tensor]
 
@@ -135,6 +138,7 @@ def compare(
     files = dataset.split("train")
     if not isinstance(files, FileList):
         raise UserError(f"--compare: {dataset.root} holds shards, which the other loaders cannot read; give a folder")
+    together(lambda: _check_shared_memory(config, group, workers))
     contestants: dict[str, Contestant] = others(config, files, group, workers)
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
@@ -149,6 +153,19 @@ def compare(
             rounds[name].append(sum(gather_objects(rate)))
     loader.close()
     return {"workers": workers * group.world_size, **summarize(rounds)}
+
+
+def _check_shared_memory(config: Config, group: Group, workers: int) -> None:
+    """UserError where the batches that the other loaders' workers hand over do not fit; containers have 64 MB."""
+    images = workers * (_PREFETCH + 1) * config.optim.batch_size  # of all processes; loaders take turns
+    needed = images * 3 * config.data.resolution**2
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"--compare: the other loaders' workers hand batches over in {SHARED_MEMORY}, which has {free >> 20:,} MB"
+            f" free of the {-(-needed >> 20):,} MB that they need: give it more (docker run --shm-size), or take a"
+            " smaller --batch-size"
+        )
 
 
 def summarize(rounds: dict[str, list[float]]) -> dict[str, Any]:
