@@ -141,6 +141,8 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
     if options.profile < 0:
         raise UserError(f"--profile {options.profile}: must not be negative")
     report.check_json(options.json)
+    if options.profile:
+        report.check_folder("--profile-dir", options.profile_dir)
     optim = dataclasses.replace(
         recipe.optim,
         batch_size=recipe.optim.batch_size if options.batch_size is None else options.batch_size,

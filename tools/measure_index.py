@@ -41,7 +41,11 @@ def main() -> None:
             sys.exit(2)
     results = []
     for images in arguments.images:
-        root = Path(tempfile.mkdtemp(prefix="measure-index-", dir=arguments.folder))
+        try:
+            root = Path(tempfile.mkdtemp(prefix="measure-index-", dir=arguments.folder))
+        except OSError as error:
+            print(f"measure_index.py: --folder {arguments.folder}: {error.strerror}; choose another", file=sys.stderr)
+            sys.exit(2)
         try:
             _link(root, images, arguments.classes)
             time.sleep(3)  # an index is kept only of folders that have been left alone for a while

@@ -113,6 +113,16 @@ def check_json(path: Path | None) -> None:
         raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
+def check_folder(flag: str, path: Path) -> None:
+    """UserError, before anything is measured, if nothing could be written to a folder; makes it where there is none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: cannot be written to; choose another folder")
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes the file as a whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
