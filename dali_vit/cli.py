@@ -41,6 +41,8 @@ def run() -> NoReturn:
     # Python goes through all objects for cycles each time they are a quarter more: a quarter of the time that torch
     # takes to import, and later 0.4 s in which a GPU runs dry. No cycle holds much: 24 small objects a step, of DALI.
     gc.set_threshold(10_000, 10, 1_000)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show
     try:
         main()
     except SystemExit as request:

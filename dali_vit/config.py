@@ -276,6 +276,12 @@ def validate(config: Config) -> None:
         raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")
     if len(os.fsencode(name)) > 255:
         raise UserError(f"--name {name[:20]}...: longer than the 255 bytes that a folder's name may have")
+    try:
+        str(config.run_dir).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--runs-dir {run.runs_dir}, --name {name}: not UTF-8, in which TensorBoard takes them; choose others"
+        ) from None
 
 
 def total_steps(optim: OptimConfig, num_images: int) -> int:

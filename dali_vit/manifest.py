@@ -95,7 +95,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     fields["minival"] = {"rule": _MINIVAL_RULE}
     text = json.dumps({"version": _VERSION, **fields}, indent=1, ensure_ascii=False)
     temporary = root / f".{MANIFEST}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -106,7 +106,7 @@ def read_manifest(root: Path) -> Manifest | None:
     """The manifest of a prepared set, None for a folder without one; UserError if it cannot be understood."""
     path = root / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if fields.get("version") != _VERSION:
             raise UserError(f"{path} is of version {fields.get('version')}, not {_VERSION}: prepare the set again")
         splits = {}

@@ -167,6 +167,7 @@ class MetricLog:
 
     def text(self, name: str, text: str) -> None:
         """A block of preformatted text."""
+        text = text.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
         self._to_tensorboard(lambda events: events.add_text(name, f"```\n{text}\n```"))
 
     def close(self) -> None:

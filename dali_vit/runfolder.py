@@ -32,8 +32,8 @@ def write_run_files(config: Config) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):  # else it shows after hours
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints))
-        (config.run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (config.run_dir / "env.txt").write_text(describe_environment(), encoding="utf-8")
+        for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
+            (config.run_dir / name).write_bytes(text.encode(errors="surrogateescape"))  # as names are bytes
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
 

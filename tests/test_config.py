@@ -1,4 +1,6 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,6 +57,8 @@ def test_steps_take_the_place_of_epochs():
         ("run", {"name": "a/b"}, "--name a/b"),
         ("run", {"name": ".."}, r"--name \.\.: a run's name is one folder"),
         ("run", {"name": 300 * "n"}, "--name n+...: longer than the 255 bytes"),
+        ("run", {"name": os.fsdecode(b"\xff")}, "--name .: not UTF-8"),
+        ("run", {"runs_dir": Path(os.fsdecode(b"runs\xe9"))}, "--runs-dir runs.,.*: not UTF-8"),
         ("run", {"seed": -1}, "--seed -1"),
         ("run", {"seed": 10**23}, "--seed 10+: must be below 2"),
     ],
