@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig, UserError
-from dali_vit.model import VARIANTS, PlainViT, Variant, create_model
+from dali_vit.model import PlainViT, create_model
+from dali_vit.variants import VARIANTS, Variant
 
 Params = dict[str, np.ndarray]
 

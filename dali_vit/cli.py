@@ -138,8 +138,10 @@ def _train(argv: list[str]) -> int:
     config, print_config = _parse_train(argv)
     if print_config:
         from dali_vit.config import validate
+        from dali_vit.variants import check_model
 
         validate(config)
+        check_model(config.model, config.data.resolution)
         print(to_yaml(config), end="")
         return 0
     from dali_vit import distributed, plan, runfolder, train

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dali_vit import checkpoint
 from dali_vit.config import UserError
-from dali_vit.model import TIMM_PREFIX, PlainViT, resolve_variant
+from dali_vit.model import PlainViT
+from dali_vit.variants import TIMM_PREFIX, resolve_variant
 
 __all__ = ["export"]
 

@@ -7,14 +7,12 @@ initialisation of each tensor. Parameter names are timm's; only `pre_logits` (th
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -26,31 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dali_vit.blocks import LeanBlock
 from dali_vit.config import ModelConfig, UserError
+from dali_vit.variants import TIMM_PREFIX, check_model, resolve_variant
 
-
-class Variant(NamedTuple):
-    """The four sizes that make a plain ViT."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-
-
-# big_vision, models/vit.py, decode_variant; the larger ones are of "Scaling Vision Transformers" (2106.04560).
-VARIANTS = {
-    "mu": Variant(32, 1, 128, 2),
-    "Ti": Variant(192, 12, 768, 3),
-    "S": Variant(384, 12, 1536, 6),
-    "M": Variant(512, 12, 2048, 8),
-    "B": Variant(768, 12, 3072, 12),
-    "L": Variant(1024, 24, 4096, 16),
-    "So400m": Variant(1152, 27, 4304, 16),
-    "H": Variant(1280, 32, 5120, 16),
-    "g": Variant(1408, 40, 6144, 16),
-    "G": Variant(1664, 48, 8192, 16),
-}
-TIMM_PREFIX = "timm:"
 LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at 2 sigma (jax.nn.initializers)
 
@@ -111,17 +86,10 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
     The weights are a function of `seed` alone: torch's random state is neither used nor changed. Raises UserError
     (a ValueError) for an unknown name and for sizes that do not fit together.
     """
+    check_model(config, resolution)
     if config.model.startswith(TIMM_PREFIX):
         return _create_timm(config, num_classes=num_classes, resolution=resolution, seed=seed)
-    variant, patch = resolve_variant(config)
-    if resolution % patch:
-        near = max(patch, round(resolution / patch) * patch)
-        raise UserError(f"--resolution {resolution}: not divisible by the patch of {config.model}; use {near}")
-    width, depth, mlp_dim, num_heads = variant
-    if width % num_heads:
-        raise UserError(f"--width {width}: not divisible by {num_heads} heads; change --width or --num-heads")
-    if config.posemb == "sincos2d" and (width % 4 or width < 8):
-        raise UserError(f"--width {width}: sincos2d positions need a multiple of 4 from 8 on; use --posemb learn")
+    (width, depth, mlp_dim, num_heads), patch = resolve_variant(config)
     with _random_state(seed):
         model = PlainViT(
             posemb=config.posemb,
@@ -145,21 +113,6 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
         )
         _initialise(model)
     return model
-
-
-def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
-    """Sizes and patch side of a VARIANT/PATCH model, the config's overrides applied; UserError for other names."""
-    match = re.fullmatch(r"(\w+)/([1-9]\d*)", config.model)
-    if match is None or match[1] not in VARIANTS:
-        raise UserError(
-            f"--model {config.model}: no such model; give VARIANT/PATCH with a variant of {', '.join(VARIANTS)}"
-            f" (such as S/16), or {TIMM_PREFIX}NAME"
-        )
-    overrides = {name: getattr(config, name) for name in Variant._fields if getattr(config, name) is not None}
-    for name, value in overrides.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    return VARIANTS[match[1]]._replace(**overrides), int(match[2])
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Tensor:
@@ -232,13 +185,6 @@ def _lecun_normal(layer: nn.Module) -> None:
 
 def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
     """A timm classifier with timm's initialisation, its input statistics applied to images in [-1, 1]."""
-    defaults = ModelConfig(model=config.model)
-    for field in dataclasses.fields(ModelConfig):
-        value = getattr(config, field.name)
-        if value != getattr(defaults, field.name):
-            flag = f"--{field.name.replace('_', '-')}"
-            instead = f" or, where the recipe has it, give {flag} None" if getattr(defaults, field.name) is None else ""
-            raise UserError(f"{flag} {value}: has no effect on {config.model}; leave it out{instead}")
     name = config.model.removeprefix(TIMM_PREFIX)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)

@@ -61,6 +61,13 @@ def test_print_config_resolves_recipe_and_flags_without_training(capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", [["--model", "XL/16"], ["--resolution", "33"], ["--num-heads", "5"], ["--lr", "0"]])
+def test_print_config_refuses_what_no_run_could_use(flags, capsys):
+    code, out, err = run("train", *flags, "--print-config", capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert flags[1] in err
+
+
 @pytest.mark.parametrize("form", [["--recipe=s16-300ep"], ["--recipe", "s16-300ep"]])
 def test_both_spellings_of_recipe(form, capsys):
     _, out, _ = run("train", *form, "--print-config", capsys=capsys)

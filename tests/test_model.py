@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig
-from dali_vit.model import PlainViT, create_model, flops_per_image, num_parameters, resolve_variant, sincos2d
+from dali_vit.model import PlainViT, create_model, flops_per_image, num_parameters, sincos2d
+from dali_vit.variants import resolve_variant
 
 TINY = ModelConfig(model="Ti/8", width=32, depth=2, num_heads=2, mlp_dim=48)
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dali_vit import big_vision
-from dali_vit.model import create_model, resolve_variant
+from dali_vit.model import create_model
+from dali_vit.variants import resolve_variant
 from tests.parity.conftest import FOLDER, Reference, references
 
 
