@@ -31,7 +31,7 @@ from dali_vit.arguments import (
     PredictArguments,
     PreviewArguments,
 )
-from dali_vit.config import Config, UserError, mendable, to_yaml
+from dali_vit.config import Config, LocalUserError, UserError, mendable, to_yaml
 
 PROGRAM = "dali-vit"
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         told = mendable(error) if isinstance(error, OSError) else error
         if told is None or not _is_the_users(told):
             raise
-        if rank == 0 or not isinstance(error, UserError):  # which is raised on all ranks alike
+        if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):  # else all raise it
             print(f"{PROGRAM}: {' '.join(str(told).split())}", file=sys.stderr)
         code = 2
     if code:

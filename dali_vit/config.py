@@ -19,9 +19,16 @@ import yaml
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 """How the training step is compiled: torch.compile's modes, beside auto and off."""
 
+WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Those of the modes that record CUDA graphs."""
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the flag, file or value and the remedy."""
+
+
+class LocalUserError(UserError):
+    """One that a single rank may meet with while the others do not: each that does says so itself."""
 
 
 _MENDABLE = {
@@ -165,6 +172,9 @@ class RunConfig:
     """Steps between checkpoints; one is also written after each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
     """Newest checkpoints kept, beside the best."""
+    grad_accum_steps: int = operational(1)
+    """Parts in which each GPU takes its share of a batch, one after the other: less memory, the same step up to
+    rounding."""
     max_hours: float | None = operational(None)
     """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
     max_restarts: int = operational(3)
@@ -224,6 +234,7 @@ def validate(config: Config) -> None:
             raise UserError(f"{flag} {value}: must be above 0")
     check_range("--batch-size", optim.batch_size, 1, MAX_BATCH_SIZE)
     check_range("--resolution", data.resolution, 1, MAX_RESOLUTION)
+    check_range("--grad-accum-steps", run.grad_accum_steps, 1)
     check_range("--log-every", run.log_every, 1)
     check_range("--checkpoint-every", run.checkpoint_every, 1)
     check_range("--keep-checkpoints", run.keep_checkpoints, 1)
@@ -267,6 +278,11 @@ def validate(config: Config) -> None:
         raise UserError(f"--minival {data.minival:g}: must be a share from 0 to below 1")
     if not 0 <= optim.label_smoothing < 1:
         raise UserError(f"--label-smoothing {optim.label_smoothing:g}: must be from 0 to below 1")
+    if run.compile in WITH_CUDA_GRAPHS and run.grad_accum_steps > 1:
+        # A part's replay would write over the gradients of the one before.
+        raise UserError(
+            f"--compile {run.compile}: its CUDA graphs do not go with --grad-accum-steps; give --compile default"
+        )
     if run.max_hours is not None and not run.max_hours > 0:
         raise UserError(f"--max-hours {run.max_hours:g}: must be above 0")
     if run.seed >= 2**63:

@@ -30,30 +30,42 @@ def normalize(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def normalize_and_mix(images: Tensor, lam: Tensor) -> Tensor:
+def normalize_and_mix(images: Tensor, lam: Tensor, partners: Tensor | None = None) -> Tensor:
     """`normalize`, then each image's blend with its partner: lam * image + (1 - lam) * the batch rolled by one.
 
-    images: [N, H, W, 3] uint8; lam: 0-d float32 on the same device; returns [N, 3, H, W] float32 in [-1, 1].
+    images: [N, H, W, 3] uint8; lam: 0-d float32 on the same device; returns [N, 3, H, W] float32 in [-1, 1]. Of a part
+    of a batch the partners are given, as the first one's is in another part.
     """
     normalized = normalize(images)
-    return lam * normalized + (1.0 - lam) * normalized.roll(1, 0)
+    mixed_in = normalized.roll(1, 0) if partners is None else normalize(partners)
+    return lam * normalized + (1.0 - lam) * mixed_in
 
 
-def mixup_cross_entropy(logits: Tensor, labels: Tensor, lam: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def mixup_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    lam: Tensor,
+    label_smoothing: float = 0.0,
+    partner_labels: Tensor | None = None,
+) -> Tensor:
     """Mean softmax cross-entropy (0-d float32) against labels mixed as `normalize_and_mix` mixes the images.
 
     logits: [N, classes] of any float type; labels: [N] int64; lam: 0-d float32. `label_smoothing` spreads that
     share of every label evenly over all classes. Label -1 stands for no label: its weight, as an image's own or as
     its partner's, is left out of the sum and nothing takes its place, the mean being over all N.
     """
+    if partner_labels is None:
+        partner_labels = labels.roll(1, 0)
     log_p = logits.float().log_softmax(dim=1)  # [N, classes]
-    labelled = (labels >= 0)[:, None]  # [N, 1]
-    classes = labels.clamp(min=0)[:, None]
-    own = log_p.gather(1, classes) * labelled
-    partner = log_p.gather(1, classes.roll(1, 0)) * labelled.roll(1, 0)
+
+    def weighted(labels: Tensor) -> tuple[Tensor, Tensor]:
+        labelled = (labels >= 0)[:, None]  # [N, 1]
+        return log_p.gather(1, labels.clamp(min=0)[:, None]) * labelled, labelled
+
+    (own, is_own), (partner, is_partner) = weighted(labels), weighted(partner_labels)
     loss = -(lam * own + (1.0 - lam) * partner).mean()
     if label_smoothing:
-        weight = lam * labelled + (1.0 - lam) * labelled.roll(1, 0)  # [N, 1], 1 where both labels are there
+        weight = lam * is_own + (1.0 - lam) * is_partner  # [N, 1], 1 where both labels are there
         loss = (1.0 - label_smoothing) * loss - label_smoothing * (weight * log_p).mean()
     return loss
 

@@ -10,6 +10,7 @@ import torch
 
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
+from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps, validate
 from dali_vit.model import create_model
 from dali_vit.optim import lr_schedule
@@ -33,6 +34,10 @@ def plan(config: Config, world_size: int) -> Plan:
     if batch_size % world_size:
         divisible = -(-batch_size // world_size) * world_size
         raise UserError(f"--batch-size {batch_size}: not divisible by {world_size} processes; use {divisible}")
+    share, parts = batch_size // world_size, config.run.grad_accum_steps
+    if share % parts:
+        fitting = next_divisor(share, parts)
+        raise UserError(f"--grad-accum-steps {parts}: does not divide a process's {share} images; use {fitting}")
     if config.data.data is None:
         raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
     checkpoint = checkpoints.newest(config.run_dir)

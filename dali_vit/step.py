@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
 from dali_vit.attention import fastest_attention
-from dali_vit.config import Config, UserError
+from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
@@ -26,8 +27,6 @@ DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": 
 """DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
 
 _CACHE_KEY_TAG = torch.compiler.config.cache_key_tag  # the user's, by TORCH_COMPILE_CACHE_KEY_TAG
-
-_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile's modes
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
@@ -47,12 +46,22 @@ class TrainStep(nn.Module):
         self.label_smoothing = label_smoothing
         self.autocast = autocast
 
-    def forward(self, images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
-        """images [N, H, W, 3] uint8, labels [N] int64, lam 0-d float32, all on one device; loss 0-d float32."""
-        mixed = normalize_and_mix(images, lam)
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        lam: Tensor,
+        partners: Tensor | None = None,
+        partner_labels: Tensor | None = None,
+    ) -> Tensor:
+        """images [N, H, W, 3] uint8, labels [N] int64, lam 0-d float32, all on one device; loss 0-d float32.
+
+        Of a part of a batch, what its images are mixed with is given like the images and labels.
+        """
+        mixed = normalize_and_mix(images, lam, partners)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             logits = self.model(mixed)
-        return mixup_cross_entropy(logits, labels, lam, self.label_smoothing)
+        return mixup_cross_entropy(logits, labels, lam, self.label_smoothing, partner_labels)
 
 
 def build_update(
@@ -66,17 +75,19 @@ def build_update(
     Collective. Raises UserError where compilation is asked for and does not work here.
     """
     on_gpu = group.device.type == "cuda"
-    attention = fastest_attention(model, config.optim.batch_size // group.world_size, group)
+    parts = config.run.grad_accum_steps
+    attention = fastest_attention(model, config.optim.batch_size // group.world_size // parts, group)
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
     shared = SharedLoss(step, group.device) if group.world_size > 1 else None
+    replicas = None
     if shared is not None:
-        step = DistributedDataParallel(
+        step = replicas = DistributedDataParallel(
             shared,
             device_ids=[group.device.index] if on_gpu else None,
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
-            **DDP_OPTIONS,
+            **DDP_OPTIONS | ({"static_graph": False} if parts > 1 else {}),  # it cannot leave an exchange out
         )
     mode, compiled = _how_to_compile(config, group)
     if mode != "off":
@@ -85,7 +96,10 @@ def build_update(
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if on_gpu:
         compiled += f"; attention {attention.words}"
-    replays = mode in _WITH_CUDA_GRAPHS
+    if parts > 1:
+        compiled += f"; gradients of {parts} parts added up"
+    replays = mode in WITH_CUDA_GRAPHS
+    passes = forward_and_backward(step, parts, replicas)
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
         # From pinned memory, so that the copy waits for nothing.
@@ -93,15 +107,14 @@ def build_update(
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
         with attention.context():
-            loss = step(images, labels, lam_tensor.to(group.device, non_blocking=True))
-            loss.backward()
+            loss = passes(images, labels, lam_tensor.to(group.device, non_blocking=True))
         set_lr(optimizer, lr)
         # The next replay of a CUDA graph writes where this one's loss lies.
         loss = loss.detach().clone() if replays else loss.detach()
         mean = loss if shared is None else shared.take_mean()
         return loss, optimizer_step(optimizer, config.optim.grad_clip_norm, mean, config.optim.spike_threshold)
 
-    return update, compiled
+    return name_lack_of_memory(update, config, group), compiled
 
 
 def _how_to_compile(config: Config, group: Group) -> tuple[str, str]:

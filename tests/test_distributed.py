@@ -91,10 +91,33 @@ def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_pat
         assert len({line["graphs"] for line in rank[1:]}) == 1  # nothing is compiled again
 
 
+@needs_a_compiler
 @pytest.mark.timeout(300)
-def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(image_folder, tmp_path):
+@pytest.mark.parametrize("compiler", ["off", "default"])
+def test_two_processes_take_their_share_of_a_batch_in_parts(compiler, image_folder, tmp_path):
+    """With Mixup, whose partner of a part's first image lies in another part, and several buckets of gradients."""
+    larger = ("--width", "192", "--depth", "3", "--num-heads", "3", "--mlp-dim", "768", "--compile", compiler)
+    losses, ends = [], []
+    for parts in (1, 4):
+        folder = tmp_path / str(parts)
+        accumulating = ("--grad-accum-steps", str(parts))
+        ranks = record(folder, 2, arguments(image_folder, folder, *larger, *accumulating, steps=8), BUCKETS="1")
+        assert [line["weights"] for line in ranks[0]] == [line["weights"] for line in ranks[1]]
+        assert len({line["weights"] for line in ranks[0][1:]}) == 7
+        assert ranks[0][0]["samples"] != ranks[1][0]["samples"]
+        losses.append([m["train/loss"] for m in read_metrics(folder / "run") if "train/loss" in m])
+        ends.append([m["train/grad_norm"] for m in read_metrics(folder / "run") if "train/grad_norm" in m])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("parts", ["1", "2"])
+def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(parts, image_folder, tmp_path):
     """One rank alone has a spike: the mean over both is one, so that both leave the step out."""
-    command = arguments(image_folder, tmp_path / "a", "--grad-clip-norm", "None", steps=115)
+    command = arguments(
+        image_folder, tmp_path / "a", "--grad-clip-norm", "None", "--grad-accum-steps", parts, steps=115
+    )
     ranks = record(tmp_path / "a", 2, command, SPIKE="1:110:113")
     lams = [[line["lam"] for line in rank] for rank in ranks]
     assert lams[0] == lams[1] == [sample_lambda(0.2, 0, step) for step in range(115)]

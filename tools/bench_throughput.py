@@ -31,7 +31,7 @@ from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
 from dali_vit.autotune import loader_settings
-from dali_vit.config import CompileMode, Config, DataConfig, ModelConfig, UserError, to_dict
+from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, to_dict
 from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
@@ -59,6 +59,8 @@ class Options:
     compile: CompileMode = "auto"
     """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
     batches: reduce-overhead and max-autotune."""
+    grad_accum_steps: int = 1
+    """Parts in which each GPU takes its share of a batch, for those whose memory does not hold it at once."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     seconds: float = 10.0
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = _main(argv)
     except (UserError, DecodeError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalUserError):
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -160,6 +162,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
             gpus=options.gpus,
             threads=options.threads,
             compile=options.compile,
+            grad_accum_steps=options.grad_accum_steps,
             # The trainer's checks look into the run's folder, which must not be one of the user's runs.
             name="benchmark",
             runs_dir=options.profile_dir,

@@ -28,7 +28,7 @@ from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
 from dali_vit import distributed, recipes
-from dali_vit.config import CompileMode, Config, ModelConfig, UserError, to_dict
+from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, UserError, to_dict
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
 from dali_vit.model import create_model, flops_per_image
@@ -81,7 +81,7 @@ def _main() -> int:
                 result[mode] = measure_step(
                     tried, group, arguments.seconds, arguments.profile, timm_blocks=arguments.timm_blocks
                 )
-            except RuntimeError as error:  # the GPU's memory, or the compiler: the other ways may work
+            except (RuntimeError, LocalUserError) as error:  # the compiler, the GPU's memory: other ways may work
                 traceback.print_exc()
                 result[mode] = {"fails": f"{type(error).__name__}: {error}"}
             free(group)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dali_vit.attention import BACKENDS, fastest_attention, measure, shape_of
-from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.config import Config, LocalUserError, ModelConfig, OptimConfig, RunConfig
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
@@ -31,9 +31,9 @@ CONFIG = Config(model=ModelConfig(model="Ti/16"), optim=OptimConfig(batch_size=6
 STEPS = 6
 
 
-def make_update(mode: Any) -> tuple[Update, Group]:
+def make_update(mode: Any, parts: int = 1) -> tuple[Update, Group]:
     """The update of a fresh model, compiled in a way, and its process group of one."""
-    config = replace(CONFIG, run=RunConfig(compile=mode))
+    config = replace(CONFIG, run=RunConfig(compile=mode, grad_accum_steps=parts))
     torch.manual_seed(0)
     torch.compiler.reset()
     group = Group(0, 1, 0, 1, torch.device("cuda", 0))
@@ -42,9 +42,9 @@ def make_update(mode: Any) -> tuple[Update, Group]:
     return update, group
 
 
-def losses(mode: Any, *, sync: str = "default") -> list[float]:
+def losses(mode: Any, *, sync: str = "default", parts: int = 1) -> list[float]:
     """Of the first steps on fixed batches; `sync`: of `torch.cuda.set_sync_debug_mode` once all is compiled."""
-    update, group = make_update(mode)
+    update, group = make_update(mode, parts)
     images = torch.randint(0, 256, (64, 224, 224, 3), dtype=torch.uint8, device=group.device)
     labels = torch.randint(0, 100, (64,), device=group.device)
     found = []
@@ -58,11 +58,36 @@ def losses(mode: Any, *, sync: str = "default") -> list[float]:
     return torch.stack(found).tolist()
 
 
-def test_nothing_in_the_step_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("parts", [1, 4])
+def test_nothing_in_the_step_waits_for_the_gpu(parts: int) -> None:
     try:
-        losses("default", sync="error")
+        losses("default", sync="error", parts=parts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_in_parts_it_trains_as_whole_in_less_memory() -> None:
+    """A quarter of the activations, which are most of what 64 images take, and the gradients besides."""
+    found, peaks = [], []
+    for parts in (1, 4):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found.append(losses("default", parts=parts))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-2)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_a_batch_that_memory_does_not_hold_is_named() -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
+    try:
+        with pytest.raises(LocalUserError, match=r"--batch-size 64: the memory of GPU 0 .* --grad-accum-steps 2, "):
+            losses("off")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])

@@ -43,7 +43,12 @@ class Replay(NamedTuple):
 
 
 def replay(
-    reference: Reference, *, steps: int | None = None, compile_mode: str = "off", residual: str = "float32"
+    reference: Reference,
+    *,
+    steps: int | None = None,
+    compile_mode: str = "off",
+    residual: str = "float32",
+    parts: int = 1,
 ) -> Replay:
     """Trains from the file's initial parameters on its images, labels and lambdas, as train.py does."""
     meta, arrays = reference.meta, reference.arrays
@@ -54,7 +59,8 @@ def replay(
         warmup_steps=meta["warmup_steps"],
         first_moment=meta["mu_dtype"],
     )
-    config = Config(optim=optim, run=RunConfig(compile=compile_mode))  # type: ignore[arg-type]
+    optim = dataclasses.replace(optim, batch_size=meta["batch_size"])
+    config = Config(optim=optim, run=RunConfig(compile=compile_mode, grad_accum_steps=parts))  # type: ignore[arg-type]
     model_config = dataclasses.replace(reference.model_config(), residual=residual)  # type: ignore[arg-type]
     model = create_model(model_config, num_classes=meta["num_classes"], resolution=meta["resolution"])
     state, unmapped = big_vision.from_big_vision(reference.tree("init"), model)
@@ -77,9 +83,10 @@ def replay(
     return result._replace(final=big_vision.to_big_vision(model))
 
 
-def test_replay_follows_the_reference(trajectory_reference: Reference) -> None:
+@pytest.mark.parametrize("parts", [1, 4])
+def test_replay_follows_the_reference(trajectory_reference: Reference, parts: int) -> None:
     tolerance = TOLERANCES[trajectory_reference.meta["mu_dtype"]]
-    result, expected = replay(trajectory_reference), trajectory_reference.arrays
+    result, expected = replay(trajectory_reference, parts=parts), trajectory_reference.arrays
     np.testing.assert_allclose(result.lrs, expected["lr"], rtol=1e-6, atol=0)
     np.testing.assert_allclose(result.losses, expected["loss"], rtol=tolerance.scalars)
     np.testing.assert_allclose(result.grad_norms, expected["grad_norm"], rtol=tolerance.scalars)
@@ -93,11 +100,11 @@ def test_replay_follows_the_reference(trajectory_reference: Reference) -> None:
 
 @needs_a_compiler
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_step_equals_the_eager_one(trajectory_reference: Reference, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "parts"), [("default", 1), ("default", 2), ("reduce-overhead", 1)])
+def test_compiled_step_equals_the_eager_one(trajectory_reference: Reference, mode: str, parts: int) -> None:
     """Five steps: the learning rate is 0 at the first, so four of them change the parameters."""
     eager = replay(trajectory_reference, steps=5)
-    compiled = replay(trajectory_reference, steps=5, compile_mode=mode)
+    compiled = replay(trajectory_reference, steps=5, compile_mode=mode, parts=parts)
     np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-5)
     np.testing.assert_allclose(compiled.grad_norms, eager.grad_norms, rtol=1e-4)
 

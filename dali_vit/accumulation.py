@@ -1,0 +1,89 @@
+"""Gradient accumulation: a batch in parts, one after the other, and what to do where memory does not hold a batch.
+
+The parts take as much less memory and give the gradients of the whole batch up to rounding: Mixup's partners and the
+mean loss are the batch's, and processes exchange gradients once a step. Batch norm alone sees a part at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dali_vit.config import Config, LocalUserError
+from dali_vit.distributed import Group
+
+_FIRST = 10  # updates: what has been held for longer fails for another reason, and a restart may help
+
+Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; gradients are added up."""
+
+
+def forward_and_backward(step: nn.Module, parts: int, replicas: DistributedDataParallel | None) -> Passes:
+    """Both passes over a batch, in parts that divide it.
+
+    step: maps images, labels, lambda and, of a part, its partners and their labels to a mean loss, as
+    `step.TrainStep` does; replicas: what is wrapped in it, if anything, to average gradients over the processes.
+    """
+
+    without_exchange = nullcontext if replicas is None else replicas.no_sync
+
+    def whole(images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
+        loss: Tensor = step(images, labels, lam)
+        loss.backward()
+        return loss
+
+    def in_parts(images: Tensor, labels: Tensor, lam: Tensor) -> Tensor:
+        batch = (images, labels, images.roll(1, 0), labels.roll(1, 0))
+        losses = []
+        for number, part in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
+            own_images, own_labels, *partners = part
+            with without_exchange() if number < parts - 1 else nullcontext():
+                loss = step(own_images, own_labels, lam, *partners) / parts
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    return whole if parts == 1 else in_parts
+
+
+def next_divisor(number: int, least: int) -> int:
+    """The smallest divisor of a number from `least` on, or the number itself."""
+    return next((n for n in range(least, number) if number % n == 0), number)
+
+
+def name_lack_of_memory(update: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
+    """The update, with a LocalUserError where the device's memory does not hold the first of them."""
+    share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
+    made = itertools.count()
+
+    def guarded(*arguments: Any) -> Any:
+        number = next(made)
+        try:
+            return update(*arguments)
+        except torch.OutOfMemoryError as error:
+            if number >= _FIRST:
+                raise
+            more = next_divisor(share, parts + 1)
+            remedy = f"--grad-accum-steps {more}, " if more > parts else ""
+            raise LocalUserError(
+                f"--batch-size {config.optim.batch_size}: {_memory(group.device)} does not hold"
+                f" {share // parts} images at once; give {remedy}a smaller batch or more GPUs"
+            ) from error
+
+    return guarded
+
+
+def _memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "memory"
+    found = torch.cuda.get_device_properties(device)
+    return f"the memory of GPU {device.index} ({found.name}, {found.total_memory / 2**30:.0f} GiB)"
+
+
+__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor"]

@@ -1,0 +1,148 @@
+"""A batch in parts gives the whole batch's gradients; what does not fit in memory is named with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import dali_vit.step
+from dali_vit import cli, plan
+from dali_vit.accumulation import next_divisor
+from dali_vit.config import Config, LocalUserError, UserError, validate
+from dali_vit.distributed import Group
+from dali_vit.model import create_model
+from dali_vit.optim import create_optimizer
+from dali_vit.step import build_update
+
+LAMBDA = 0.7
+
+
+def gradients(config: Config, cpu: Group, parts: int, monkeypatch) -> tuple[float, list[torch.Tensor], list[int]]:
+    """Loss and gradients of a step on random images, one of them without a label; and the sizes of the parts."""
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, grad_accum_steps=parts))
+    model = create_model(config.model, num_classes=4, resolution=32, seed=1).double()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(2))  # zeros would hide the rest
+    sizes, found = [], []
+    model.patch_embed.register_forward_hook(lambda layer, given, made: sizes.append(len(given[0])))
+    monkeypatch.setattr(dali_vit.step, "normalize_and_mix", lambda *given: mixing(*given).double())
+    monkeypatch.setattr(
+        dali_vit.step, "optimizer_step", lambda *_: found.extend(p.grad for p in model.parameters()) or torch.ones(())
+    )
+    update, _ = build_update(config, model.train(), create_optimizer(model, config.optim), cpu)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    loss, _ = update(images, torch.tensor([0, 1, 2, 3, -1, 1, 1, 0]), LAMBDA, 1e-3)
+    return loss.item(), found, sizes
+
+
+mixing = dali_vit.step.normalize_and_mix
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_parts_add_up_to_the_whole(parts, label_smoothing, tiny_config, cpu, monkeypatch):
+    """In float64, but for the pixels and the logits: equal to a millionth, where a partner of the part would show."""
+    optim = dataclasses.replace(tiny_config.optim, label_smoothing=label_smoothing)
+    config = dataclasses.replace(tiny_config, optim=optim)
+    loss, whole, sizes = gradients(config, cpu, 1, monkeypatch)
+    assert sizes == [8]
+    in_parts, added_up, sizes = gradients(config, cpu, parts, monkeypatch)
+    assert sizes == parts * [8 // parts]
+    assert in_parts == pytest.approx(loss, rel=1e-6)
+    for one, other in zip(added_up, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("number", "least", "expected"), [(8, 2, 2), (8, 3, 4), (12, 5, 6), (7, 2, 7), (128, 1, 1), (10, 11, 10)]
+)
+def test_next_divisor(number, least, expected):
+    assert next_divisor(number, least) == expected
+
+
+def with_parts(config: Config, parts: int, **run: Any) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, grad_accum_steps=parts, **run))
+
+
+def test_parts_must_divide_the_share_of_a_process(tiny_config):
+    with pytest.raises(UserError, match=r"^--grad-accum-steps 3: does not divide a process's 8 images; use 4$"):
+        plan.plan(with_parts(tiny_config, 3), 1)
+    with pytest.raises(UserError, match=r"^--grad-accum-steps 9: does not divide a process's 4 images; use 4$"):
+        plan.plan(with_parts(tiny_config, 9), 2)
+    plan.plan(with_parts(tiny_config, 4), 2)
+    with pytest.raises(UserError, match="--grad-accum-steps 0: must be at least 1"):
+        validate(with_parts(tiny_config, 0))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_do_not_go_with_parts(mode, tiny_config):
+    validate(with_parts(tiny_config, 1, compile=mode))
+    with pytest.raises(UserError, match=f"--compile {mode}: its CUDA graphs do not go with --grad-accum-steps"):
+        validate(with_parts(tiny_config, 2, compile=mode))
+
+
+class Full(dali_vit.step.TrainStep):
+    """Memory holds two images at once, for the first `steps` more."""
+
+    steps = 0
+
+    def forward(self, images: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        Full.steps -= 1
+        if len(images) > 2 and Full.steps < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return super().forward(images, *arguments)
+
+
+@pytest.fixture
+def full(monkeypatch):
+    monkeypatch.setattr(dali_vit.step, "TrainStep", Full)
+    monkeypatch.setattr(Full, "steps", 0)
+
+
+def trained(config: Config, cpu: Group, steps: int) -> None:
+    model = create_model(config.model, num_classes=4, resolution=32)
+    update, _ = build_update(config, model.train(), create_optimizer(model, config.optim), cpu)
+    for _ in range(steps):
+        update(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 1.0, 1e-3)
+
+
+def test_a_batch_that_memory_does_not_hold_is_named_with_the_next_number_of_parts(full, tiny_config, cpu):
+    message = "--batch-size 8: memory does not hold {} images at once; give {}a smaller batch or more GPUs"
+    for parts, images, remedy in [(1, 8, "--grad-accum-steps 2, "), (2, 4, "--grad-accum-steps 4, ")]:
+        with pytest.raises(LocalUserError) as raised:
+            trained(with_parts(tiny_config, parts), cpu, 1)
+        assert str(raised.value) == message.format(images, remedy)
+    trained(with_parts(tiny_config, 4), cpu, 1)
+
+
+def test_what_was_held_for_long_is_no_mistake_of_the_user(full, tiny_config, cpu):
+    """The launcher then starts again from the last checkpoint, which it does not after a mistake."""
+    Full.steps = 9
+    with pytest.raises(LocalUserError):
+        trained(tiny_config, cpu, 10)
+    Full.steps = 10
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(tiny_config, cpu, 11)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_each_rank_says_for_itself_what_its_memory_does_not_hold(rank, monkeypatch, capsys):
+    def fail(argv: list[str]) -> int:
+        raise LocalUserError("--batch-size 8: the memory of GPU 1 does not hold it")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train"])
+    logging.getLogger("dali_vit").setLevel(logging.INFO)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "dali-vit: --batch-size 8: the memory of GPU 1 does not hold it\n"
+
+
+def test_a_run_may_go_on_with_another_number_of_parts(tiny_config):
+    from dali_vit.config import differences
+
+    assert differences(tiny_config, with_parts(tiny_config, 4)) == []
