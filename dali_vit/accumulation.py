@@ -7,6 +7,8 @@ mean loss are the batch's, and processes exchange gradients once a step. Batch n
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.config import Config, LocalUserError
 from dali_vit.distributed import Group
+from dali_vit.environment import available_memory
+from dali_vit.model import kept_bytes_per_image
+
+log = logging.getLogger(__name__)
 
 _FIRST = 10  # updates: what has been held for longer fails for another reason, and a restart may help
 
@@ -79,6 +85,29 @@ def name_lack_of_memory(update: Callable[..., Any], config: Config, group: Group
     return guarded
 
 
+def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
+    """Says so where a step on the CPU is likely to take more memory than there is: the system would end the process.
+
+    On a GPU there is an error instead.
+    """
+    if group.device.type != "cpu" or not group.is_main:
+        return
+    share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
+    images = share // parts * group.local_world_size
+    needed = kept_bytes_per_image(model, config.data.resolution) * images
+    available = available_memory()
+    if needed > available:
+        fitting = next_divisor(share, math.ceil(parts * needed / available))
+        log.warning(
+            "a step of %s images takes about %.0f GiB of memory, of which there are %.1f: the system may end the"
+            " process; give --grad-accum-steps %d or a smaller --batch-size",
+            f"{images:,}",
+            needed / 2**30,
+            available / 2**30,
+            fitting,
+        )
+
+
 def _memory(device: torch.device) -> str:
     if device.type != "cuda":
         return "memory"
@@ -86,4 +115,4 @@ def _memory(device: torch.device) -> str:
     return f"the memory of GPU {device.index} ({found.name}, {found.total_memory / 2**30:.0f} GiB)"
 
 
-__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor"]
+__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor", "warn_of_memory"]

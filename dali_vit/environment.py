@@ -6,10 +6,12 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -75,7 +77,7 @@ def quota_holder() -> str:
         namespace = os.readlink("/proc/self/ns/cgroup")
     except OSError:
         namespace = ""
-    return f"{namespace} {_cpu_groups(control_groups())}"
+    return f"{namespace} {_groups_of('cpu', control_groups())}"
 
 
 def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> float:
@@ -85,23 +87,46 @@ def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) ->
     cgroup-v2.rst (cpu.max) and, of version 1, sched-bwc.rst (cpu.cfs_quota_us).
     """
     quotas = [math.inf]
-    for controllers, path in _cpu_groups(control_groups() if groups is None else groups):
-        # A container's own group may be the top of what it sees of the tree.
-        own = root / controllers / path.strip("/")
-        for folder in (own, *own.parents):
-            if controllers:
-                limits = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-            else:
-                limits = _read_text(folder / "cpu.max").split()
-            if len(limits) == 2 and all(limit.isdecimal() for limit in limits):  # neither "max" nor -1
-                quotas.append(int(limits[0]) / int(limits[1]))
+    for folder, version in _group_folders("cpu", groups, root):
+        if version == 1:
+            limits = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        else:
+            limits = _read_text(folder / "cpu.max").split()
+        if len(limits) == 2 and all(limit.isdecimal() for limit in limits):  # neither "max" nor -1
+            quotas.append(int(limits[0]) / int(limits[1]))
     return min(quotas)
 
 
-def _cpu_groups(groups: str) -> list[tuple[str, str]]:
-    """Controllers and path of the groups that may limit CPU time; version 2 names no controllers."""
+def available_memory(
+    groups: str | None = None, root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")
+) -> float:
+    """Bytes that processes of this machine may still take, infinite where it does not say.
+
+    The least of what the kernel thinks it can free and the limits of control groups, whatever these hold already.
+    groups, root: as in `cpu_quota`. Source: the kernel's cgroup-v2.rst (memory.max) and, of version 1, memory.rst.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read_text(meminfo), re.MULTILINE)
+    limits = [1024.0 * int(found[1]) if found else math.inf]
+    for folder, version in _group_folders("memory", groups, root):
+        limit = _read_text(folder / ("memory.limit_in_bytes" if version == 1 else "memory.max")).strip()
+        if limit.isdecimal():  # not "max"
+            limits.append(float(limit))
+    return min(limits)
+
+
+def _group_folders(controller: str, groups: str | None, root: Path) -> Iterator[tuple[Path, int]]:
+    """Folders of the groups that may limit what a controller grants, innermost first, and the version of each tree."""
+    for controllers, path in _groups_of(controller, control_groups() if groups is None else groups):
+        # A container's own group may be the top of what it sees of the tree.
+        own = root / controllers / path.strip("/")
+        for folder in (own, *own.parents):
+            yield folder, 1 if controllers else 2
+
+
+def _groups_of(controller: str, groups: str) -> list[tuple[str, str]]:
+    """Controllers and path of the groups that may limit one of them; version 2 names no controllers."""
     lines = [line.split(":", 2)[1:] for line in groups.splitlines()]
-    return [(controllers, path) for controllers, path in lines if not controllers or "cpu" in controllers.split(",")]
+    return [(names, path) for names, path in lines if not names or controller in names.split(",")]
 
 
 def _read_text(path: Path) -> str:

@@ -19,6 +19,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +28,7 @@ from dali_vit.config import ModelConfig, UserError
 from dali_vit.variants import TIMM_PREFIX, check_model, resolve_variant
 
 LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
+_META_IMAGES = 2  # batch norm refuses one
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at 2 sigma (jax.nn.initializers)
 
 
@@ -139,12 +141,36 @@ def flops_per_image(model: nn.Module, resolution: int) -> int:
 
     Counted by torch's FlopCounterMode on shapes alone: nothing is computed and the model is left as it is.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, resolution, resolution, device="meta")  # two: batch norm refuses one
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, meta, (images,))
-    return counter.get_total_flops() // 2
+        _forward_on_meta(model, resolution)
+    return counter.get_total_flops() // _META_IMAGES
+
+
+def kept_bytes_per_image(model: nn.Module, resolution: int) -> int:
+    """Bytes that a forward pass without compilation, in the parameters' type, keeps of an image for the backward pass.
+
+    Counted on shapes alone, like `flops_per_image`, in the mode that the model is in.
+    """
+    kept: dict[int, Tensor] = {}  # each storage once; held, so that no other takes its number
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        parameters = _forward_on_meta(model, resolution)
+    for tensor in parameters:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // _META_IMAGES
+
+
+def _forward_on_meta(model: nn.Module, resolution: int) -> list[Tensor]:
+    """A forward pass of which nothing is computed; what it used in place of parameters and buffers."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: t.detach().to("meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    images = torch.empty(_META_IMAGES, 3, resolution, resolution, device="meta")
+    torch.func.functional_call(model, meta, (images,))
+    return list(meta.values())
 
 
 @contextmanager

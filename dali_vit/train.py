@@ -20,6 +20,7 @@ import torch
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import report
+from dali_vit.accumulation import warn_of_memory
 from dali_vit.autotune import loader_settings
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, to_yaml
@@ -54,6 +55,7 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
     forward_flops = flops_per_image(model, config.data.resolution)
     model.to(group.device)
+    warn_of_memory(model, config, group)
     optimizer = create_optimizer(model, config.optim)
     update, compiled = build_update(config, model, optimizer, group)
 

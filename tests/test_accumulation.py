@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import dali_vit.step
-from dali_vit import cli, plan
+from dali_vit import accumulation, cli, plan
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, LocalUserError, UserError, validate
 from dali_vit.distributed import Group
-from dali_vit.model import create_model
+from dali_vit.model import create_model, kept_bytes_per_image
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
 
@@ -140,6 +140,23 @@ def test_each_rank_says_for_itself_what_its_memory_does_not_hold(rank, monkeypat
     logging.getLogger("dali_vit").setLevel(logging.INFO)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "dali-vit: --batch-size 8: the memory of GPU 1 does not hold it\n"
+
+
+def test_a_step_on_the_cpu_that_takes_more_memory_than_there_is_is_warned_of(tiny_config, cpu, monkeypatch, caplog):
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    needed = 8 * kept_bytes_per_image(model, 32)
+    monkeypatch.setattr(accumulation, "available_memory", lambda: needed)
+    accumulation.warn_of_memory(model, tiny_config, cpu)
+    assert caplog.text == ""
+    monkeypatch.setattr(accumulation, "available_memory", lambda: needed / 3)
+    accumulation.warn_of_memory(model, tiny_config, cpu)
+    (record,) = caplog.records
+    assert "a step of 8 images takes about" in record.getMessage()
+    assert "give --grad-accum-steps 4 or a smaller --batch-size" in record.getMessage()
+    caplog.clear()
+    accumulation.warn_of_memory(model, with_parts(tiny_config, 4), cpu)
+    accumulation.warn_of_memory(model, tiny_config, dataclasses.replace(cpu, device=torch.device("cuda", 0)))
+    assert caplog.text == ""
 
 
 def test_a_run_may_go_on_with_another_number_of_parts(tiny_config):

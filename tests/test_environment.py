@@ -51,6 +51,32 @@ def test_quotas(groups: str, files: dict[str, str], expected: float, tmp_path: P
     assert environment.cpu_quota(groups, write(tmp_path, files)) == expected
 
 
+AVAILABLE = "MemTotal:       16384 kB\nMemFree:         1024 kB\nMemAvailable:    8192 kB\n"
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("", {}, math.inf),
+        ("0::/", {"meminfo": "MemTotal: 16384 kB\n"}, math.inf),
+        ("0::/", {"meminfo": AVAILABLE}, 8 * MIB),
+        ("0::/", {"meminfo": AVAILABLE, "memory.max": "max\n"}, 8 * MIB),
+        ("0::/jobs/7", {"meminfo": AVAILABLE, "jobs/7/memory.max": "max", "jobs/memory.max": f"{5 * MIB}\n"}, 5 * MIB),
+        ("0::/", {"meminfo": AVAILABLE, "memory.max": str(64 * MIB)}, 8 * MIB),
+        ("4:memory:/docker/abc", {"meminfo": AVAILABLE, "memory/memory.limit_in_bytes": str(2 * MIB)}, 2 * MIB),
+        ("4:cpu:/docker/abc", {"meminfo": AVAILABLE, "memory/memory.limit_in_bytes": str(2 * MIB)}, 8 * MIB),
+    ],
+)
+def test_available_memory(groups: str, files: dict[str, str], expected: float, tmp_path: Path) -> None:
+    root = write(tmp_path, files)
+    assert environment.available_memory(groups, root, root / "meminfo") == expected
+
+
+def test_this_machine_says_what_memory_it_has() -> None:
+    assert 2**26 < environment.available_memory() < 2**50
+
+
 def test_containers_with_groups_of_the_same_name_have_quotas_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "control_groups", lambda: "0::/")
     holders = []

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig
-from dali_vit.model import PlainViT, create_model, flops_per_image, num_parameters, sincos2d
+from dali_vit.model import PlainViT, create_model, flops_per_image, kept_bytes_per_image, num_parameters, sincos2d
 from dali_vit.variants import resolve_variant
 
 TINY = ModelConfig(model="Ti/8", width=32, depth=2, num_heads=2, mlp_dim=48)
@@ -274,3 +274,23 @@ def test_training_takes_patches_by_a_product_that_is_the_convolution(posemb: str
     assert torch.equal(patches(images), convolved)
     with pytest.raises(ValueError, match="36 x 32 pixels, not 32 x 32"):
         patches.train()(torch.zeros(1, 3, 36, 32))
+
+
+@pytest.mark.parametrize("name", ["Ti/8", "timm:test_resnet"])
+def test_the_bytes_kept_are_those_of_a_real_pass(name):
+    model = create_model(ModelConfig(model=name), num_classes=10, resolution=32)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    counted = kept_bytes_per_image(model, 32)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    images = torch.rand(8, 3, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images)
+    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    assert counted == pytest.approx(real / 8, rel=0.02)
