@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +31,8 @@ DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": 
 """DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
 
 _CACHE_KEY_TAG = torch.compiler.config.cache_key_tag  # the user's, by TORCH_COMPILE_CACHE_KEY_TAG
+
+_PATIENCE = 5.0  # seconds
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 
@@ -140,12 +146,35 @@ def compile_fault(device: torch.device) -> str | None:
 
     A sum is compiled: a second, or ten for the first time on a machine.
     """
+    atexit.unregister(_limit_compile_workers)
     try:
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
     except Exception as error:  # of any of the many things that have to fit together
         # What follows an empty line is advice to torch's developers.
         return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
+    finally:
+        atexit.register(_limit_compile_workers)  # after torch's own, which runs later then
     return None
+
+
+def _limit_compile_workers() -> None:
+    """Has the end of the program wait a few seconds for torch.compile's workers, in place of five minutes.
+
+    The process that forks them may stand still when it is to end (seen with torch 2.11); torch waits 300 s for it.
+    """
+    compiler = sys.modules.get("torch._inductor.async_compile")
+    for pool in getattr(compiler, "_pool_set", ()):
+        process = getattr(pool, "process", None)
+        if isinstance(process, subprocess.Popen):
+            process.wait = partial(_wait_or_kill, process.wait, process.kill)  # type: ignore[method-assign]
+
+
+def _wait_or_kill(wait: Callable[..., int], kill: Callable[[], None], timeout: float | None = None) -> int:
+    try:
+        return wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        kill()
+        return wait()
 
 
 __all__ = ["DDP_OPTIONS", "TrainStep", "build_update", "compile_fault", "normalize"]

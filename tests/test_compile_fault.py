@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 from dali_vit import step
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
-from tests.conftest import TINY, dali_vit
+from tests.conftest import TINY, dali_vit, environment
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -88,3 +91,26 @@ def test_without_compilation_nothing_is_tried(tiny_config: Config, cpu: Group, m
     monkeypatch.setattr(step, "compile_fault", lambda device: pytest.fail("it was"))
     assert step._how_to_compile(compiling(tiny_config, "off"), GPU)[0] == "off"
     assert step._how_to_compile(compiling(tiny_config, "auto"), cpu)[0] == "off"
+
+
+@pytest.mark.parametrize("ending", ["", "cli.main = lambda: sys.exit(0)\ncli.run()"])
+def test_workers_of_the_compiler_that_do_not_end_are_not_waited_for(ending: str) -> None:
+    """The process that forks them stands still, as it now and then does by itself; torch would wait for 5 minutes."""
+    program = f"""
+import os, signal, sys, time, torch
+from dali_vit import cli, step
+assert step.compile_fault(torch.device("cpu")) is None
+from torch._inductor.async_compile import AsyncCompile, _pool_set
+pool = AsyncCompile.process_pool()
+assert pool in _pool_set
+os.kill(pool.process.pid, signal.SIGSTOP)
+print(pool.process.pid, time.monotonic(), flush=True)
+{ending}"""
+    started = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=100, check=False
+    )
+    ended = time.monotonic()
+    assert started.returncode == 0, started.stderr
+    pid, stopped = started.stdout.split()
+    assert step._PATIENCE < ended - float(stopped) < step._PATIENCE + 15
+    assert not Path("/proc", pid).exists()
