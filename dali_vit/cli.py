@@ -43,6 +43,7 @@ def run() -> NoReturn:
     gc.set_threshold(10_000, 10, 1_000)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show
+    logging.raiseExceptions = False  # a run whose lines nobody reads any more goes on, and without a traceback a line
     try:
         main()
     except SystemExit as request:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dali_vit import cli
-from tests.conftest import environment
+from tests.conftest import TINY, environment, read_metrics
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -64,6 +64,21 @@ def test_a_reader_who_has_gone_is_no_error(unbuffered: str) -> None:
     process = end("cli._dispatch = lambda argv: print('text') or 0", stdout=write, unbuffered=unbuffered)
     os.close(write)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_run_goes_on_in_silence_when_its_reader_has_gone(image_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(image_folder), "--runs-dir", str(tmp_path), "--name", "r", "--gpus", "0", *TINY]
+    command = [sys.executable, "-m", "dali_vit", "train", *arguments, "--steps", "12", "--log-every", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("run ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(50) == 0
+    assert [m["step"] for m in read_metrics(tmp_path / "r") if "train/loss" in m] == list(range(1, 13))
 
 
 def test_a_closed_output_is_no_error() -> None:
