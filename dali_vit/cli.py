@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import json
@@ -34,6 +35,7 @@ from dali_vit.arguments import (
 from dali_vit.config import Config, LocalUserError, UserError, mendable, to_yaml
 
 PROGRAM = "dali-vit"
+_NOBODY_READS = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal that was closed
 
 
 def run() -> NoReturn:
@@ -41,6 +43,7 @@ def run() -> NoReturn:
     # Python goes through all objects for cycles each time they are a quarter more: a quarter of the time that torch
     # takes to import, and later 0.4 s in which a GPU runs dry. No cycle holds much: 24 small objects a step, of DALI.
     gc.set_threshold(10_000, 10, 1_000)
+    _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show
     logging.raiseExceptions = False  # a run whose lines nobody reads any more goes on, and without a traceback a line
@@ -51,10 +54,28 @@ def run() -> NoReturn:
     # As Python itself ends, but for taking all modules apart, which takes torch's more than a second.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    if sys.stdout:  # None where it was closed from the start
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _NOBODY_READS:
+            raise
     os._exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Opens those that were closed from the start, to nowhere: files opened later would get their numbers, and with
+    them what libraries print."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)  # as the lowest number that is free
+            os.set_inheritable(opened, True)
+            setattr(sys, name, os.fdopen(opened, mode))
+
+
+def _tell(line: str) -> None:
+    """Prints a line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -76,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if told is None or not _is_the_users(told):
             raise
         if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):  # else all raise it
-            print(f"{PROGRAM}: {' '.join(str(told).split())}", file=sys.stderr)
+            _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
         code = 2
     if code:
         gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
@@ -160,7 +181,7 @@ def _train(argv: list[str]) -> int:
                 train.train(config, group, prepared)
     except Interrupted as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{PROGRAM}: {stopped}", file=sys.stderr)
+            _tell(f"{PROGRAM}: {stopped}")
         return REQUEUE
     return 0
 

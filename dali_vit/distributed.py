@@ -94,6 +94,11 @@ def resolve_gpus(gpus: int | None) -> int:
     return gpus
 
 
+def hang_up_is_ignored() -> bool:
+    """Whether this process was told not to mind when its terminal is closed, as by `nohup`."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int:
     """Runs `dali-vit ARGV` in worker processes under torch's elastic launcher; returns the exit code.
 
@@ -107,10 +112,12 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
+    signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
+    launcher = ["--standalone", f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]
     for attempt in range(max_restarts + 1):
         try:
             # Restarts are ours, because torch's would also repeat a mistake of the user.
-            main(["--standalone", f"--nproc-per-node={num_processes}", "-m", "dali_vit", *argv])
+            main([*launcher, "-m", "dali_vit", *argv])
             return 0
         except SignalException:
             return REQUEUE

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dali_vit.distributed import REQUEUE, Group, collective_timeout
+from dali_vit.distributed import REQUEUE, Group, collective_timeout, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
 
 
 class Interrupted(Exception):
@@ -32,8 +32,8 @@ __all__ = ["HUNG", "REQUEUE", "Interrupted", "Stop", "Watchdog"]
 class Stop:
     """Whether the run is to stop after this step: a signal came, or its hours are over.
 
-    The first SIGTERM or SIGINT is remembered, a second one ends the process at once. All ranks agree on the step:
-    `agreed` is collective, and where that costs something it is asked for every few steps only.
+    The first SIGTERM, SIGINT or SIGHUP is remembered, a second one ends the process at once. All ranks agree on the
+    step: `agreed` is collective, and where that costs something it is asked for every few steps only.
     """
 
     def __init__(self, group: Group, max_hours: float | None, hang_timeout: float) -> None:
@@ -54,7 +54,8 @@ class Stop:
         # to by the signal itself, and a thread of our own listens.
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
-        before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        handled = [n for n in _SIGNALS if n != signal.SIGHUP or not hang_up_is_ignored()]
+        before = {number: signal.signal(number, lambda *_: None) for number in handled}
         descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         try:

@@ -86,6 +86,29 @@ def test_a_closed_output_is_no_error() -> None:
     assert (process.returncode, process.stderr) == (0, "")
 
 
+def test_streams_closed_from_the_start_are_opened_to_nowhere(tmp_path: Path) -> None:
+    """Else the first file to be opened would be what libraries print to."""
+    program = f"""
+import os
+from dali_vit import cli
+def main():
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        assert file.fileno() > 2
+        file.write("content")
+    for number in (0, 1, 2):
+        assert os.readlink(f"/proc/self/fd/{{number}}") == os.devnull
+        assert os.get_inheritable(number)
+    os.write(2, b"a library's message")
+    print("said")
+    raise SystemExit(7)
+cli.main = main
+cli.run()"""
+    command = [sys.executable, "-c", program]
+    closed = subprocess.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-", *command], env=environment(), timeout=50)
+    assert closed.returncode == 7
+    assert (tmp_path / "file").read_text() == "content"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     process = end("def main(): raise KeyError('a defect')\ncli.main = main")
     assert process.returncode == 1
