@@ -24,6 +24,9 @@ from dali_vit.config import UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
+ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
+"""Flags of torch's launcher for processes of this machine alone, whose own name need not be known to any server."""
+
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -113,7 +116,7 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
-    launcher = ["--standalone", f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]
+    launcher = [*ONE_MACHINE, f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]
     for attempt in range(max_restarts + 1):
         try:
             # Restarts are ours, because torch's would also repeat a mistake of the user.

@@ -234,6 +234,23 @@ def test_workers_end_with_a_killed_launcher_and_the_run_goes_on(image_folder, tm
     assert "with 1 processes instead of 2" in result.stdout
 
 
+@pytest.mark.timeout(120)
+def test_a_machine_whose_name_nobody_knows(image_folder, tmp_path):
+    rename = ["unshare", "-u", "bash", "-c", 'hostname no-such-name.invalid && exec "$@"', "-"]
+    if subprocess.run([*rename, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("renaming the machine for a process needs root")
+    result = subprocess.run(
+        [*rename, sys.executable, "-c", LAUNCH, *command(image_folder, tmp_path, steps=4)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 4/4" in result.stdout
+
+
 @pytest.mark.timeout(240)
 def test_a_mistake_of_the_user_is_not_tried_again(image_folder, tmp_path):
     result = subprocess.run(

@@ -173,9 +173,11 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
 
 def _launch(processes: int, argv: list[str]) -> int:
     """This program once for each GPU, under torch's launcher; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *distributed.ONE_MACHINE]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the launcher's own default, without its warning
-    return subprocess.run([*launcher, __file__, *argv], env=environment, check=False).returncode
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={processes}", __file__, *argv], env=environment, check=False
+    ).returncode
 
 
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def main() -> None:
         except UserError as error:
             print(f"measure_ddp.py: {error}", file=sys.stderr)
             sys.exit(2)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *distributed.ONE_MACHINE]
         command = [*launcher, f"--nproc-per-node={arguments.processes}", __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
     with distributed.connect(arguments.gpus) as group:
