@@ -174,10 +174,9 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
 def _launch(processes: int, argv: list[str]) -> int:
     """This program once for each GPU, under torch's launcher; its exit code."""
     launcher = [sys.executable, "-m", "torch.distributed.run", *distributed.ONE_MACHINE]
+    command = [*launcher, f"--nproc-per-node={processes}", __file__, *argv]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the launcher's own default, without its warning
-    return subprocess.run(
-        [*launcher, f"--nproc-per-node={processes}", __file__, *argv], env=environment, check=False
-    ).returncode
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
