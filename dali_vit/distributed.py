@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dali_vit.config import UserError, mendable
+from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
@@ -28,6 +28,8 @@ ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
 """Flags of torch's launcher for processes of this machine alone, whose own name need not be known to any server."""
 
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
+# NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.
+_NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|failed to extend /dev/shm")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 T = TypeVar("T")
@@ -160,23 +162,35 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
     device = _own_gpu(local_rank, here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    try:
+    with _naming_mistakes(here):
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             timeout=collective_timeout(hang_timeout),
             device_id=device if on_gpu else None,
         )
+        try:
+            yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
+        finally:
+            dist.destroy_process_group()
+            # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies
+            # in a cycle. A thread that frees the tensors of the last collective while Python goes down aborts it.
+            gc.collect()
+
+
+@contextmanager
+def _naming_mistakes(processes: int) -> Iterator[None]:
+    """Turns what NCCL says of the user's mistakes into UserErrors; some of it comes with the first gradients."""
+    try:
+        yield
     except dist.DistBackendError as error:
         if _SAME_GPU.search(str(error)):  # each process sees the same one
-            raise _too_few_gpus(here) from error
+            raise _too_few_gpus(processes) from error
+        if _NO_SHARED_MEMORY.search(str(error)):
+            raise LocalUserError(
+                "/dev/shm is too small for the GPUs of this machine to exchange gradients through (NCCL): give it more,"
+                " for a container with `docker run --shm-size=1g`"
+            ) from error
         raise
-    try:
-        yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
-    finally:
-        dist.destroy_process_group()
-        # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies in a
-        # cycle. A thread that frees the tensors of the last collective while Python goes down aborts the process.
-        gc.collect()
 
 
 def _limit_threads(group: Group) -> Group:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dali_vit import checkpoint, distributed
-from dali_vit.config import UserError
+from dali_vit.config import LocalUserError, UserError
 from dali_vit.mixup import sample_lambda
 from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
 
@@ -189,6 +189,26 @@ def test_more_processes_than_gpus_are_refused_by_each(worker, rank):
 def test_processes_that_see_the_same_single_gpu_are_refused(worker, said):
     with pytest.raises(UserError, match=r"^2 processes on this machine, but 1 GPUs: start as many"):
         worker(0, 2, visible=1, failing=f"NCCL error in: init.cpp, invalid usage. Last error:\n{said}")
+
+
+@pytest.mark.parametrize("when", ["at once", "with the first gradients"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error while creating shared memory segment /dev/shm/nccl-WU88OE (size 9637888), error: No space left (28)",
+        "Error: failed to extend /dev/shm/nccl-WU88OE to 9637892 bytes, error: No space left on device (28)",
+    ],
+)
+def test_shared_memory_that_is_too_small_for_nccl_is_named(worker, said, when):
+    message = f"NCCL error in: init.cpp, unhandled system error. Last error:\n{said}"
+    expected = r"^/dev/shm is too small .* `docker run --shm-size=1g`$"
+    if when == "at once":
+        with pytest.raises(LocalUserError, match=expected):
+            worker(0, 2, visible=2, failing=message)
+        return
+    worker(0, 2, visible=2)  # the variables and the functions in place of NCCL's stay
+    with pytest.raises(LocalUserError, match=expected), distributed.connect(None):
+        raise torch.distributed.DistBackendError(message)
 
 
 def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
