@@ -46,6 +46,9 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     `--autotune` decides; by default it is on where training is on GPUs. There the model, on the group's device, works
     on what is loaded, and is left as it was. Collective: all ranks get the same.
     """
+    engine = environment.jpeg_engine(group.device)
+    if group.is_main and engine.startswith("unusable"):
+        log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
     defaults = LoaderSettings(datasets.num_threads(config, group))
     wanted = config.run.autotune
     if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):

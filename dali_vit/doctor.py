@@ -36,6 +36,8 @@ def report() -> str:
         rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     rows.append(("compile", f"torch.compile {_state(compile_fault(device))}"))
+    if gpus:
+        rows.append(("jpeg engine", environment.jpeg_engine(device)))
     where = "on the GPU" if gpus else "on the CPU"
     input_state = _state(_input_fault(device))
     rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {input_state}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import math
 import os
@@ -15,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+_WITH_JPEG_ENGINE = ((8, 0), (9, 0), (10, 0), (10, 3))  # compute capabilities of A100, H100 and H200, B200, B300
+_JPEG_ENGINE_LIBRARY = "libnvcuvid.so.1"
 
 PACKAGES = (
     "dali-vit",
@@ -155,6 +159,25 @@ def gpu_names() -> list[str]:
     return names
 
 
+def jpeg_engine(device: torch.device) -> str:
+    """Whether a GPU's own JPEG decoder can be used: `usable`, `none known`, or `unusable: ` and why, with the remedy.
+
+    A100, H100 and their successors in data centres have one. nvJPEG reaches it through a library of the driver, which
+    containers do not have unless they ask for it, and does without in silence. Source: libnvjpeg, which loads that
+    library; NVIDIA in CUDALibrarySamples, issue 132.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in _WITH_JPEG_ENGINE:
+        return "none known"
+    try:
+        ctypes.CDLL(_JPEG_ENGINE_LIBRARY)
+    except OSError:
+        return (
+            f"unusable: {_JPEG_ENGINE_LIBRARY} of the driver is not to be found; in a container that takes"
+            " NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    return "usable"
+
+
 def gpu_driver() -> str | None:
     """Version of the NVIDIA driver; None without one."""
     try:
@@ -189,6 +212,7 @@ def describe_environment() -> str:
         "cuda (torch)": torch.version.cuda or "none",
         "driver": gpu_driver() or "none",
         "gpus": "; ".join(gpu_names()) or "none",
+        "jpeg engine": jpeg_engine(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")),
         "cpu": f"{cpu_name()} x {cpu_count()}",
         "platform": platform.platform(),
         "host": platform.node(),

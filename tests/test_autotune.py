@@ -183,6 +183,7 @@ def test_it_is_off_on_the_cpu_unless_asked_for(
     dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = pretend(monkeypatch, {})
+    monkeypatch.setattr(autotune.environment, "jpeg_engine", lambda device: "usable")
     for wanted, group, searches in (
         ("auto", CPU, False),
         ("off", CUDA, False),
@@ -194,3 +195,14 @@ def test_it_is_off_on_the_cpu_unless_asked_for(
         assert bool(asked) == searches
         for path in autotune.cache_path({}).parent.glob("*"):
             path.unlink()
+
+
+def test_a_jpeg_engine_that_cannot_be_used_is_said_before_anything_is_loaded(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    off = replace(config, run=replace(config.run, autotune="off"))
+    for engine, said in (("usable", []), ("none known", []), ("unusable: why", ["has for that, unusable: why"])):
+        caplog.clear()
+        monkeypatch.setattr(autotune.environment, "jpeg_engine", lambda device, engine=engine: engine)
+        autotune.loader_settings(dataset, off, CUDA, MODEL)
+        assert [message[-len(said[0]) :] if said else message for message in caplog.messages] == said

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dali_vit import environment
 
@@ -114,3 +115,29 @@ def test_a_process_bound_to_one_core_has_one() -> None:
         assert environment.cpu_count() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "library", "expected"),
+    [
+        ("cpu", None, "libc.so.6", "none known"),
+        ("cuda", (7, 5), "libc.so.6", "none known"),
+        ("cuda", (8, 6), "no-such-library.so", "none known"),
+        ("cuda", (8, 0), "libc.so.6", "usable"),
+        ("cuda", (9, 0), "libc.so.6", "usable"),
+        ("cuda", (9, 0), "no-such-library.so", "unusable: no-such-library.so of the driver is not to be found; in a"),
+    ],
+)
+def test_the_jpeg_engine(
+    device: str,
+    capability: tuple[int, int] | None,
+    library: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: capability)
+    monkeypatch.setattr(environment, "_JPEG_ENGINE_LIBRARY", library)
+    found = environment.jpeg_engine(torch.device(device))
+    assert found == expected or (expected.startswith("unusable") and found.startswith(expected))
+    if expected.startswith("unusable"):
+        assert found.endswith("NVIDIA_DRIVER_CAPABILITIES=compute,utility,video")
