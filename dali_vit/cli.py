@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import errno
 import gc
 import io
 import json
 import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import tyro
 
-from dali_vit import recipes
 from dali_vit.arguments import (
     ConvertArguments,
     DoctorArguments,
@@ -32,9 +29,9 @@ from dali_vit.arguments import (
     PredictArguments,
     PreviewArguments,
 )
-from dali_vit.config import Config, LocalUserError, UserError, mendable, to_yaml
+from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
+from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train
 
-PROGRAM = "dali-vit"
 _NOBODY_READS = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal that was closed
 
 
@@ -157,7 +154,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
 
 
 def _train(argv: list[str]) -> int:
-    config, print_config = _parse_train(argv)
+    config, print_config = parse_train(argv)
     if print_config:
         from dali_vit.config import validate
         from dali_vit.variants import check_model
@@ -186,39 +183,8 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def _parse_train(argv: list[str]) -> tuple[Config, bool]:
-    """The resolved Config and whether it is only to be printed."""
-    argv = list(argv)
-    print_config = "--print-config" in argv
-    if print_config:
-        argv.remove("--print-config")
-    config: Config = _parse(
-        Config,
-        argv,
-        "train",
-        default=_recipe(argv),
-        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
-        "--print-config prints the resolved settings instead.\n\n"
-        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
-    )
-    return config, print_config
-
-
-def _recipe(argv: list[str]) -> Config:
-    """The settings of the recipe that the flags name, or of the default one."""
-    flags = [re.split("[= ]", " ".join(argv[i : i + 2])) for i, a in enumerate(argv) if a.startswith("--recipe")]
-    names = [flag[1] for flag in flags if len(flag) > 1]  # the parser misses a name that is not there
-    defaults = recipes.get(names[-1] if names else Config().run.recipe)
-    given = {argument.split("=")[0] for argument in argv}
-    if {"--epochs", "--steps"} <= given:
-        raise UserError("--epochs and --steps: give one of them, not both")
-    if "--steps" in given:
-        defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
-    return defaults
-
-
 def _eval(argv: list[str]) -> int:
-    arguments: EvalArguments = _parse(EvalArguments, argv, "eval")
+    arguments: EvalArguments = parse(EvalArguments, argv, "eval")
     from dali_vit import distributed, inference
 
     if not distributed.is_worker():
@@ -249,7 +215,7 @@ def _eval(argv: list[str]) -> int:
 
 
 def _predict(argv: list[str]) -> int:
-    arguments: PredictArguments = _parse(PredictArguments, argv, "predict")
+    arguments: PredictArguments = parse(PredictArguments, argv, "predict")
     if not arguments.images:
         raise UserError("IMAGE: missing; name at least one image file")
     if arguments.top < 1:
@@ -269,7 +235,7 @@ def _predict(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    arguments: ConvertArguments = _parse(ConvertArguments, argv, "convert")
+    arguments: ConvertArguments = parse(ConvertArguments, argv, "convert")
     from dali_vit import inference
 
     print(inference.convert(arguments.source, arguments.target, arguments.resolution))
@@ -277,7 +243,7 @@ def _convert(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    arguments: ExportArguments = _parse(ExportArguments, argv, "export")
+    arguments: ExportArguments = parse(ExportArguments, argv, "export")
     from dali_vit.export import export
 
     print(export(arguments.checkpoint, arguments.out, arguments.resolution))
@@ -287,14 +253,14 @@ def _export(argv: list[str]) -> int:
 def _prepare(argv: list[str]) -> int:
     from dali_vit.prepare import PrepareArguments, prepare
 
-    prepare(_parse(PrepareArguments, argv, "prepare"))
+    prepare(parse(PrepareArguments, argv, "prepare"))
     return 0
 
 
 def _verify(argv: list[str]) -> int:
     from dali_vit.verify import VerifyArguments, verify
 
-    arguments: VerifyArguments = _parse(VerifyArguments, argv, "verify")
+    arguments: VerifyArguments = parse(VerifyArguments, argv, "verify")
     if arguments.json:  # the object alone goes to stdout
         logging.getLogger("dali_vit").setLevel(logging.WARNING)
     report = verify(arguments)
@@ -304,8 +270,8 @@ def _verify(argv: list[str]) -> int:
 
 
 def _preview(argv: list[str]) -> int:
-    defaults = PreviewArguments(out=tyro.MISSING, config=_recipe(argv))
-    arguments: PreviewArguments = _parse(PreviewArguments, argv, "preview", default=defaults)
+    defaults = PreviewArguments(out=tyro.MISSING, config=named_recipe(argv))
+    arguments: PreviewArguments = parse(PreviewArguments, argv, "preview", default=defaults)
     from dali_vit import distributed
     from dali_vit.preview import preview
 
@@ -316,46 +282,11 @@ def _preview(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    _parse(DoctorArguments, argv, "doctor")
+    parse(DoctorArguments, argv, "doctor")
     from dali_vit import doctor
 
     print(doctor.report())
     return 0
-
-
-def _parse(
-    arguments: type, argv: list[str], command: str, *, default: Any = None, description: str | None = None
-) -> Any:
-    """Parses a command's flags with tyro; a mistake becomes a UserError of one line."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                arguments,
-                args=argv,
-                prog=f"{PROGRAM} {command}",
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-                **({} if default is None else {"default": default}),
-            )
-    except SystemExit as exit_request:
-        if exit_request.code in (0, None):
-            raise
-        raise UserError(_one_line(captured.getvalue(), command)) from None
-
-
-def _one_line(box: str, command: str) -> str:
-    """The message inside the box that tyro draws around an error, without the help that follows a ruler in it."""
-    message: list[str] = []
-    for line in box.splitlines()[1:]:  # the first is the box's title
-        text = line.strip("│ ")
-        if text.strip("─-╰╯"):
-            message.append(text)
-        elif message:  # without UTF-8 a ruler comes before the message, too
-            break
-    similar = re.search(r"Perhaps you meant.*?(--[\w-]+)", box, re.DOTALL)
-    hint = f"; did you mean {similar[1]}?" if similar else ""
-    return f"{' '.join(message)}{hint} (`{PROGRAM} {command} --help` lists the options)"
 
 
 def _set_up_logging(rank: int) -> None:

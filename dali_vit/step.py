@@ -32,7 +32,7 @@ DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": 
 
 _CACHE_KEY_TAG = torch.compiler.config.cache_key_tag  # the user's, by TORCH_COMPILE_CACHE_KEY_TAG
 
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 5.0  # seconds that torch.compile's workers have to end
 
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
 

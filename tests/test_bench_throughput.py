@@ -182,6 +182,7 @@ def test_two_processes(image_folder, tmp_path):
         (["--data", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--resolution", "33"], ["--resolution 33"]),
         (["--json", "/nowhere/at/all.json"], ["--json /nowhere/at/all.json"]),
+        (["--profile-dir", f"/tmp/{300 * 'x'}"], ["File name too long"]),
         (["--profile", "2", "--profile-dir", "/dev/null/traces"], ["--profile-dir /dev/null/traces: cannot be made"]),
         (["--randaug-layers", "-1"], ["--randaug-layers -1"]),
     ],

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,61 +105,6 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_for_a_requeue(numbe
     assert stopped_at == read_metrics(run_dir)[-1]["step"]
     assert dali_vit(*command(image_folder, tmp_path)).returncode == 0
     assert_equal(weights(run_dir), whole)
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("starter", [("-m", "dali_vit"), ("-c", LAUNCH)])
-@pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_ends_a_run_with_a_checkpoint_but_not_under_nohup(nohup, starter, image_folder, tmp_path):
-    """The kernel sends SIGHUP to all processes of the terminal, and whatever they write to it fails."""
-    controller, terminal = os.openpty()
-    run_dir = tmp_path / "run"
-    steps = 60 if nohup else 100_000
-
-    def in_terminal() -> None:  # a session of its own, with the terminal
-        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    def shown_and_done() -> bool:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(controller, 4096):
-                pass
-        return logged_steps(run_dir) > 12
-
-    arguments = [sys.executable, *starter, *command(image_folder, tmp_path, steps=steps)]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
-    process = subprocess.Popen(arguments, **streams, env=environment(), start_new_session=True, preexec_fn=in_terminal)
-    try:
-        os.close(terminal)
-        os.set_blocking(controller, False)
-        wait_for(shown_and_done, "step 12")
-        os.close(controller)
-        assert process.wait(60) == (0 if nohup else 75)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-    assert not alive(process.pid)
-    stopped_at = checkpoint.newest(run_dir).step
-    assert stopped_at == read_metrics(run_dir)[-1]["step"]
-    assert stopped_at == 60 if nohup else stopped_at > 12
-
-
-@pytest.mark.timeout(120)
-def test_a_second_signal_ends_the_process_at_once(image_folder, tmp_path):
-    # The steps of the first batch that reads the pipe never end, so the first signal alone cannot be obeyed.
-    data = write_image_folder(tmp_path / "data", train=4, val=2)
-    with running("-m", "dali_vit", *command(data, tmp_path, "--log-every", "1", steps=4000)) as process:
-        wait_for(lambda: logged_steps(tmp_path / "run") > 2, "step 2")
-        stall(data)
-        wait_for_stall(tmp_path / "run")
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.timeout(120)

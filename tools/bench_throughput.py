@@ -31,7 +31,7 @@ from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
 from dali_vit.autotune import loader_settings
-from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, to_dict
+from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
@@ -96,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, DecodeError) as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalUserError):
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        told = mendable(error)
+        if told is None:
+            raise
+        print(f"{PROGRAM}: {told}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

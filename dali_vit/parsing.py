@@ -1,0 +1,84 @@
+"""From a command's flags to its dataclass, by tyro: what a recipe supplies, and a mistake as a UserError."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from typing import Any
+
+import tyro
+
+from dali_vit import recipes
+from dali_vit.config import Config, UserError
+
+__all__ = ["PROGRAM", "named_recipe", "parse", "parse_train"]
+
+PROGRAM = "dali-vit"
+
+
+def parse_train(argv: list[str]) -> tuple[Config, bool]:
+    """The resolved Config and whether it is only to be printed."""
+    argv = list(argv)
+    print_config = "--print-config" in argv
+    if print_config:
+        argv.remove("--print-config")
+    config: Config = parse(
+        Config,
+        argv,
+        "train",
+        default=named_recipe(argv),
+        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
+        "--print-config prints the resolved settings instead.\n\n"
+        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
+    )
+    return config, print_config
+
+
+def named_recipe(argv: list[str]) -> Config:
+    """The settings of the recipe that the flags name, or of the default one."""
+    flags = [re.split("[= ]", " ".join(argv[i : i + 2])) for i, a in enumerate(argv) if a.startswith("--recipe")]
+    names = [flag[1] for flag in flags if len(flag) > 1]  # the parser misses a name that is not there
+    defaults = recipes.get(names[-1] if names else Config().run.recipe)
+    given = {argument.split("=")[0] for argument in argv}
+    if {"--epochs", "--steps"} <= given:
+        raise UserError("--epochs and --steps: give one of them, not both")
+    if "--steps" in given:
+        defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
+    return defaults
+
+
+def parse(
+    arguments: type, argv: list[str], command: str, *, default: Any = None, description: str | None = None
+) -> Any:
+    """Parses a command's flags with tyro; a mistake becomes a UserError of one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"{PROGRAM} {command}",
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as exit_request:
+        if exit_request.code in (0, None):
+            raise
+        raise UserError(_one_line(captured.getvalue(), command)) from None
+
+
+def _one_line(box: str, command: str) -> str:
+    """The message inside the box that tyro draws around an error, without the help that follows a ruler in it."""
+    message: list[str] = []
+    for line in box.splitlines()[1:]:  # the first is the box's title
+        text = line.strip("│ ")
+        if text.strip("─-╰╯"):
+            message.append(text)
+        elif message:  # without UTF-8 a ruler comes before the message, too
+            break
+    similar = re.search(r"Perhaps you meant.*?(--[\w-]+)", box, re.DOTALL)
+    hint = f"; did you mean {similar[1]}?" if similar else ""
+    return f"{' '.join(message)}{hint} (`{PROGRAM} {command} --help` lists the options)"
