@@ -25,6 +25,7 @@ from dali_vit.model import kept_bytes_per_image
 log = logging.getLogger(__name__)
 
 _FIRST = 10  # updates: what has been held for longer fails for another reason, and a restart may help
+_OF_OTHERS = 4 * 2**30  # bytes of a GPU's memory in use before a run's own: more than CUDA and NCCL themselves take
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; gradients are added up."""
@@ -88,8 +89,9 @@ def name_lack_of_memory(update: Callable[..., Any], config: Config, group: Group
 def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
     """Says so where a step on the CPU is likely to take more memory than there is: the system would end the process.
 
-    On a GPU there is an error instead.
+    On a GPU there is an error instead; there it is said what others hold, so it is to be called before the model moves.
     """
+    warn_of_others(group)
     if group.device.type != "cpu" or not group.is_main:
         return
     share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
@@ -108,6 +110,20 @@ def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
         )
 
 
+def warn_of_others(group: Group) -> None:
+    """Says so where other processes hold memory of the GPU that this one has yet to use."""
+    if group.device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(group.device)
+    if total - free > _OF_OTHERS:
+        log.warning(
+            "%s is used by other processes, which hold %.1f GiB: expect low rates or too little memory; nvidia-smi"
+            " names them",
+            _memory(group.device),
+            (total - free) / 2**30,
+        )
+
+
 def _memory(device: torch.device) -> str:
     if device.type != "cuda":
         return "memory"
@@ -115,4 +131,4 @@ def _memory(device: torch.device) -> str:
     return f"the memory of GPU {device.index} ({found.name}, {found.total_memory / 2**30:.0f} GiB)"
 
 
-__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor", "warn_of_memory"]
+__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor", "warn_of_memory", "warn_of_others"]

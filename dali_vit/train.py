@@ -54,8 +54,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
 
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
     forward_flops = flops_per_image(model, config.data.resolution)
-    model.to(group.device)
     warn_of_memory(model, config, group)
+    model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
     update, compiled = build_update(config, model, optimizer, group)
 

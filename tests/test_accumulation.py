@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,8 +156,25 @@ def test_a_step_on_the_cpu_that_takes_more_memory_than_there_is_is_warned_of(tin
     assert "give --grad-accum-steps 4 or a smaller --batch-size" in record.getMessage()
     caplog.clear()
     accumulation.warn_of_memory(model, with_parts(tiny_config, 4), cpu)
-    accumulation.warn_of_memory(model, tiny_config, dataclasses.replace(cpu, device=torch.device("cuda", 0)))
     assert caplog.text == ""
+
+
+def test_other_processes_on_a_gpu_are_warned_of_and_what_cuda_takes_is_not(tiny_config, cpu, monkeypatch, caplog):
+    group = dataclasses.replace(cpu, device=torch.device("cuda", 1))
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    gib = 2**30
+    monkeypatch.setattr(accumulation, "available_memory", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", total_memory=80 * gib))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - 2 * device.index) * gib, 80 * gib))
+    accumulation.warn_of_memory(model, tiny_config, group)
+    assert caplog.text == ""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (17 * gib, 80 * gib))
+    accumulation.warn_of_memory(model, tiny_config, group)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the memory of GPU 1 (H, 80 GiB) is used by other processes, which hold 63.0 GiB: expect low rates or too"
+        " little memory; nvidia-smi names them"
+    )
 
 
 def test_a_run_may_go_on_with_another_number_of_parts(tiny_config):

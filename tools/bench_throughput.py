@@ -30,6 +30,7 @@ from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
+from dali_vit.accumulation import warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.data import LoaderSettings
@@ -208,6 +209,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     )
     if load > cores / 4 and group.is_main:
         print(f"others use this machine (load {load:.1f} on {cores} cores): expect low, uneven rates", file=sys.stderr)
+    warn_of_others(group)
 
     @functools.cache
     def settings() -> LoaderSettings:  # as the trainer has them
