@@ -114,7 +114,28 @@ def test_mistakes_with_tfrecords(tmp_path):
     prepare_fails(PrepareArguments(root, tmp_path / "set"), path.name, "record at byte 0", "image/encoded")
     path.write_bytes(data)
     (root / "label.labels.txt").write_text("one\ntwo\n")
-    prepare_fails(PrepareArguments(root, tmp_path / "set"), "label 2 is none of the 2 class names")
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), "label 2 is none of the 2 classes, which count from 0")
+    # As many names as labels, but those count from 1.
+    inception = datasets.write_inception(tmp_path / "inception", IMAGES)
+    for path in inception.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"image/class/synset", b"image/class/symbol"))
+    (inception / "label.labels.txt").write_text("one\ntwo\nthree\n")
+    prepare_fails(PrepareArguments(inception, tmp_path / "set"), "label 3 is none of the 3 classes")
+    for path in root.glob("*train*"):
+        path.write_bytes(b"")
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), f"{root}: its training files hold no images")
+
+
+@pytest.mark.parametrize("label", [None, "cat"])
+def test_a_label_of_parquet_that_is_no_number_is_named(tmp_path, label):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = {split: [(label, name, data) for _, name, data in rows] for split, rows in IMAGES.items()}
+    (tmp_path / "source").mkdir()
+    for split, rows in images.items():
+        columns = {"image": [{"bytes": d, "path": n} for _, n, d in rows], "label": [found for found, _, _ in rows]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "source" / f"{split}.parquet")
+    path, name = tmp_path / "source/train.parquet", images["train"][0][1]
+    prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{path}: {name} has the label {label!r}")
 
 
 @pytest.mark.parametrize(

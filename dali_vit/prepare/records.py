@@ -124,6 +124,8 @@ def _check_complete(root: Path, paths: list[Path]) -> None:
 def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None) -> Source:
     """Gives classes their index and every image a name of its own."""
     everything = [record for split in records.values() for record in split]
+    if not records["train"]:
+        raise UserError(f"{os.path.dirname(shards['train'][0])}: its training files hold no images")
     if all(record[4] for record in everything):
         classes = sorted({record[4] for record in everything if record[4]})
         index = {name: i for i, name in enumerate(classes)}
@@ -136,8 +138,9 @@ def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], l
             labels = {split: [label - lowest for label in row] for split, row in labels.items()}
             width = len(str(highest))
             label_names = [f"{label:0{width}d}" for label in range(lowest, highest + 1)]
-        if not (lowest >= 0 and highest < len(label_names) + lowest):
-            raise UserError(f"label {highest if lowest >= 0 else lowest} is none of the {len(label_names)} class names")
+        elif lowest < 0 or highest >= len(label_names):
+            label = lowest if lowest < 0 else highest
+            raise UserError(f"label {label} is none of the {len(label_names)} classes, which count from 0")
         classes = _folder_names(label_names)
     splits: dict[str, Any] = {}
     for split, found in records.items():
@@ -276,6 +279,8 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                     for batch in file.iter_batches(256, columns=["image", "label"]):
                         for row in batch.to_pylist():
                             data, name = row["image"]["bytes"] or b"", os.path.basename(row["image"].get("path") or "")
+                            if not isinstance(row["label"], int):
+                                raise UserError(f"{path}: {name or 'an image'} has the label {row['label']!r}")
                             out.write(data)
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
