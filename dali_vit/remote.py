@@ -158,7 +158,8 @@ def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]
 
 
 def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
-    missing = [file for file in files if not (root / file.path).exists()]
+    # They are whole when they get their names; but what tidies caches may cut a file short instead of removing it.
+    missing = [file for file in files if not _is_there(root / file.path, file.bytes)]
     if not missing:
         return
     total = sum(file.bytes or 0 for file in missing)
@@ -187,6 +188,10 @@ def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
             for job in jobs:
                 job.cancel()
             raise
+
+
+def _is_there(path: Path, size: int | None) -> bool:
+    return path.exists() and size in (None, path.stat().st_size)
 
 
 def _copy_file(store: _Store, root: Path, file: _File, progress: Callable[[int], None]) -> None:

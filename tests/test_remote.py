@@ -147,6 +147,16 @@ def test_an_interrupted_copy_goes_on_with_what_is_missing(
     assert calls - 100 == 4 - len(whole)
 
 
+def test_what_was_cut_short_in_the_cache_is_copied_again(shards: Path, client: Any, tmp_path: Path) -> None:
+    upload(client, shards)
+    root = load_dataset("s3://images/sets/ours").root
+    shard = root / "train/shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1000])
+    load_dataset("s3://images/sets/ours")
+    assert shard.read_bytes() == whole
+
+
 @pytest.mark.parametrize("place", ["s3://", "gs:///sets", "http://host/sets"])
 def test_what_is_no_place_in_an_object_store_is_refused(place: str) -> None:
     with pytest.raises(
