@@ -66,7 +66,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     if rates[best] < _GAIN * rates[defaults]:
         best = defaults
     if group.is_main:
-        kept = _write(path, conditions, best, rates[best])
+        kept = rates[best] > 0 and _write(path, conditions, best, rates[best])  # else nothing has loaded at all
         log.info(
             "autotune: %s loads %s images/s%s, the defaults %s; %d settings tried in %.0f s, %s",
             describe(best),

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,9 +21,11 @@ from dali_vit.distributed import Group, sum_over_ranks
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). First match wins.
+# Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). The first whose words are in
+# a GPU's name counts.
 _PEAK_BF16 = [
     ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -44,7 +47,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_BF16 if part in name), None)
+    return next((peak for part, peak in _PEAK_BF16 if re.search(rf"\b{part}\b", name)), None)
 
 
 class StepTimer:

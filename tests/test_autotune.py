@@ -164,6 +164,16 @@ def test_settings_that_fail_are_passed_over(
     assert autotune._rate(dataset, config, CPU, LoaderSettings(1), set(), lambda images: None) == 0
 
 
+def test_a_search_in_which_nothing_loads_is_not_kept(
+    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(autotune, "_rate", lambda *_: 0.0)
+    caplog.set_level(logging.INFO)
+    assert autotune.loader_settings(dataset, config, CPU, MODEL) == LoaderSettings(CPU.cores)
+    assert "not kept" in caplog.messages[-1]
+    assert not autotune.cache_path(autotune._conditions(dataset, config, CPU)).exists()
+
+
 @pytest.mark.timeout(120)
 def test_a_bad_sample_is_named_once(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dali_vit.metrics import MetricLog
+from dali_vit.metrics import MetricLog, peak_flops
 from dali_vit.train import _is_evaluated
 
 
@@ -49,3 +50,24 @@ def test_evaluations_come_when_a_multiple_is_reached(every: float) -> None:
     expected = {math.ceil(i * every) for i in range(1, 20_000)} if every >= 0.3 else set(range(1, 5000))
     assert [step for step in range(1, 5000) if _is_evaluated(step, every)] == sorted(s for s in expected if s < 5000)
     assert not any(_is_evaluated(step, 0.0) for step in range(1, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_is_that_of_the_gpu_by_its_whole_name(monkeypatch, name, teraflops) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == (teraflops and teraflops * 1e12)
