@@ -77,7 +77,9 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
-    os.environ["LOCAL_WORLD_SIZE"] = re.split("[(,]", slurm["SLURM_STEP_TASKS_PER_NODE"])[0]  # "8(x2),4": the first
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", slurm["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
+    tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
+    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[int(slurm["SLURM_NODEID"])])
 
 
 def _follow_launcher() -> None:
@@ -116,6 +118,8 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
+    # Seconds that workers have to write a checkpoint, of torch 2.15; 30 by default, and in older versions always.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
     launcher = [*ONE_MACHINE, f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]

@@ -12,8 +12,9 @@ import termios
 import time
 
 import pytest
+from torch.distributed import run as launcher
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, distributed
 from tests.conftest import environment, read_metrics, write_image_folder
 from tests.test_faults import LAUNCH, alive, command, logged_steps, running, stall, wait_for, wait_for_stall
 
@@ -71,3 +72,21 @@ def test_a_second_signal_ends_the_process_at_once(image_folder, tmp_path):
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 300), ("20", 20)])
+def test_workers_have_minutes_to_write_a_checkpoint_before_they_are_killed(given, expected, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", given or "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if given is None:
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    configs = []
+    monkeypatch.setattr(
+        launcher, "main", lambda argv: configs.append(launcher.config_from_args(launcher.parse_args(argv)))
+    )
+    assert distributed.launch(2, ["train"], max_restarts=0) == 0
+    ((config, _, arguments),) = configs
+    assert arguments[-2:] == ["dali_vit", "train"]
+    if not hasattr(config, "shutdown_timeout"):
+        pytest.skip("torch before 2.15 waits 30 s")
+    assert config.shutdown_timeout == expected

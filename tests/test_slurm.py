@@ -103,15 +103,18 @@ def test_a_job_is_one_run_and_is_requeued_by_its_signal(image_folder, tmp_path, 
     assert checkpoint.newest(tmp_path / "run").step == 150
 
 
-@pytest.mark.parametrize(("tasks_per_node", "expected"), [("8(x2)", "8"), ("8(x2),4", "8"), ("2,1", "2"), ("3", "3")])
-def test_tasks_per_node(monkeypatch, tasks_per_node, expected):
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "expected"),
+    [("8(x2)", 1, "8"), ("8(x2),4", 0, "8"), ("8(x2),4", 1, "8"), ("8(x2),4", 2, "4"), ("2,1", 1, "1"), ("3", 0, "3")],
+)
+def test_tasks_per_node(monkeypatch, tasks_per_node, node, expected):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     variables = {"NUM_TASKS": "20", "TASKS_PER_NODE": tasks_per_node}
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_STEP_{name}", value)
-    for name, value in {"JOB_ID": "7", "PROCID": "9", "LOCALID": "1"}.items():
+    for name, value in {"JOB_ID": "7", "PROCID": "9", "LOCALID": "1", "NODEID": str(node)}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "node1")
     assert distributed.is_worker()
