@@ -36,6 +36,10 @@ BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the fir
 log = logging.getLogger(__name__)
 
 
+class OtherVersion(UserError):
+    """A checkpoint that is whole, and of a version of dali-vit that this one cannot go on from."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files have been found complete."""
@@ -170,13 +174,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 def newest(run_dir: Path) -> Checkpoint | None:
     """The newest whole checkpoint of a run; damaged ones are named in the log and passed over.
 
-    None where the run has no checkpoint; UserError where it has some and all are damaged; PermissionError where one
-    may not be read, as going on from an older one would be to lose it.
+    None where the run has no checkpoint; UserError where it has some and all are damaged. PermissionError where one may
+    not be read, and OtherVersion, as going on from an older one would be to lose it.
     """
     folders = _step_folders(run_dir / "checkpoints")
     for folder in reversed(folders):
         try:
             return read(folder)
+        except OtherVersion:
+            raise
         except UserError as error:
             log.warning("%s; trying the one before", error)
     if folders:
@@ -184,22 +190,32 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
+def last_step(run_dir: Path) -> int | None:
+    """The step of a run's last checkpoint by name, which may be damaged; None where there is none."""
+    folders = _step_folders(run_dir / "checkpoints")
+    return int(folders[-1].name.removeprefix("step_")) if folders else None
+
+
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a step_* folder; UserError where it is damaged, foreign or of another format.
+    """The checkpoint in a step_* folder; UserError where it is damaged, OtherVersion where another version wrote it.
 
     PermissionError where it may not be read.
     """
     try:
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
-            raise UserError(f"{folder}: checkpoint format {record['format']}, this version reads {FORMAT}")
+            raise OtherVersion(f"{folder}: checkpoint format {record['format']}, this version reads {FORMAT}")
         for name, digest in record["sha256"].items():
             if _sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its checksum differs); use an older checkpoint")
+        try:
+            config = from_dict(record["config"])
+        except UserError as error:
+            raise OtherVersion(f"{folder}: {error}") from error
         return Checkpoint(
             path=folder,
             step=record["step"],
-            config=from_dict(record["config"]),
+            config=config,
             classes=tuple(record["classes"]),
             loader=record["loader"],
             metrics=record["metrics"],

@@ -173,9 +173,9 @@ def _train(argv: list[str]) -> int:
             return distributed.launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
     try:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
-            prepared = distributed.together(lambda: plan.plan(config, group.world_size))
+            planned = distributed.together(lambda: plan.plan(config, group.world_size))
             with runfolder.locked(config, group):
-                train.train(config, group, prepared)
+                train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             _tell(f"{PROGRAM}: {stopped}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,6 +71,20 @@ def plan(config: Config, world_size: int) -> Plan:
     total = total_steps(config.optim, len(train_files))
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
     return Plan(dataset, model, total, checkpoint)
+
+
+def up_to_date(planned: Plan, config: Config) -> Plan:
+    """The plan, with the newest checkpoint as of now: a process that ran the same run may have written it since.
+
+    To be called once no other process can. Raises UserError as `plan` does.
+    """
+    last, known = checkpoints.last_step(config.run_dir), planned.checkpoint
+    if last is None or (known is not None and last <= known.step):
+        return planned
+    checkpoint = checkpoints.newest(config.run_dir)
+    if checkpoint is not None:
+        _check_resumable(config, checkpoint)
+    return replace(planned, checkpoint=checkpoint)
 
 
 def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None:

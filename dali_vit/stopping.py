@@ -78,9 +78,11 @@ class Stop:
                     self._first, self._signal = time.monotonic(), signal.Signals(received[0]).name
 
     def agreed(self, step: int) -> str | None:
-        """The reason to stop after `step` steps, the same on every rank; None to go on."""
-        if step % self._every:
-            return None
+        """The `reason` to stop after `step` steps, asked for at some of them; None to go on."""
+        return None if step % self._every else self.reason()
+
+    def reason(self) -> str | None:
+        """Why the run is to stop, the same on every rank; None to go on. Collective."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         reason = 2 if self._signal else 1 if late else 0
         if self._gloo is not None:

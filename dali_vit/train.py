@@ -38,13 +38,13 @@ from dali_vit.stopping import Interrupted, Stop, Watchdog
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
+def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
     Collective over the group. Raises UserError for losses and gradients that stay of no use and for a disk that
     takes no checkpoint, and Interrupted where a signal or the clock stopped the run.
     """
-    dataset, model, checkpoint, total = prepared.dataset, prepared.model, prepared.checkpoint, prepared.total_steps
+    dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
     _check_same_start(start, config)
     due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
@@ -61,10 +61,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
 
     # Restore.
     torch.manual_seed(config.run.seed + group.rank)  # drawn from only by timm models with dropout
-    metrics: dict[str, float] = {}
     if checkpoint:
         _restore(checkpoint, model, optimizer, group)
-        metrics = checkpoint.metrics
 
     # Folder, logs and the stream of batches.
     settings = loader_settings(dataset, config, group, model)
@@ -95,7 +93,8 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
         writer.text("summary", summary)
     background = BackgroundWriter()
 
-    def save(step: int, evaluation_due: bool) -> None:
+    def save(step: int, metrics: dict[str, float], evaluation_due: bool) -> None:
+        """A checkpoint with the metrics of these very weights, if they were evaluated: the best are kept by them."""
         random_states = gather_objects(_random_state(group))
         loader_states = gather_objects(loader.state_dict())
         if group.is_main:
@@ -121,23 +120,23 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     loaders: dict[str, datasets.EvalLoader] = {}
-    timer, window = StepTimer(group.device), Window(group)
     starving = report.StarvationWarning()
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout)
-    began = time.perf_counter()
-    stopping, done = None, start
+    watchdog = Watchdog(group, config.run.hang_timeout)
+    steps, done, stopping = range(start, total), start, None
+    metrics: dict[str, float] = {}
 
     def evaluate(done: int) -> dict[str, float] | None:
         """Of the weights after `done` steps; None where the run is to stop meanwhile."""
         batches = itertools.count(1)
 
-        def progress() -> None:
+        def before_batch() -> None:
             watchdog.enter("evaluation", done - 1)
             if stop.agreed(next(batches)):
                 raise Interrupted
 
         try:
-            found = evaluate_splits(model, dataset, config, group, loaders, progress)
+            found = evaluate_splits(model, dataset, config, group, loaders, before_batch)
         except Interrupted:
             return None
         if found:  # a data set may have neither val nor minival
@@ -147,20 +146,21 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
     with (
         closing(loader),
         stop.watching(),
-        Watchdog(group, config.run.hang_timeout) as watchdog,
-        report.progress_bar(total, start, visible=group.is_main) as progress,
+        watchdog,
+        report.progress_bar(total, start, visible=group.is_main) as bar,
         profiling(config, group, start) as profiler,
     ):
         if due:
             found = evaluate(start)
             if found is None:
-                stopping = stop.agreed(0)
+                steps, stopping = range(0), stop.reason()
             else:
                 metrics = found
-                save(start, evaluation_due=False)
+                save(start, metrics, evaluation_due=False)
                 if writer:
                     writer.scalars(start, metrics)
-        for step in range(start, total if not stopping else start):
+        timer, window, began = StepTimer(group.device), Window(group), time.perf_counter()
+        for step in steps:
             watchdog.enter("loader", step)
             with timer.waiting():
                 images, labels = next(loader)  # uint8 [N, S, S, 3], int64 [N]
@@ -171,13 +171,13 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
             lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
             loss, grad_norm = update(images, labels, lam, lr)
             window.add(loss, grad_norm)
-            progress.update()
+            bar.update()
             profiler.step()
 
             done = step + 1
             stopping = stop.agreed(done) if done < total else None
             evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
-            saving = evaluating or stopping or done % config.run.checkpoint_every == 0 or done == total
+            saving = evaluating or stopping or done % config.run.checkpoint_every == 0
             if not saving and done % config.run.log_every:
                 continue
             seconds, waited = timer.read()
@@ -201,17 +201,17 @@ def train(config: Config, group: Group, prepared: Plan) -> dict[str, float]:
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
             found = evaluate(done) if evaluating and not stopping else None
-            scalars = {}
-            if found is not None:
-                metrics = scalars = found
-            elif evaluating:
-                stopping = stopping or stop.agreed(0)
-            if saving and (window.healthy or done == total):
+            if evaluating and found is None:
+                stopping = stopping or stop.reason()
+            metrics = found or {}
+            scalars = dict(metrics)
+            # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
+            if saving and (window.healthy or stopping or done == total):
                 watchdog.enter("checkpoint", step)
                 stands_still = time.perf_counter()
-                save(done, evaluation_due=evaluating and found is None)
+                save(done, metrics, evaluation_due=evaluating and found is None)
                 timer.reset()  # waits for the copy on a GPU
-                scalars = {**scalars, "perf/checkpoint_stall_ms": 1e3 * (time.perf_counter() - stands_still)}
+                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stands_still)
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
             if writer and scalars:
@@ -283,6 +283,7 @@ def _random_state(group: Group) -> dict[str, torch.Tensor]:
 
 def _is_evaluated(done: int, every: float) -> bool:
     """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
+    # Of the smallest numbers the quotient is infinite.
     return 0 < every < 1 or (every > 0 and math.floor(done / every) > math.floor((done - 1) / every))
 
 

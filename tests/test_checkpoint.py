@@ -16,8 +16,12 @@ import torch
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
 from dali_vit.model import create_model
+from dali_vit.plan import plan, up_to_date
+from dali_vit.train import train
+from tests.conftest import read_metrics
 
 CLASSES = ("ant", "bee", "cat")
+EVALUATED = [f"{split}/{name}" for split in ("minival", "val") for name in ("top1", "top5", "loss")]
 CONFIG = Config(
     model=ModelConfig(model="Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64),
     run=RunConfig(name="run", keep_checkpoints=2),
@@ -66,6 +70,22 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
         save(tmp_path, step, {"minival/top1": top1, "val/top1": 100 - top1})
     kept = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_000000002", "step_000000004", "step_000000005"]
+
+
+@pytest.mark.timeout(60)
+def test_metrics_are_those_of_the_very_weights(tiny_config, cpu):
+    """Else a checkpoint between evaluations would pass for the best. An epoch is 54 images, 6.75 steps."""
+    config = dataclasses.replace(
+        tiny_config, run=dataclasses.replace(tiny_config.run, eval_every=1, keep_checkpoints=100)
+    )
+    train(config, cpu, plan(config, 1))
+    found = [checkpoint.read(folder) for folder in sorted((config.run_dir / "checkpoints").iterdir())]
+    logged = {line["step"]: line for line in read_metrics(config.run_dir) if "val/top1" in line}
+    assert sorted(logged) == [7, 12]
+    assert [c.step for c in found] == [5, 7, 10, 12]
+    for c in found:
+        expected = {} if c.step not in logged else {name: logged[c.step][name] for name in EVALUATED}
+        assert c.metrics == expected
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt", "checkpoint.json"])
@@ -150,12 +170,38 @@ def test_what_a_crash_left_behind_is_no_checkpoint(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
 
 
-def test_another_format_is_refused_by_its_number(tmp_path):
-    folder = save(tmp_path, 1)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "checkpoint format 99, this version reads 1"),
+        (
+            {"config": {"optim": {"lr": 1e-3, "warp": 9}}},
+            r"config has unknown fields \(warp\): another version wrote it",
+        ),
+    ],
+)
+def test_one_of_another_version_is_named_and_not_taken_for_damaged(tmp_path, change, message):
+    """Going on from the one before would be to lose it."""
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
     record = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**record, "format": 99}))
-    with pytest.raises(UserError, match="format 99, this version reads 1"):
-        checkpoint.read(folder)
+    (folder / "checkpoint.json").write_text(json.dumps({**record, **change}))
+    for found, path in [(checkpoint.read, folder), (checkpoint.newest, tmp_path), (checkpoint.open_model, tmp_path)]:
+        with pytest.raises(checkpoint.OtherVersion, match=f"step_000000002: {message}"):
+            found(path)
+
+
+@pytest.mark.timeout(60)
+def test_what_another_process_wrote_since_the_plan_was_made_is_gone_on_from(tiny_config, cpu):
+    planned = plan(tiny_config, 1)
+    assert up_to_date(planned, tiny_config) is planned
+    train(tiny_config, cpu, planned)
+    renewed = up_to_date(planned, tiny_config)
+    assert renewed.checkpoint.step == 12
+    assert up_to_date(renewed, tiny_config) is renewed
+    other = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, lr=0.5))
+    with pytest.raises(UserError, match=r"was begun with other settings \(lr: 0.001 -> 0.5\)"):
+        up_to_date(planned, other)
 
 
 class Bomb:

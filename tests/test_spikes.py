@@ -197,6 +197,21 @@ def test_a_run_that_goes_on_leaves_the_same_steps_out(tiny_config, cpu, leaping,
 
 
 @pytest.mark.timeout(120)
+def test_a_run_may_be_stopped_on_a_spike(tiny_config, cpu, leaping, monkeypatch):
+    """Its checkpoint is as good as that of the step before, and what was trained since the last is not lost."""
+    leaping(range(SPIKE, SPIKE + 1))
+    whole, stopped = (config_of(tiny_config, name) for name in ("whole", "stopped"))
+    run(whole, cpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "agreed", lambda self, step: "stopped" if step == SPIKE + 1 else None)
+        with pytest.raises(Interrupted, match=f"stopped after step {SPIKE + 1};"):
+            run(stopped, cpu)
+    assert checkpoint.newest(stopped.run_dir).step == SPIKE + 1
+    run(stopped, cpu)
+    assert_same_end(whole.run_dir, stopped.run_dir)
+
+
+@pytest.mark.timeout(120)
 def test_a_checkpoint_from_before_there_were_statistics_is_gone_on_from(tiny_config, cpu, leaping, monkeypatch):
     config = config_of(tiny_config, "old")
     with monkeypatch.context() as patch:
