@@ -1,7 +1,8 @@
 """Every setting of a run: its type, its default (the paper's 90-epoch ViT-S/16) and its one-line meaning.
 
 The docstring under a field is its help text on the command line. The defaults reproduce *Better plain ViT
-baselines for ImageNet-1k* (arXiv 2205.01580); `dali_vit.recipes` states what other recipes change.
+baselines for ImageNet-1k* (arXiv 2205.01580), but for `antialias` and `first_moment`, which make no difference that
+could be measured; `dali_vit.recipes` states what other recipes change.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class DataConfig:
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
     antialias: bool = True
-    """Low-pass filter when the crop is made smaller (big_vision: off; no measurable difference)."""
+    """Low-pass filter when the crop is made smaller (big_vision: off, which mup-vit found to make no difference)."""
     randaug_layers: int = 2
     """RandAugment operations applied to each image; 0 switches RandAugment off."""
     randaug_magnitude: float = 10.0
@@ -128,12 +129,12 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    """Type Adam's first moment is kept in (big_vision: bfloat16; no measurable difference)."""
+    """Type that Adam's first moment is rounded to after each step (big_vision: bfloat16); it lies in float32."""
     grad_clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None switches clipping off."""
     spike_threshold: float = operational(10.0)
-    """Deviations above its running mean at which a loss is a spike and its step left out; one counts as a tenth of
-    the mean and 0.1 at least, which healthy runs never reach; 0: never."""
+    """Leave a step out whose loss is as many standard deviations above its running mean, one of which counts as a
+    tenth of the mean and as 0.1 at least; 0: none."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     mixup_alpha: float = 0.2
@@ -157,8 +158,8 @@ class RunConfig:
     threads: int | None = operational(None)
     """DALI's CPU threads per process; default: its share of the machine's cores."""
     autotune: Literal["auto", "on", "off"] = operational("auto")
-    """Search for the loader's fastest settings at the start, a minute at most; the result is kept for this machine
-    and data set. auto: on GPUs."""
+    """Search for the loader's fastest settings at the start, about a minute; the result is kept for this machine and
+    data set. auto: on GPUs."""
     compile: CompileMode = operational("auto")
     """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
     batches: reduce-overhead and max-autotune."""
@@ -171,10 +172,10 @@ class RunConfig:
     checkpoint_every: int = operational(1000)
     """Steps between checkpoints; one is also written after each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
-    """Newest checkpoints kept, beside the best."""
+    """Newest checkpoints kept, beside the best by minival top-1 (without a minival by val's)."""
     grad_accum_steps: int = operational(1)
     """Parts in which each GPU takes its share of a batch, one after the other: less memory, the same step up to
-    rounding."""
+    rounding, but for batch norm, which sees a part at a time."""
     max_hours: float | None = operational(None)
     """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
     max_restarts: int = operational(3)

@@ -1,6 +1,6 @@
 """Mixup as big_vision does it: one lambda per step for the whole batch, the partner of image i is image i-1.
 
-Source: recipe.md, Mixup; big_vision, utils.get_mixup. The tensor functions hold no state and read no value back
+Source: big_vision, utils.get_mixup. The tensor functions hold no state and read no value back
 from the device, and a new lambda (a 0-d tensor) does not make torch.compile compile again.
 """
 

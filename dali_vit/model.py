@@ -118,7 +118,7 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [1, rows * columns, width]: [sin x, cos x, sin y, cos y] (MoCo v3, recipe.md).
+    """Fixed 2-D sine-cosine positions [1, rows * columns, width]: [sin x, cos x, sin y, cos y] (MoCo v3).
 
     `width` must be a multiple of 4 and at least 8. Computed in float64, returned in float32.
     """
@@ -183,7 +183,7 @@ def _random_state(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _initialise(model: PlainViT) -> None:
-    """big_vision's initialisation (recipe.md, Model); LayerNorm starts at one and zero, as torch makes it."""
+    """big_vision's initialisation (models/vit.py); LayerNorm starts at one and zero, as torch makes it."""
     width = model.embed_dim
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d) or name == "pre_logits":

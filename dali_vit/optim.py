@@ -1,4 +1,4 @@
-"""Optimiser, schedule and gradient clipping, exactly the reference's (recipe.md, Optimiser; big_vision, optax.py).
+"""Optimiser, schedule and gradient clipping, exactly the reference's (big_vision, optax.py).
 
 Nothing here reads a value back from the device: the learning rate and the step count live there as tensors, so
 that an update never waits for the GPU and can be captured in a CUDA graph (`set_lr` outside of it).
@@ -131,9 +131,9 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
 
     The update uses the new moment before it is rounded. beta1 itself is rounded (0.9 to 0.8984375) where it
     multiplies the old moment, because JAX gives a constant the type of the array; with 0.9 the losses of
-    reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. The rounded moment lies in float32,
-    where torch's fused kernel takes it. Options of a group: lr (a 0-d tensor on the parameters' device), betas, eps,
-    weight_decay.
+    tests/reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. The rounded moment lies in
+    float32, where torch's fused kernel takes it. Options of a group: lr (a 0-d tensor on the parameters' device),
+    betas, eps, weight_decay.
     """
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float) -> None:

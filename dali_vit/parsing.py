@@ -31,7 +31,7 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
         default=named_recipe(argv),
         description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
         "--print-config prints the resolved settings instead.\n\n"
-        f"Recipes (ImageNet-1k top-1 at 90 / 150 / 300 epochs as the paper reports it):\n{recipes.describe()}",
+        f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
     )
     return config, print_config
 

@@ -47,7 +47,7 @@ class Decoder:
 
     fast_idct: bool = True
     """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves
-    the distance to the reference (reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
+    the distance to the reference (tests/reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
     region: Literal["window", "full"] = "window"
     """Decode the crop window alone, or the full image and cut the window out of it: the same pixels."""
     fancy_upsampling: bool = False
@@ -163,7 +163,7 @@ def sample_window_tensorflow(
     size is (height, width), float32 [2]; uniforms hold [attempts] for the aspect ratio (width / height, drawn
     linearly), [attempts] for the height and [2] for the position. Returns (top, left) and (height, width),
     float32 [2], whole numbers. Where all attempts fail the whole image is taken. Everything is on the CPU.
-    Held to reference/crop_windows.npz.
+    Held to tests/reference/crop_windows.npz.
     """
     if loops.available():
         return loops.sample_window("tensorflow", size, uniforms, area_range, ratio_range)

@@ -54,7 +54,7 @@ def eval_pipeline(
     images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
     images uint8 [b, NUM_LAST_BYTES], with b = order.batch_size; label -1 marks padding, and the grey images in the
     places of the samples marked in bad, bool [N]. The smaller side is resized to image_size * 256 / 224. Held to
-    reference/eval_preprocess.npz.
+    tests/reference/eval_preprocess.npz.
     """
     return _eval_graph(
         EvalSource(samples, order, start_batch, bad),

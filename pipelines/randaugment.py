@@ -72,7 +72,7 @@ def rand_augment(
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
     did (big_vision issue 109), "mean" towards the mean of the image. The operations are compiled, by Numba for the CPU
     and by Triton for a GPU, where `compiled` is true or, if that is None, where they can be; else they are DALI's
-    operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source: recipe.md;
+    operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source:
     big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:

@@ -1,7 +1,7 @@
 """The 16 operations of RandAugment as DALI graph functions, on CPU and GPU alike.
 
 Each takes a batch of uint8 [S, S, 3] images as a DALI node and gives the same back. They follow big_vision's
-TensorFlow operations (recipe.md): nearest-neighbour sampling, grey (128) wherever a pixel is uncovered, values
+TensorFlow operations (pp/autoaugment.py): nearest-neighbour sampling, grey (128) wherever a pixel is uncovered, values
 truncated after a blend. `strength` is magnitude / 10, `size` is S, `sign` 1 or -1. Nothing here draws a random number.
 
 What decides how they are written is DALI's speed on the CPU: it converts float to uint8 one number at a time (1 ms an

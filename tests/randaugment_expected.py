@@ -45,7 +45,7 @@ def awkward_images(size: int) -> dict[str, np.ndarray]:
     }
 
 
-# Plain numpy, from recipe.md.
+# The operations in plain numpy.
 
 
 def blend(degenerate: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:

@@ -224,7 +224,7 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     assert "data wait" in out
     assert "ETA" in out
 
-    # The folder of the run, as design.md lists it.
+    # The folder of the run, with all that belongs to it.
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["steps"] == 12
     assert "torch: " in (run_dir / "env.txt").read_text()
     assert Image.open(run_dir / "samples" / "train.png").size == (8 * 32, 32)

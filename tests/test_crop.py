@@ -54,7 +54,7 @@ def draw(kind: str, count: int, seed: int = 0) -> list[np.ndarray]:
 def recipe_window(
     size: tuple[int, int], uniforms: list[np.ndarray], area_range: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """recipe.md's five steps for one image, the attempts from the last to the first as the graph prefers them."""
+    """TensorFlow's five steps for one image, the attempts from the last to the first as the graph prefers them."""
     f = np.float32
     height, width = window = size
     smallest, largest = f(height * width) * f(area_range[0]), f(height * width) * f(area_range[1])

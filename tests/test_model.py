@@ -159,7 +159,7 @@ def test_weights_depend_on_the_seed_alone(config: ModelConfig) -> None:
 
 
 def test_sincos2d_values() -> None:
-    """recipe.md: omega_k = 10000^(-k / (width / 4 - 1)); [sin x, cos x, sin y, cos y], rows first."""
+    """MoCo v3's: omega_k = 10000^(-k / (width / 4 - 1)); [sin x, cos x, sin y, cos y], rows first."""
     rows, columns, width = 3, 5, 16
     positions = sincos2d(rows, columns, width)
     assert positions.shape == (1, rows * columns, width)
@@ -179,7 +179,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     expected = 2 * (tokens * 16 * 16 * 3 * width + depth * block + width * width + width * 1000)
     model = create_model(ModelConfig(), num_classes=1000, resolution=224)
     assert flops_per_image(model, 224) == expected
-    assert 3 * expected == pytest.approx(27.6e9, rel=0.01)  # performance.md: forward + backward
+    assert 3 * expected == pytest.approx(27.6e9, rel=0.01)  # as counted by others: forward + backward
 
 
 def test_counting_flops_changes_nothing() -> None:

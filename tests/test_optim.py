@@ -28,7 +28,7 @@ def vit() -> nn.Module:
 
 
 def test_schedule() -> None:
-    """recipe.md: linear warm-up from 0 over 10,000 steps (the first step has lr 0), cosine to 0 at the last."""
+    """The paper's: linear warm-up from 0 over 10,000 steps (the first step has lr 0), cosine to 0 at the last."""
     total, warmup = 112_603, 10_000
     factors = [lr_schedule(step, total_steps=total, warmup_steps=warmup) for step in range(total + 1)]
     assert factors[0] == 0

@@ -13,7 +13,7 @@ from benchmark.sweep import Settings, Trial
 from benchmark.windows import Measurement
 from dali_vit.config import UserError
 
-# The goal of performance.md's joint rate, as a share of the step alone; from there on the loader is out of the way.
+# The goal of the joint rate, as a share of the step alone; from there on the loader is out of the way.
 UNHINDERED = 0.97
 
 HEADER = f"{'':<7} {'images/s':>10} {'min':>10} {'max':>10} {'spread':>10} {'worst batch':>14}"
