@@ -6,21 +6,18 @@ checkpoint, to be started again; 1 a defect of ours (traceback).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import errno
 import gc
-import io
 import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import tyro
 
+from dali_vit import process
 from dali_vit.arguments import (
     ConvertArguments,
     DoctorArguments,
@@ -32,41 +29,10 @@ from dali_vit.arguments import (
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train
 
-_NOBODY_READS = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal that was closed
-
 
 def run() -> NoReturn:
-    """`dali-vit` as a process: `main`, with seconds less before and after it."""
-    # Python goes through all objects for cycles each time they are a quarter more: a quarter of the time that torch
-    # takes to import, and later 0.4 s in which a GPU runs dry. No cycle holds much: 24 small objects a step, of DALI.
-    gc.set_threshold(10_000, 10, 1_000)
-    _open_standard_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show
-    logging.raiseExceptions = False  # a run whose lines nobody reads any more goes on, and without a traceback a line
-    try:
-        main()
-    except SystemExit as request:
-        code = request.code if isinstance(request.code, int) else int(request.code is not None)
-    # As Python itself ends, but for taking all modules apart, which takes torch's more than a second.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in _NOBODY_READS:
-            raise
-    os._exit(code)
-
-
-def _open_standard_streams() -> None:
-    """Opens those that were closed from the start, to nowhere: files opened later would get their numbers, and with
-    them what libraries print."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_RDWR)  # as the lowest number that is free
-            os.set_inheritable(opened, True)
-            setattr(sys, name, os.fdopen(opened, mode))
+    """`dali-vit` as a process."""
+    process.run(main)
 
 
 def _tell(line: str) -> None:

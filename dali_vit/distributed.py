@@ -172,10 +172,13 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             timeout=collective_timeout(hang_timeout),
             device_id=device if on_gpu else None,
         )
+        done = False
         try:
             yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
+            done = True
         finally:
-            dist.destroy_process_group()
+            if done or not on_gpu:  # NCCL would wait for the others, which after an error of this one wait for it
+                dist.destroy_process_group()
             # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies
             # in a cycle. A thread that frees the tensors of the last collective while Python goes down aborts it.
             gc.collect()

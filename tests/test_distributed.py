@@ -139,7 +139,13 @@ def test_a_mistake_is_said_once_by_the_workers(image_folder, tmp_path):
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
+def destroyed() -> list[int]:
+    """Local ranks of those that have destroyed the process group."""
+    return []
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, destroyed: list[int]) -> Callable[..., torch.device]:
     """The device that one of several processes on a machine takes, of as many GPUs as it sees."""
 
     def device_of(local_rank: int, processes: int, visible: int, failing: str | None = None) -> torch.device:
@@ -155,7 +161,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(distributed.dist, "init_process_group", init)
-        monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+        monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: destroyed.append(local_rank))
         with distributed.connect(None) as group:
             assert (group.rank, group.world_size) == (local_rank, processes)
             return group.device
@@ -208,6 +214,15 @@ def test_shared_memory_that_is_too_small_for_nccl_is_named(worker, said, when):
     worker(0, 2, visible=2)  # the variables and the functions in place of NCCL's stay
     with pytest.raises(LocalUserError, match=expected), distributed.connect(None):
         raise torch.distributed.DistBackendError(message)
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(worker, destroyed):
+    """As NCCL does when its groups are taken apart, while the others wait for this one's gradients."""
+    worker(1, 2, visible=2)
+    assert destroyed == [1]
+    with pytest.raises(KeyError), distributed.connect(None):
+        raise KeyError
+    assert destroyed == [1]
 
 
 def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):

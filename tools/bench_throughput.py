@@ -29,7 +29,7 @@ import tyro
 from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
-from dali_vit import distributed, plan, recipes
+from dali_vit import distributed, plan, process, recipes
 from dali_vit.accumulation import warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
@@ -275,4 +275,4 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -25,7 +25,7 @@ from benchmark import report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit import distributed, recipes, step
+from dali_vit import distributed, process, recipes, step
 from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
@@ -126,4 +126,4 @@ def now(group: Group) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -21,6 +21,7 @@ from benchmark import report
 from nvidia.dali import Pipeline, pipeline_def
 
 from dali_vit import data as datasets
+from dali_vit import process
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count, describe_environment
 from pipelines.order import TrainOrder
@@ -86,4 +87,4 @@ def measure(pipeline: Pipeline, batch_size: int, seconds: float) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

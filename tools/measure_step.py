@@ -27,7 +27,7 @@ from benchmark import kernels, modes, report
 from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
-from dali_vit import distributed, recipes
+from dali_vit import distributed, process, recipes
 from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, UserError, to_dict
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
@@ -145,4 +145,4 @@ def free(group: distributed.Group) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)
