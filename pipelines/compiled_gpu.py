@@ -5,6 +5,7 @@ DALI calls a Python function with a batch that stays on the device; the function
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from nvidia.dali import pipeline as dali_pipeline
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
@@ -49,6 +51,8 @@ def available(size: int) -> bool:
     thread.start()
     thread.join(_PATIENCE)
     if thread.is_alive():
+        # At the program's end DALI would wait for the pipeline that never returns.
+        atexit.unregister(dali_pipeline._shutdown_pipelines)
         reason = f"they have not run after {_PATIENCE:g} s"
     elif errors:
         reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())

@@ -65,6 +65,17 @@ def _num_lanes(num_threads: int) -> int:
     return min(num_threads, _MAX_LANES)
 
 
+def _shut_down(pipelines: Sequence[Pipeline]) -> None:
+    """Stops pipelines that are of no use any more and frees their memory, whoever still holds them.
+
+    An error's traceback may; and one that the garbage collector frees in a thread of another pipeline, within
+    RandAugment's node, waits there for a thread of its own that waits for that node.
+    """
+    for pipeline in pipelines:
+        pipeline._shutdown()
+    ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model
+
+
 class TrainLoader:
     """The endless training stream of one rank: (images uint8 [b, S, S, 3], labels int64 [b]) on the device.
 
@@ -172,7 +183,6 @@ class TrainLoader:
             try:
                 images, labels, last_bytes = self._run(pipeline)
             except RuntimeError as error:
-                del pipeline
                 self.close()
                 if not self._leave_out(self._next_samples(), failed=True):
                     raise
@@ -203,8 +213,8 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._pipelines:
+            _shut_down(self._pipelines)
             self._pipelines = []
-            ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model
 
 
 class EvalLoader:
@@ -263,22 +273,27 @@ class EvalLoader:
         if pipeline is None:
             pipeline = self._make_pipeline()
         batch = start = 0
-        while batch < len(self):
-            try:
-                images, labels, last_bytes = self._run(pipeline)
-            except RuntimeError as error:
-                del pipeline
-                self._leave_out(batch, error)
-            else:
-                cut_short = self._bad.cut_short(self._order.indices(batch), last_bytes.numpy())
-                if not self._bad.find(cut_short, failed=False):
-                    yield images, labels
-                    batch += 1
-                    continue
-            pipeline, start = self._make_pipeline(start_batch=batch), batch
-        if start == 0:
-            pipeline.reset()
-            self._idle = pipeline
+        try:
+            while batch < len(self):
+                try:
+                    images, labels, last_bytes = self._run(pipeline)
+                except RuntimeError as error:
+                    _shut_down([pipeline])
+                    self._leave_out(batch, error)
+                else:
+                    cut_short = self._bad.cut_short(self._order.indices(batch), last_bytes.numpy())
+                    if not self._bad.find(cut_short, failed=False):
+                        yield images, labels
+                        batch += 1
+                        continue
+                    _shut_down([pipeline])
+                pipeline, start = self._make_pipeline(start_batch=batch), batch
+            if start == 0:
+                pipeline.reset()
+                self._idle = pipeline
+        finally:
+            if pipeline is not self._idle:
+                _shut_down([pipeline])
 
     def _leave_out(self, batch: int, error: RuntimeError) -> None:
         """Leaves out what made the pipeline fail at a batch; raises the error if it was not a sample."""
@@ -294,5 +309,5 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._idle is not None:
+            _shut_down([self._idle])
             self._idle = None
-            ReleaseUnusedMemory()

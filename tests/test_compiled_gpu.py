@@ -138,6 +138,38 @@ def test_where_the_kernels_hang_dalis_operators_stay(
     ]
 
 
+@pytest.mark.timeout(60)
+def test_kernels_that_hang_do_not_keep_the_program_from_ending() -> None:
+    """Neither the thread that tries them out nor DALI, which shuts its pipelines down then."""
+    program = """
+import threading, numpy, torch
+from nvidia.dali import fn, pipeline_def
+from dali_vit import process
+from pipelines import compiled_gpu
+
+def hang(size, device_id):
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph():
+        numbers = fn.external_source(lambda: numpy.zeros((1, 4), numpy.float32))
+        return fn.dl_tensor_python_function(numbers, function=lambda _: begun.set() or threading.Event().wait())
+    graph().run()
+
+def main():
+    assert not compiled_gpu.available(224)
+    assert begun.is_set()
+
+begun = threading.Event()
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+compiled_gpu.try_out, compiled_gpu._PATIENCE = hang, 2.0
+process.run(main)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, env=environment(), check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "have not run after 2 s" in ended.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_nothing_is_tried_or_said(caplog: pytest.LogCaptureFixture) -> None:
     compiled_gpu.available.cache_clear()

@@ -205,11 +205,30 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads threads from Linux's /proc")
+def test_pipelines_end_with_their_loader_whoever_holds_them(files: FileList) -> None:
+    """The garbage collector may come by in a thread of another pipeline, which one freed there can wait for."""
+    before = threads()
+    loader, evaluation = train_loader(files), eval_loader(files)
+    batches = iter(evaluation)
+    batch = next(loader)
+    copies = [tensor.clone() for tensor in batch]
+    next(batches)
+    held = [*loader._pipelines, batches.gi_frame.f_locals["pipeline"]]  # type: ignore[attr-defined]
+    assert threads() > before
+    loader.close()
+    batches.close()  # type: ignore[attr-defined]
+    assert threads() <= before
+    assert len(held) == 2
+    assert all(map(torch.equal, batch, copies))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory and threads from Linux's /proc")
 def test_memory_stays_flat_and_close_ends_the_threads(files: FileList) -> None:
-    def threads() -> int:
-        return len(os.listdir("/proc/self/task"))
-
     before = threads()
     loader = train_loader(files, batch_size=16, image_size=64, num_threads=3)
     for _ in range(50):
