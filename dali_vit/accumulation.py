@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.config import Config, LocalUserError
+from dali_vit.data import LackOfMemory
 from dali_vit.distributed import Group
 from dali_vit.environment import available_memory
 from dali_vit.model import kept_bytes_per_image
 
 log = logging.getLogger(__name__)
 
-_FIRST = 10  # updates: what has been held for longer fails for another reason, and a restart may help
+_FIRST = 10  # steps: what has been held for longer fails for another reason, and a restart may help
 _OF_OTHERS = 4 * 2**30  # bytes of a GPU's memory in use before a run's own: more than CUDA and NCCL themselves take
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,16 +65,16 @@ def next_divisor(number: int, least: int) -> int:
     return next((n for n in range(least, number) if number % n == 0), number)
 
 
-def name_lack_of_memory(update: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
-    """The update, with a LocalUserError where the device's memory does not hold the first of them."""
+def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
+    """What is done every step, with a LocalUserError where the device's memory does not hold the first of them."""
     share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
     made = itertools.count()
 
     def guarded(*arguments: Any) -> Any:
         number = next(made)
         try:
-            return update(*arguments)
-        except torch.OutOfMemoryError as error:
+            return work(*arguments)
+        except (torch.OutOfMemoryError, LackOfMemory) as error:
             if number >= _FIRST:
                 raise
             more = next_divisor(share, parts + 1)

@@ -34,7 +34,7 @@ from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
 from pipelines import readers
-from pipelines.loader import DecodeError, EvalLoader, TooManyFiles, TrainLoader
+from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 from pipelines.train import Augment, Decoder
@@ -44,6 +44,7 @@ __all__ = [
     "Dataset",
     "DecodeError",
     "ImageList",
+    "LackOfMemory",
     "allow_open_files",
     "check_images",
     "load_dataset",

@@ -20,7 +20,7 @@ import torch
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import report
-from dali_vit.accumulation import warn_of_memory
+from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
 from dali_vit.autotune import loader_settings
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, to_yaml
@@ -74,6 +74,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         start_step=start,
         bad_samples=_bad_samples(checkpoint.loader["ranks"]) if checkpoint else [],
     )
+    next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config) if group.is_main else None)
     writer = None
     if group.is_main:
@@ -163,7 +164,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         for step in steps:
             watchdog.enter("loader", step)
             with timer.waiting():
-                images, labels = next(loader)  # uint8 [N, S, S, 3], int64 [N]
+                images, labels = next_batch()  # uint8 [N, S, S, 3], int64 [N]
             watchdog.enter("step", step)
             if step == 0 and writer:
                 log_samples(writer, config.run_dir, images)

@@ -22,10 +22,11 @@ from pipelines.eval import eval_pipeline
 from pipelines.handover import Runner
 from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
+from pipelines.probe import LackOfMemory
 from pipelines.readers import Samples, allow_open_files
 from pipelines.train import Augment, train_pipeline
 
-__all__ = ["DecodeError", "EvalLoader", "TooManyFiles", "TrainLoader"]
+__all__ = ["DecodeError", "EvalLoader", "LackOfMemory", "TooManyFiles", "TrainLoader"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,9 +89,9 @@ class TrainLoader:
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
     bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0);
-    DALI's RuntimeError when it fails for another reason, as when nothing can be read any more; TooManyFiles
-    where a batch has more files than may be open at once; and ValueError for arguments that do not fit
-    together. After an error the loader is closed.
+    DALI's RuntimeError when it fails for another reason, as when nothing can be read any more, LackOfMemory where
+    that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and ValueError for
+    arguments that do not fit together. After an error the loader is closed.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class TrainLoader:
                 images, labels, last_bytes = self._run(pipeline)
             except RuntimeError as error:
                 self.close()
+                probe.check_memory(error)
                 if not self._leave_out(self._next_samples(), failed=True):
                     raise
                 log.debug("the pipeline is made anew after: %s", error)
@@ -279,6 +281,7 @@ class EvalLoader:
                     images, labels, last_bytes = self._run(pipeline)
                 except RuntimeError as error:
                     _shut_down([pipeline])
+                    probe.check_memory(error)
                     self._leave_out(batch, error)
                 else:
                     cut_short = self._bad.cut_short(self._order.indices(batch), last_bytes.numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,13 +14,26 @@ from pipelines.crop import Decoder
 from pipelines.order import EvalOrder
 from pipelines.readers import EvalSource, Samples, read
 
-__all__ = ["MakePipeline", "decode_pipeline", "try_samples"]
+__all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "try_samples"]
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
+
+# Of DALI's allocator, of CUDA, of nvJPEG and, within RandAugment's node, of torch.
+_LACK_OF_MEMORY = re.compile("CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL|CUDA out of memory")
 
 # Samples tried at once before the ones that failed are tried one by one. A failed pipeline is of no use any more,
 # and making one takes as long as decoding about this many images.
 _BATCH_SIZE = 16
+
+
+class LackOfMemory(RuntimeError):
+    """A GPU's memory does not hold a batch and what it takes to make it."""
+
+
+def check_memory(error: RuntimeError) -> None:
+    """Raises LackOfMemory if that is what made a pipeline fail: then it was none of its samples."""
+    if _LACK_OF_MEMORY.search(str(error)):
+        raise LackOfMemory(str(error)) from error
 
 
 @pipeline_def
@@ -45,7 +59,7 @@ def decode_pipeline(
 
 
 def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_SIZE) -> Iterator[tuple[int, bool]]:
-    """Each sample's place in the collection and whether the pipeline made of it runs, in order."""
+    """Each sample's place in the collection and whether the pipeline made of it runs, in order; or LackOfMemory."""
     start = 0
     while start < len(samples):
         rest = samples.subset(np.arange(start, len(samples)))
@@ -55,7 +69,8 @@ def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_S
             tried = np.arange(start, min(start + batch_size, len(samples)))
             try:
                 pipeline.run()
-            except RuntimeError:
+            except RuntimeError as error:
+                check_memory(error)
                 failed = True
             if failed and batch_size > 1:
                 alone = try_samples(samples.subset(tried), make, batch_size=1)

@@ -14,6 +14,7 @@ import dali_vit.step
 from dali_vit import accumulation, cli, plan
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, LocalUserError, UserError, validate
+from dali_vit.data import LackOfMemory
 from dali_vit.distributed import Group
 from dali_vit.model import create_model, kept_bytes_per_image
 from dali_vit.optim import create_optimizer
@@ -117,6 +118,18 @@ def test_a_batch_that_memory_does_not_hold_is_named_with_the_next_number_of_part
             trained(with_parts(tiny_config, parts), cpu, 1)
         assert str(raised.value) == message.format(images, remedy)
     trained(with_parts(tiny_config, 4), cpu, 1)
+
+
+def test_a_batch_that_the_loader_has_no_memory_for_is_named_alike(tiny_config, cpu):
+    def load() -> None:
+        raise LackOfMemory("CUDA allocation failed")
+
+    guarded = accumulation.name_lack_of_memory(load, tiny_config, cpu)
+    for _ in range(10):
+        with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images at once"):
+            guarded()
+    with pytest.raises(LackOfMemory):
+        guarded()
 
 
 def test_what_was_held_for_long_is_no_mistake_of_the_user(full, tiny_config, cpu):

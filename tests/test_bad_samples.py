@@ -17,7 +17,7 @@ import pipelines.loader
 from pipelines import crop, probe
 from pipelines.bad_samples import BadSamples
 from pipelines.crop import Decoder
-from pipelines.loader import DecodeError, EvalLoader
+from pipelines.loader import DecodeError, EvalLoader, LackOfMemory
 from pipelines.order import EvalOrder
 from pipelines.readers import EvalSource, FileList, Samples, read
 from pipelines.train import Augment
@@ -169,6 +169,41 @@ def test_a_lost_disk_is_not_blamed_on_the_samples(caplog: pytest.LogCaptureFixtu
         with pytest.raises(RuntimeError, match="/nowhere/"):
             next(loader(files, max_bad_share=0.1))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error in GPU operator `nvidia.dali.fn.resize`:\n\nCUDA runtime API error cudaErrorMemoryAllocation (2):",
+        "Critical error in pipeline: CUDA allocation failed",
+        "DLTensorPythonFunction error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+        'nvJPEG error "5" : NVJPEG_STATUS_ALLOCATOR_FAILURE',
+    ],
+)
+def test_a_gpus_lack_of_memory_is_not_blamed_on_the_samples(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of those tried then some might fail and others not."""
+    files = write(tmp_path / "images", with_bad(8, {}))
+    tried: list[Pipeline] = []
+
+    def run(pipeline: Pipeline) -> None:
+        tried.append(pipeline)
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(Pipeline, "run", run)
+    training = loader(files)
+    with pytest.raises(LackOfMemory, match=re.escape(said[:40])):
+        next(training)
+    evaluation = EvalLoader(files, batch_size=4, image_size=32, rank=0, world_size=1, device="cpu", num_threads=1)
+    with pytest.raises(LackOfMemory):
+        next(iter(evaluation))
+    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
+    with pytest.raises(LackOfMemory):
+        list(probe.try_samples(files, make))
+    assert len(tried) == 3
+    assert training.bad_samples == evaluation.bad_samples == ()
+    assert caplog.messages == []
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
