@@ -91,6 +91,8 @@ def evaluate_splits(
         if files is None:
             continue
         if name not in loaders:
+            if group.device.type == "cuda":
+                torch.cuda.empty_cache()  # of what the training steps left: DALI's buffers are not torch's
             loaders[name] = datasets.eval_loader(
                 files,
                 batch_size=config.optim.batch_size // group.world_size,

@@ -106,11 +106,13 @@ class Window:
     def __init__(self, group: Group) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=group.device)  # loss, norm, steps taken
         self._world_size = group.world_size
-        self._steps = 0
+        self._steps = self._bad_samples = 0
         self.skipped = 0
         """Steps left out, up to the last reading."""
         self.healthy = True
         """Whether the last step read was taken."""
+        self.more_bad_samples = False
+        """Whether a rank had found more bad samples at the last reading than at the one before."""
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         taken = torch.isfinite(grad_norm)
@@ -119,9 +121,16 @@ class Window:
         self._last = taken
         self._steps += 1
 
-    def read(self) -> tuple[float, float]:
-        """Means over the ranks and the steps taken, NaN where none was; empties the window. Collective."""
-        loss, grad_norm, taken = (sum_over_ranks(self._sums) / self._world_size).tolist()
+    def read(self, bad_samples: int) -> tuple[float, float]:
+        """Means over the ranks and the steps taken, NaN where none was; empties the window. Collective.
+
+        bad_samples: how many this rank has found so far. That any has found more comes along, as to gather which they
+        are takes two messages to all ranks and stalls a GPU.
+        """
+        sums = torch.cat([self._sums, self._sums.new_tensor([bad_samples])])
+        loss, grad_norm, taken, found = (sum_over_ranks(sums) / self._world_size).tolist()
+        total = round(found * self._world_size)
+        self.more_bad_samples, self._bad_samples = total != self._bad_samples, total
         self.skipped += self._steps - round(taken)
         self.healthy = bool(self._last)
         self._sums.zero_()

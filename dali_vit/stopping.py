@@ -22,6 +22,10 @@ HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
 
 
+_PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
+"""Stages, and how many times --hang-timeout each may take."""
+
+
 class Interrupted(Exception):
     """The run stopped early and can be started again; the message says where it stopped."""
 
@@ -96,18 +100,18 @@ class Watchdog:
     """Ends a process that makes no progress, naming the stage it hangs in.
 
     Ranks that merely wait for a hanging one are in the stage "step": they are given half as long again, so that
-    the first to speak is the one that hangs.
+    the first to speak is the one that hangs. torch.compile may search for the fastest kernels for half an hour.
     """
 
     def __init__(self, group: Group, seconds: float) -> None:
         self._rank, self._seconds = group.rank, seconds
-        self._stage, self._step, self._since = "start", 0, time.monotonic()
+        self._stage, self._step, self._since = "step", 0, time.monotonic()
         self._ended = threading.Event()
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, stage: str, step: int) -> None:
-        """Called whenever a stage begins: "loader", "step", "evaluation" or "checkpoint"."""
+        """Called whenever a stage begins: one of _PATIENCE."""
         self._stage, self._step, self._since = stage, step, time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -118,7 +122,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 10)):
-            patience = self._seconds * (1.0 if self._stage == "loader" else 1.5)
+            patience = self._seconds * _PATIENCE[self._stage]
             stalled = time.monotonic() - self._since
             if stalled > patience:
                 sys.stderr.write(

@@ -37,6 +37,8 @@ from dali_vit.stopping import Interrupted, Stop, Watchdog
 
 log = logging.getLogger(__name__)
 
+_COMPILING = 3  # steps, within which torch.compile is done and CUDA graphs are recorded
+
 
 def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
@@ -66,14 +68,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
 
     # Folder, logs and the stream of batches.
     settings = loader_settings(dataset, config, group, model)
-    loader = datasets.train_loader(
-        dataset,
-        config,
-        group,
-        settings=settings,
-        start_step=start,
-        bad_samples=_bad_samples(checkpoint.loader["ranks"]) if checkpoint else [],
-    )
+    bad_samples = _bad_samples(checkpoint.loader["ranks"]) if checkpoint else []
+    loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config) if group.is_main else None)
     writer = None
@@ -165,7 +161,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             watchdog.enter("loader", step)
             with timer.waiting():
                 images, labels = next_batch()  # uint8 [N, S, S, 3], int64 [N]
-            watchdog.enter("step", step)
+            watchdog.enter("compilation" if step < start + _COMPILING else "step", step)
             if step == 0 and writer:
                 log_samples(writer, config.run_dir, images)
             lr = config.optim.lr * lr_schedule(step, total_steps=total, warmup_steps=config.optim.warmup_steps)
@@ -182,10 +178,11 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             if not saving and done % config.run.log_every:
                 continue
             seconds, waited = timer.read()
-            loss_mean, grad_norm_mean = window.read()
+            loss_mean, grad_norm_mean = window.read(len(loader.bad_samples))
             _check_skipped(window, range(done - timer.steps, done), total, config, background)
-            bad_samples = _bad_samples(gather_objects(loader.state_dict()))
-            _check_bad_samples(bad_samples, dataset, config)
+            if window.more_bad_samples:
+                bad_samples = _bad_samples(gather_objects(loader.state_dict()))
+                _check_bad_samples(bad_samples, dataset, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
@@ -201,11 +198,12 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
+            stands_still = time.perf_counter()
             found = evaluate(done) if evaluating and not stopping else None
             if evaluating and found is None:
                 stopping = stopping or stop.reason()
             metrics = found or {}
-            scalars = dict(metrics)
+            scalars = {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still} if metrics else {}
             # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
             if saving and (window.healthy or stopping or done == total):
                 watchdog.enter("checkpoint", step)

@@ -283,6 +283,23 @@ def test_a_stalled_reader_is_named_with_its_stage(tmp_path):
     assert "rank 0 hangs in the loader of step" in err
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("stage", "patience"), [("loader", 1.0), ("step", 1.5), ("compilation", 6.0)])
+def test_stages_are_given_as_long_as_they_may_take(stage, patience):
+    program = (
+        "import time, torch; from dali_vit.distributed import Group; from dali_vit.stopping import Watchdog\n"
+        f"Watchdog(Group(3, 8, 3, 8, torch.device('cpu')), 0.5).enter({stage!r}, 41)\n"
+        "began = time.monotonic()\n"
+        "while True: time.sleep(0.1); print(time.monotonic() - began, flush=True)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, env=environment(), check=False
+    )
+    assert ended.returncode == 70
+    assert ended.stderr.startswith(f"dali-vit: rank 3 hangs in the {stage} of step 42 for ")
+    assert float(ended.stdout.split()[-1]) >= 0.5 * patience - 0.2
+
+
 @pytest.mark.timeout(120)
 def test_a_run_is_not_run_twice_at_once(image_folder, tmp_path):
     with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=4000)) as process:
