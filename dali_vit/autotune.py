@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from dali_vit import environment
 from dali_vit.config import Config
 from dali_vit.data import Decoder, LoaderSettings
 from dali_vit.distributed import Group, gather_objects
+from dali_vit.files import replacing
 from dali_vit.mixup import normalize
 
 log = logging.getLogger(__name__)
@@ -239,11 +239,10 @@ def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:
 def _write(path: Path, conditions: dict[str, Any], settings: LoaderSettings, rate: float) -> bool:
     """Whether it could be kept."""
     text = json.dumps({"conditions": conditions, "settings": asdict(settings), "images_per_sec": rate}, indent=1)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         log.warning("autotune: %s cannot be written: %s", path, error)
         return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig, UserError
+from dali_vit.files import replacing
 from dali_vit.model import PlainViT, create_model
 from dali_vit.variants import VARIANTS, Variant
 
@@ -164,14 +164,8 @@ def to_big_vision(model: nn.Module) -> Params:
 
 def save_npz(path: str | Path, params: Mapping[str, np.ndarray]) -> None:
     """Writes a parameter tree as an .npz that big_vision loads (config.model_init), whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **params)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **params)  # type: ignore[arg-type]
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:

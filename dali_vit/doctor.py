@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dali_vit import data, environment
+from dali_vit.compiling import compile_fault
 from dali_vit.config import Config, DataConfig, OptimConfig
 from dali_vit.distributed import Group
 from dali_vit.metrics import peak_flops
-from dali_vit.step import compile_fault
 
 
 def report() -> str:

@@ -11,7 +11,7 @@ from dali_vit import data as datasets
 from dali_vit.config import Config
 from dali_vit.data import EvalLoader
 from dali_vit.distributed import Group, share_buffers, sum_over_ranks
-from dali_vit.step import normalize
+from dali_vit.mixup import normalize
 
 
 @torch.inference_mode()

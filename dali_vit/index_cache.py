@@ -11,12 +11,10 @@ import functools
 import logging
 import os
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_vit.environment import cache_folder
+from dali_vit.files import replacing
 
 __all__ = ["INDEX", "Listing", "load", "save", "stamps"]
 
@@ -149,15 +148,8 @@ def _elsewhere(folder: Path) -> Path:
 
 def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
     """In one piece: of processes that write at once, the last one's stays, and readers see a whole one."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, allow_pickle=False, **columns)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        np.savez(file, allow_pickle=False, **columns)
 
 
 @functools.cache  # once a process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from dali_vit import data as datasets
 from dali_vit.config import MAX_BATCH_SIZE, MAX_THREADS, UserError, check_range
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
+from dali_vit.files import replacing
+from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
-from dali_vit.step import normalize
 
 
 def evaluate_checkpoint(
@@ -117,12 +117,10 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
         if target.suffix == ".npz":
             big_vision.save_npz(target, big_vision.to_big_vision(opened.model))
         else:
-            checkpoint.save_model(
-                target, opened.model.state_dict(), opened.config, opened.resolution, opened.classes, opened.step
-            )
+            about = opened.config, opened.resolution, opened.classes, opened.step
+            with replacing(target) as temporary:
+                checkpoint.save_model(temporary, opened.model.state_dict(), *about)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            target.unlink()
         raise UserError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     parameters = num_parameters(opened.model)
     return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters"

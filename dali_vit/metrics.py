@@ -18,6 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_vit.distributed import Group, sum_over_ranks
+from dali_vit.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +218,8 @@ def _drop_lines_past(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # a line cut short by a crash
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def duration(seconds: float) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError, validate
 from dali_vit.distributed import Group
+from dali_vit.files import replacing
 from dali_vit.prepare.sources import read_sample
 from pipelines.order import TrainOrder
 
@@ -52,14 +51,11 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
     title = f"{dataset.name}: step {step}, seed {config.run.seed}, {config.data.crop} crop, {aug}, before Mixup"
     grid = _grid(originals, pixels, names, title)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(temporary, "PNG")
-        temporary.rename(out)
+        with replacing(out) as temporary:
+            grid.save(temporary, "PNG")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"--out {out}: cannot write there ({error.strerror or error})") from error
     return f"{out}: {len(names)} images of step {step}, {grid.width} x {grid.height} pixels"
 

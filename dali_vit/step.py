@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import logging
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
 from dali_vit.attention import fastest_attention
-from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
-from dali_vit.distributed import Group, gather_objects
-from dali_vit.mixup import mixup_cross_entropy, normalize, normalize_and_mix
+from dali_vit.compiling import how_to_compile
+from dali_vit.config import WITH_CUDA_GRAPHS, Config
+from dali_vit.distributed import Group
+from dali_vit.mixup import mixup_cross_entropy, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
 from dali_vit.spikes import SharedLoss
 
@@ -32,11 +28,7 @@ DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": 
 
 _CACHE_KEY_TAG = torch.compiler.config.cache_key_tag  # the user's, by TORCH_COMPILE_CACHE_KEY_TAG
 
-_PATIENCE = 5.0  # seconds that torch.compile's workers have to end
-
 Update = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
-
-log = logging.getLogger(__name__)
 
 
 class TrainStep(nn.Module):
@@ -95,7 +87,7 @@ def build_update(
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
             **DDP_OPTIONS | ({"static_graph": False} if parts > 1 else {}),  # it cannot leave an exchange out
         )
-    mode, compiled = _how_to_compile(config, group)
+    mode, compiled = how_to_compile(config, group)
     if mode != "off":
         # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
@@ -123,58 +115,4 @@ def build_update(
     return name_lack_of_memory(update, config, group), compiled
 
 
-def _how_to_compile(config: Config, group: Group) -> tuple[str, str]:
-    """The mode of torch.compile or `off`, and that in words. Collective."""
-    wanted = config.run.compile
-    if wanted == "off":
-        return "off", "off (--compile off)"
-    if wanted == "auto" and group.device.type != "cuda":
-        return "off", "off (on the CPU it takes longer than it saves; --compile default switches it on)"
-    fault = next(filter(None, gather_objects(compile_fault(group.device))), None)
-    if fault is None:
-        mode = "default" if wanted == "auto" else wanted
-        return mode, f"torch.compile, {mode} mode"
-    if wanted != "auto":
-        raise UserError(f"--compile {wanted}: torch.compile fails here ({fault}); mend that, or give --compile off")
-    if group.is_main:
-        log.warning("torch.compile fails here (%s): training goes without it, several times slower on a GPU", fault)
-    return "off", "off (torch.compile fails here)"
-
-
-def compile_fault(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on a device, in one line, such as a missing C compiler; None if nothing.
-
-    A sum is compiled: a second, or ten for the first time on a machine.
-    """
-    atexit.unregister(_limit_compile_workers)
-    try:
-        torch.compile(torch.add)(torch.ones(2, device=device), 1)
-    except Exception as error:  # of any of the many things that have to fit together
-        # What follows an empty line is advice to torch's developers.
-        return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
-    finally:
-        atexit.register(_limit_compile_workers)  # after torch's own, which runs later then
-    return None
-
-
-def _limit_compile_workers() -> None:
-    """Has the end of the program wait a few seconds for torch.compile's workers, in place of five minutes.
-
-    The process that forks them may stand still when it is to end (seen with torch 2.11); torch waits 300 s for it.
-    """
-    compiler = sys.modules.get("torch._inductor.async_compile")
-    for pool in getattr(compiler, "_pool_set", ()):
-        process = getattr(pool, "process", None)
-        if isinstance(process, subprocess.Popen):
-            process.wait = partial(_wait_or_kill, process.wait, process.kill)  # type: ignore[method-assign]
-
-
-def _wait_or_kill(wait: Callable[..., int], kill: Callable[[], None], timeout: float | None = None) -> int:
-    try:
-        return wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
-        kill()
-        return wait()
-
-
-__all__ = ["DDP_OPTIONS", "TrainStep", "build_update", "compile_fault", "normalize"]
+__all__ = ["DDP_OPTIONS", "TrainStep", "build_update"]

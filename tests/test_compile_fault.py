@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_vit import step
+from dali_vit import compiling
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from tests.conftest import TINY, dali_vit, environment
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.timeout(120)
 GPU = Group(0, 1, 0, 1, torch.device("cuda", 0))
 
 
-def compiling(config: Config, mode: str) -> Config:
+def with_mode(config: Config, mode: str) -> Config:
     return replace(config, run=replace(config.run, compile=mode))
 
 
 def test_it_works_here() -> None:
-    assert step.compile_fault(torch.device("cpu")) is None
+    assert compiling.compile_fault(torch.device("cpu")) is None
 
 
 def test_a_missing_compiler_is_named_before_anything_is_trained(
@@ -48,18 +48,21 @@ def test_a_missing_compiler_is_named_before_anything_is_trained(
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_what_was_asked_for_is_not_replaced(mode: str, tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "compile_fault", lambda device: "no compiler")
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: "no compiler")
     with pytest.raises(UserError, match=rf"^--compile {mode}: torch.compile fails here \(no compiler\)"):
-        step._how_to_compile(compiling(tiny_config, mode), GPU)
+        compiling.how_to_compile(with_mode(tiny_config, mode), GPU)
 
 
 def test_by_default_training_goes_without_and_says_so(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = []
-    monkeypatch.setattr(step, "compile_fault", lambda device: asked.append(device) or "no compiler")
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: asked.append(device) or "no compiler")
     with caplog.at_level(logging.WARNING):
-        assert step._how_to_compile(compiling(tiny_config, "auto"), GPU) == ("off", "off (torch.compile fails here)")
+        assert compiling.how_to_compile(with_mode(tiny_config, "auto"), GPU) == (
+            "off",
+            "off (torch.compile fails here)",
+        )
     assert asked == [GPU.device]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "torch.compile fails here (no compiler)"
@@ -69,13 +72,13 @@ def test_by_default_training_goes_without_and_says_so(
 def test_all_ranks_do_as_the_one_where_it_fails(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(step, "compile_fault", lambda device: None)
-    assert step._how_to_compile(compiling(tiny_config, "auto"), GPU)[0] == "default"
-    monkeypatch.setattr(step, "gather_objects", lambda fault: [fault, "no room", None])
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: None)
+    assert compiling.how_to_compile(with_mode(tiny_config, "auto"), GPU)[0] == "default"
+    monkeypatch.setattr(compiling, "gather_objects", lambda fault: [fault, "no room", None])
     with caplog.at_level(logging.WARNING):
-        assert step._how_to_compile(compiling(tiny_config, "auto"), replace(GPU, rank=1, world_size=3))[0] == "off"
+        assert compiling.how_to_compile(with_mode(tiny_config, "auto"), replace(GPU, rank=1, world_size=3))[0] == "off"
         assert not caplog.records  # rank 0 says it
-        assert step._how_to_compile(compiling(tiny_config, "auto"), replace(GPU, world_size=3))[0] == "off"
+        assert compiling.how_to_compile(with_mode(tiny_config, "auto"), replace(GPU, world_size=3))[0] == "off"
     assert len(caplog.records) == 1
 
 
@@ -84,13 +87,13 @@ def test_the_reason_is_one_line_without_advice_to_others(monkeypatch: pytest.Mon
         raise RuntimeError("no compiler\nin sight\n\nSet SOME_VARIABLE=1 for more")
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
-    assert step.compile_fault(torch.device("cpu")) == "RuntimeError: no compiler in sight"
+    assert compiling.compile_fault(torch.device("cpu")) == "RuntimeError: no compiler in sight"
 
 
 def test_without_compilation_nothing_is_tried(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "compile_fault", lambda device: pytest.fail("it was"))
-    assert step._how_to_compile(compiling(tiny_config, "off"), GPU)[0] == "off"
-    assert step._how_to_compile(compiling(tiny_config, "auto"), cpu)[0] == "off"
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: pytest.fail("it was"))
+    assert compiling.how_to_compile(with_mode(tiny_config, "off"), GPU)[0] == "off"
+    assert compiling.how_to_compile(with_mode(tiny_config, "auto"), cpu)[0] == "off"
 
 
 @pytest.mark.parametrize("ending", ["", "cli.main = lambda: sys.exit(0)\ncli.run()"])
@@ -98,8 +101,8 @@ def test_workers_of_the_compiler_that_do_not_end_are_not_waited_for(ending: str)
     """The process that forks them stands still, as it now and then does by itself; torch would wait for 5 minutes."""
     program = f"""
 import os, signal, sys, time, torch
-from dali_vit import cli, step
-assert step.compile_fault(torch.device("cpu")) is None
+from dali_vit import cli, compiling
+assert compiling.compile_fault(torch.device("cpu")) is None
 from torch._inductor.async_compile import AsyncCompile, _pool_set
 pool = AsyncCompile.process_pool()
 assert pool in _pool_set
@@ -112,5 +115,5 @@ print(pool.process.pid, time.monotonic(), flush=True)
     ended = time.monotonic()
     assert started.returncode == 0, started.stderr
     pid, stopped = started.stdout.split()
-    assert step._PATIENCE < ended - float(stopped) < step._PATIENCE + 15
+    assert compiling._PATIENCE < ended - float(stopped) < compiling._PATIENCE + 15
     assert not Path("/proc", pid).exists()

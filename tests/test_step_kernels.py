@@ -25,6 +25,7 @@ import measure_kernels
 import measure_step
 from benchmark import goals, kernels, modes, windows
 
+import dali_vit.compiling
 import dali_vit.step
 from dali_vit.blocks import LeanBlock
 from dali_vit.model import create_model
@@ -277,7 +278,7 @@ def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu,
         return lambda *arguments: InPlace.apply(step(*arguments))
 
     monkeypatch.setattr(torch, "compile", replayed)
-    monkeypatch.setattr(dali_vit.step, "compile_fault", lambda device: None)
+    monkeypatch.setattr(dali_vit.compiling, "compile_fault", lambda device: None)
     model = create_model(config.model, num_classes=3, resolution=32)
     update, compiled = build_update(config, model, create_optimizer(model, config.optim), cpu)
     assert compiled == f"torch.compile, {mode} mode"

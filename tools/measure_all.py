@@ -28,6 +28,7 @@ from benchmark import goals
 
 from dali_vit import distributed
 from dali_vit.config import UserError
+from dali_vit.files import replacing
 
 TOOLS = Path(__file__).parent
 RECORDS = "measured.json"
@@ -147,9 +148,8 @@ def write_summary(out: Path, records: dict[str, dict[str, Any]]) -> str:
     commands = {name: f"`{record['command']}` ({_ending(record)})" for name, record in records.items()}
     text = goals.summary(results, commands)
     for name, content in ((RECORDS, json.dumps(records, indent=1)), ("summary.md", text)):
-        partial = out / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(out / name)
+        with replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return text
 
 

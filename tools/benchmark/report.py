@@ -12,6 +12,7 @@ from benchmark import compare
 from benchmark.sweep import Settings, Trial
 from benchmark.windows import Measurement
 from dali_vit.config import UserError
+from dali_vit.files import replacing
 
 # The goal of the joint rate, as a share of the step alone; from there on the loader is out of the way.
 UNHINDERED = 0.97
@@ -125,6 +126,5 @@ def check_folder(flag: str, path: Path) -> None:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes the file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

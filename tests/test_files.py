@@ -1,0 +1,48 @@
+"""A file is there as a whole or as it was before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dali_vit.files import replacing
+
+
+def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with replacing(path) as temporary:
+        temporary.write_text("after")
+        assert path.read_text() == "before"
+        assert temporary.parent == tmp_path
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", [None, "before"])
+def test_what_fails_leaves_the_file_as_it_was_and_nothing_else(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "file"
+    if before:
+        path.write_text(before)
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == ({path: before} if before else {})
+
+
+def test_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path) as first:
+        with replacing(path) as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+
+
+def test_the_longest_name_is_possible(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    with replacing(path) as temporary:
+        temporary.write_text("text")
+    assert path.read_text() == "text"
