@@ -25,9 +25,14 @@ def test_what_fails_leaves_the_file_as_it_was_and_nothing_else(tmp_path: Path, b
     path = tmp_path / "file"
     if before:
         path.write_text(before)
-    with pytest.raises(KeyError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert {file: file.read_text() for file in tmp_path.iterdir()} == ({path: before} if before else {})
 
 
