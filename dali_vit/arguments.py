@@ -1,4 +1,4 @@
-"""Flags of the commands that have no module of their own for them; the text under a field is its help."""
+"""Command-line flags of eval, predict, convert, export, preview and doctor; the text under a field is its help."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dali_vit import big_vision
 from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
+from dali_vit.model import create_model
 
 FORMAT = 1
 BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
@@ -233,9 +235,6 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     built for images of that size, its position embeddings resampled. UserError names what cannot be read,
     PermissionError what may not.
     """
-    from dali_vit import big_vision  # here, because it is needed for one kind of file only
-    from dali_vit.model import create_model
-
     path = Path(path)
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")

@@ -1,7 +1,8 @@
-"""The command line: the only module that prints or exits.
+"""The command line: the only module that prints, and but for `stopping`'s last resorts the only one that exits.
 
 Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
-checkpoint, to be started again; 1 a defect of ours (traceback).
+checkpoint, to be started again; 130 Ctrl-C where there is nothing to keep; 1 a defect of ours (traceback). `stopping`
+ends a run that hangs with 70, and one that is told a second time to stop with 128 + the signal.
 """
 
 from __future__ import annotations
@@ -186,6 +187,8 @@ def _predict(argv: list[str]) -> int:
         raise UserError("IMAGE: missing; name at least one image file")
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be at least 1")
+    if arguments.gpus is not None and arguments.gpus > 1:
+        raise UserError(f"--gpus {arguments.gpus}: predict uses one GPU; give 1, or 0 for the CPU")
     from dali_vit import distributed, inference
 
     with distributed.connect(arguments.gpus) as group:

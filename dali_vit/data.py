@@ -52,7 +52,7 @@ __all__ = [
     "load_real_labels",
 ]
 
-# First bytes of the same formats.
+# First bytes of the formats of IMAGE_SUFFIXES.
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|BM|II\*\0|MM\0\*|P[1-6][\s#]|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,

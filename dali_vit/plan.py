@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,19 +41,15 @@ def plan(config: Config, world_size: int) -> Plan:
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is not None:
         _check_resumable(config, checkpoint)
-    with _user_errors():
-        dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
-        train_files = dataset.split("train")
-        datasets.allow_open_files(train_files, batch_size // world_size)
-        datasets.check_images(train_files, config.data.max_bad_share)
-        if dataset.val is not None:
-            datasets.check_images(dataset.val)
-        model = create_model(
-            config.model,
-            num_classes=len(dataset.classes),
-            resolution=config.data.resolution,
-            seed=config.run.seed,
-        )
+    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+    train_files = dataset.split("train")
+    datasets.allow_open_files(train_files, batch_size // world_size)
+    datasets.check_images(train_files, config.data.max_bad_share)
+    if dataset.val is not None:
+        datasets.check_images(dataset.val)
+    model = create_model(
+        config.model, num_classes=len(dataset.classes), resolution=config.data.resolution, seed=config.run.seed
+    )
     if checkpoint is not None and checkpoint.classes != dataset.classes:
         raise UserError(
             f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
@@ -96,14 +90,3 @@ def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None
             f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
             " choose another --name, or give the same settings to go on with it"
         )
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turns the ValueError with which a module refuses a value into the error shown to the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -105,7 +105,7 @@ class Report:
     problems: tuple[Problem, ...]
     """In the order of the set."""
     quarantined: int = 0
-    """Images moved aside."""
+    """Problems that hurt and were moved aside with their images."""
     left_out: tuple[LeftOut, ...] = ()
     """Files in class folders that belong to no split: remarks, as they do not hurt training."""
 
@@ -289,7 +289,8 @@ def _check_quarantine(dataset: Dataset, quarantine: Path | None) -> None:
 
 
 def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
-    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many."""
+    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many
+    problems went with them."""
     moved: dict[str, Problem] = {problem.path: problem for problem in problems if problem.hurts}
     if not moved:
         return 0
