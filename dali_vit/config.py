@@ -167,8 +167,8 @@ class RunConfig:
     """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
     log_every: int = operational(50)
     """Steps between log lines and scalars."""
-    eval_every: float = operational(1.0)
-    """Epochs between evaluations on minival and val; 0: only at the end."""
+    eval_every: float = operational(2.0)
+    """Epochs between evaluations on minival and val (big_vision: 2,500 steps, about as many); 0: only at the end."""
     checkpoint_every: int = operational(1000)
     """Steps between checkpoints; one is also written after each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
