@@ -73,6 +73,8 @@ def try_out(size: int, device_id: int | None) -> None:
         images = images if device_id is None else images.gpu()
         return rand_augment(images, uniforms, np.zeros(44, np.float32), size=size, layers=1)
 
+    if device_id is not None:
+        torch.cuda.set_device(device_id)  # a new thread is on the first GPU, where it would make a context of its own
     pipeline = graph()
     for _ in range(3):
         (output,) = pipeline.run()
