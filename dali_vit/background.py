@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +22,20 @@ class BackgroundWriter:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: list[Future[Any]] = []
         self._copies: Any = None
 
-    def submit(self, write: Callable[..., Path], state: Mapping[str, Any], **arguments: Any) -> None:
-        """Calls write(**state, **arguments) later, with the tensors of `state` as they are now."""
-        self.wait()  # else what is being written would be written over
-        self._copies, event = snapshot(state, self._copies)
-        self._pending = self._thread.submit(_write, write, self._copies, event, arguments)
+    def submit(self, write: Callable[..., Any], state: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+        """Calls write(**state, **arguments) later, with the tensors of `state` as they are now.
+
+        Waits for what is being written where there is a state: it would be written over.
+        """
+        event = None
+        if state is not None:
+            self.wait()
+            self._copies, event = snapshot(state, self._copies)
+        given = {} if state is None else self._copies
+        self._pending.append(self._thread.submit(_write, write, given, event, arguments))
 
     def wait(self) -> None:
         """Waits for the write under way, if any, and reports its failure as a warning."""
@@ -46,10 +51,18 @@ class BackgroundWriter:
         finally:
             self._thread.shutdown()
 
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for the last write, also where an error has ended what was going on."""
+        self.wait()
+        self._thread.shutdown()
+
     def _finish(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        pending, self._pending = self._pending, []
+        for write in pending:
+            write.result()
 
 
 def snapshot(state: Any, before: Any = None) -> tuple[Any, torch.cuda.Event | None]:
@@ -95,8 +108,8 @@ def _fits(old: Any, value: torch.Tensor) -> bool:
 
 
 def _write(
-    write: Callable[..., Path], state: Mapping[str, Any], event: torch.cuda.Event | None, arguments: Mapping[str, Any]
-) -> Path:
+    write: Callable[..., Any], state: Mapping[str, Any], event: torch.cuda.Event | None, arguments: Mapping[str, Any]
+) -> None:
     if event is not None:
         event.synchronize()
-    return write(**state, **arguments)
+    write(**state, **arguments)

@@ -6,7 +6,7 @@
         checkpoint.json     format, step, config, class names, loader state, metrics, SHA-256 of the other files
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a folder named step_*
-is complete. Nothing that is loaded can run code.
+is complete. An evaluation's metrics are added to checkpoint.json afterwards. Nothing that is loaded can run code.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from dali_vit import big_vision
 from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
+from dali_vit.files import replacing
 from dali_vit.model import create_model
 
 FORMAT = 1
@@ -52,6 +53,7 @@ class Checkpoint:
     classes: tuple[str, ...]
     loader: dict[str, Any]
     metrics: dict[str, float]
+    """Of the evaluation of these weights; none where they were not evaluated."""
 
     def model_state(self) -> dict[str, torch.Tensor]:
         return _read_safetensors(self.path / "model.safetensors")[0]
@@ -84,22 +86,19 @@ def save(
     model_state: Mapping[str, torch.Tensor],
     trainer_state: Mapping[str, Any],
     loader_state: Mapping[str, Any],
-    metrics: Mapping[str, float],
 ) -> Path:
     """Writes the checkpoint of a step and removes what is no longer to be kept; returns its folder.
 
     OSError, with nothing half-written left behind and the older checkpoints untouched, where the disk refuses.
     """
-    folder = run_dir / "checkpoints"
+    final = _step_folder(run_dir, step)
+    folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:09d}"
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     for stale in folder.glob(".tmp-*"):  # of processes that were killed while writing
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        return _write(
-            folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state, metrics
-        )
+        return _write(folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save does not say so.
         full = not isinstance(error, OSError) and shutil.disk_usage(folder).free < 2**16
@@ -118,7 +117,6 @@ def _write(
     model_state: Mapping[str, torch.Tensor],
     trainer_state: Mapping[str, Any],
     loader_state: Mapping[str, Any],
-    metrics: Mapping[str, float],
 ) -> Path:
     temporary.mkdir()
     save_model(temporary / "model.safetensors", model_state, config.model, config.data.resolution, classes, step)
@@ -129,7 +127,7 @@ def _write(
         "config": to_dict(config),
         "classes": list(classes),
         "loader": dict(loader_state),
-        "metrics": dict(metrics),
+        "metrics": {},
         "sha256": {name: _sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
     }
     (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -143,6 +141,25 @@ def _write(
     shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
     _prune(folder, config.run.keep_checkpoints, final)
     return final
+
+
+def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep: int) -> None:
+    """Adds to the checkpoint of a step what the evaluation of its weights found, after which none is due.
+
+    Removes what is no longer to be kept then. Does nothing where the checkpoint could not be written.
+    """
+    folder = _step_folder(run_dir, step)
+    file = folder / "checkpoint.json"
+    if not file.exists():
+        return
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["metrics"] = dict(metrics)
+    record["loader"]["evaluation_due"] = False
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _flush(temporary)
+    _flush(folder)
+    _prune(folder.parent, keep, folder)
 
 
 def save_model(
@@ -300,6 +317,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     path.open("rb").close()  # safetensors says of a file that it may not read that there is none
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:09d}"
 
 
 def _step_folders(folder: Path) -> list[Path]:

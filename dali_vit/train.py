@@ -90,8 +90,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         writer.text("summary", summary)
     background = BackgroundWriter()
 
-    def save(step: int, metrics: dict[str, float], evaluation_due: bool) -> None:
-        """A checkpoint with the metrics of these very weights, if they were evaluated: the best are kept by them."""
+    def save(step: int, evaluation_due: bool) -> None:
         random_states = gather_objects(_random_state(group))
         loader_states = gather_objects(loader.state_dict())
         if group.is_main:
@@ -110,8 +109,12 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
-                metrics=metrics,
             )
+
+    def add_metrics(step: int, metrics: dict[str, float]) -> None:
+        if group.is_main:
+            keep = config.run.keep_checkpoints
+            background.submit(checkpoints.add_metrics, run_dir=config.run_dir, step=step, metrics=metrics, keep=keep)
 
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
@@ -141,6 +144,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         return found
 
     with (
+        background,
         closing(loader),
         stop.watching(),
         watchdog,
@@ -153,7 +157,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 steps, stopping = range(0), stop.reason()
             else:
                 metrics = found
-                save(start, metrics, evaluation_due=False)
+                add_metrics(start, metrics)
                 if writer:
                     writer.scalars(start, metrics)
         timer, window, began = StepTimer(group.device), Window(group), time.perf_counter()
@@ -198,21 +202,27 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 eta = (total - done) * (time.perf_counter() - began) / (done - start)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
                 starving.check(scalars["perf/data_wait_pct"])
-            stands_still = time.perf_counter()
-            found = evaluate(done) if evaluating and not stopping else None
-            if evaluating and found is None:
-                stopping = stopping or stop.reason()
-            metrics = found or {}
-            scalars = {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still} if metrics else {}
+            scalars = {}
             # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
-            if saving and (window.healthy or stopping or done == total):
+            saved = saving and (window.healthy or stopping is not None or done == total)
+            if saved:  # before the evaluation, which may end the run
                 watchdog.enter("checkpoint", step)
                 stands_still = time.perf_counter()
-                save(done, metrics, evaluation_due=evaluating and found is None)
+                save(done, evaluation_due=evaluating)
                 timer.reset()  # waits for the copy on a GPU
                 scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stands_still)
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
+            if evaluating and not stopping:
+                stands_still = time.perf_counter()
+                found = evaluate(done)
+                if found is None:
+                    stopping = stop.reason()
+                else:
+                    metrics = found
+                    scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still}
+                    if saved:
+                        add_metrics(done, metrics)
             if writer and scalars:
                 writer.scalars(done, scalars)
             timer.reset()

@@ -115,7 +115,7 @@ class BadSamples:
             names = [self._samples.path(i) for i in bad]
             raise DecodeError(
                 f"{len(bad)} of {len(self._samples)} samples cannot be read or decoded, more than the {self._max}"
-                f" that are passed over: {_some(names)}; find and remove them with `dali-vit verify PATH`",
+                f" that are passed over (--max-bad-share): {_some(names)}; `dali-vit verify DATA` finds them",
                 names,
             )
 

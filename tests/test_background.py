@@ -101,7 +101,7 @@ def test_what_a_checkpoint_costs_the_training_is_logged(tiny_config, cpu, monkey
         return save(*arguments, **options)
 
     def said_finish(self: BackgroundWriter) -> None:
-        if self._pending is not None:
+        if self._pending:
             wanted.release()
         finish(self)
 

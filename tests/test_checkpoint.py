@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+import dali_vit.train
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
+from dali_vit.data import DecodeError
 from dali_vit.model import create_model
 from dali_vit.plan import plan, up_to_date
 from dali_vit.train import train
@@ -31,7 +33,7 @@ CONFIG = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, resol
 
 def save(run_dir: Path, step: int, metrics: dict[str, float] | None = None, config: Config = CONFIG) -> Path:
     model = create_model(CONFIG.model, num_classes=len(CLASSES), resolution=32, seed=step)
-    return checkpoint.save(
+    folder = checkpoint.save(
         run_dir,
         step=step,
         config=config,
@@ -39,14 +41,17 @@ def save(run_dir: Path, step: int, metrics: dict[str, float] | None = None, conf
         model_state=model.state_dict(),
         trainer_state={"optimizer": {"state": {0: {"exp_avg": torch.full((2,), float(step))}}}, "rng": []},
         loader_state={"step": step},
-        metrics=metrics or {},
     )
+    if metrics:
+        checkpoint.add_metrics(run_dir, step=step, metrics=metrics, keep=config.run.keep_checkpoints)
+    return folder
 
 
 def test_round_trip(tmp_path):
     save(tmp_path, 7, {"val/top1": 50.0})
     found = checkpoint.newest(tmp_path)
-    assert (found.step, found.classes, found.loader, found.metrics) == (7, CLASSES, {"step": 7}, {"val/top1": 50.0})
+    assert (found.step, found.classes, found.metrics) == (7, CLASSES, {"val/top1": 50.0})
+    assert found.loader == {"step": 7, "evaluation_due": False}
     assert found.config == CONFIG
     assert torch.equal(found.trainer_state()["optimizer"]["state"][0]["exp_avg"], torch.tensor([7.0, 7.0]))
     expected = create_model(CONFIG.model, num_classes=3, resolution=32, seed=7)
@@ -70,6 +75,25 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
         save(tmp_path, step, {"minival/top1": top1, "val/top1": 100 - top1})
     kept = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_000000002", "step_000000004", "step_000000005"]
+
+
+@pytest.mark.timeout(60)
+def test_an_evaluation_that_fails_loses_nothing(tiny_config, cpu, monkeypatch):
+    config = dataclasses.replace(tiny_config, run=dataclasses.replace(tiny_config.run, eval_every=1))
+
+    def fail(*_: Any) -> dict[str, float]:
+        raise DecodeError("2 of 28 samples cannot be read or decoded", [])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dali_vit.train, "evaluate_splits", fail)
+        with pytest.raises(DecodeError):
+            train(config, cpu, plan(config, 1))
+    found = checkpoint.newest(config.run_dir)
+    assert (found.step, found.metrics, found.loader["evaluation_due"]) == (7, {}, True)
+    train(config, cpu, plan(config, 1))
+    logged = [line["step"] for line in read_metrics(config.run_dir) if "val/top1" in line]
+    assert logged == [7, 12]
+    assert set(checkpoint.read(found.path).metrics) == set(EVALUATED)
 
 
 @pytest.mark.timeout(60)
