@@ -203,7 +203,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
         except OtherVersion:
             raise
         except UserError as error:
-            log.warning("%s; trying the one before", error)
+            log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
     if folders:
         raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move the folder away to start over")
     return None

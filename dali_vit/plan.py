@@ -63,6 +63,8 @@ def plan(config: Config, world_size: int) -> Plan:
                 f" {before}; choose another --name"
             )
     total = total_steps(config.optim, len(train_files))
+    if total == 1 and config.optim.warmup_steps:
+        raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
     return Plan(dataset, model, total, checkpoint)
 

@@ -41,6 +41,16 @@ def test_counts_by_hand():
     assert result["top5"] in (75.0, 100.0)
 
 
+def test_five_classes_count_as_the_top_five():
+    class Ranked(torch.nn.Module):
+        def forward(self, images):
+            return torch.arange(8.0, 0.0, -1.0).expand(len(images), 8)
+
+    pictures = picture(0).expand(8, 4, 4, 3)
+    result = evaluate(Ranked(), [(pictures, torch.arange(8))], torch.device("cpu"))
+    assert (result["top1"], result["top5"]) == (100 / 8, 100 * 5 / 8)
+
+
 def test_acceptable_labels_by_hand():
     # Rows of the images: {0, 2}, {0}, none, {2}; winners 0 1 2 0 -> right, wrong, left out, wrong.
     acceptable = torch.tensor([[0, 2], [0, -1], [-1, -1], [2, -1]])

@@ -54,6 +54,13 @@ def test_warmup_must_end_before_the_run() -> None:
         lr_schedule(0, total_steps=10, warmup_steps=10)
 
 
+@pytest.mark.parametrize("first_moment", ["float32", "bfloat16"])
+def test_the_settings_reach_the_optimizer(first_moment) -> None:
+    config = OptimConfig(beta1=0.8, beta2=0.95, eps=1e-5, first_moment=first_moment)
+    for group in create_optimizer(torch.nn.Linear(2, 2), config).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-5)
+
+
 def test_weight_decay_applies_to_kernels_only() -> None:
     model = vit()
     names = {id(p): name for name, p in model.named_parameters()}

@@ -16,6 +16,8 @@ PAPER = {
     "randaug_layers": 2,
     "randaug_magnitude": 10.0,
     "randaug_contrast": "paper",
+    "antialias": True,
+    "residual": "float32",
     "minival": 0.01,
     "steps": None,
     "batch_size": 1024,

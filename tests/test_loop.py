@@ -1,0 +1,66 @@
+"""What the training loop makes of its settings: length, learning rates, and the loader's augmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dali_vit import checkpoint
+from dali_vit import data as datasets
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group
+from dali_vit.plan import plan
+from dali_vit.train import train
+from dali_vit.variants import VARIANTS
+from pipelines.train import Augment
+from tests.conftest import read_metrics
+
+
+@pytest.mark.timeout(60)
+def test_the_learning_rate_of_every_step_and_their_number(tiny_config: Config, cpu: Group) -> None:
+    """54 images a batch of 8: 1.3 epochs are 8.775 batches, of which none is cut off at an epoch's end."""
+    config = replace(tiny_config, optim=replace(tiny_config.optim, steps=None, epochs=1.3, lr=0.004))
+    train(config, cpu, plan(config, 1))
+    assert checkpoint.newest(config.run_dir).step == 9
+    rates = [line["train/lr"] for line in read_metrics(config.run_dir) if "train/lr" in line]
+    warm_up = [0.0, 0.002]
+    assert rates == pytest.approx(warm_up + [0.002 * (1 + math.cos(math.pi * i / 7)) for i in range(7)], abs=1e-9)
+
+
+def test_a_run_of_one_step_has_no_warm_up(tiny_config: Config) -> None:
+    config = replace(tiny_config, optim=replace(tiny_config.optim, steps=None, epochs=0.01))
+    with pytest.raises(UserError, match="--warmup-steps 2: the run has but one step"):
+        plan(config, 1)
+
+
+def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(datasets, "TrainLoader", lambda samples, **options: given.update(options))
+    data = replace(
+        tiny_config.data,
+        crop="torchvision",
+        antialias=False,
+        randaug_layers=3,
+        randaug_magnitude=7.0,
+        randaug_contrast="mean",
+        max_bad_share=0.5,
+    )
+    config = replace(tiny_config, data=data, run=replace(tiny_config.run, seed=9))
+    datasets.train_loader(plan(config, 1).dataset, config, replace(cpu, rank=1, world_size=2), start_step=4)
+    assert given["augment"] == Augment(
+        crop="torchvision", antialias=False, randaug_layers=3, randaug_magnitude=7.0, randaug_contrast="mean"
+    )
+    found = {name: given[name] for name in ("batch_size", "image_size", "seed", "rank", "world_size", "start_step")}
+    assert found == {"batch_size": 8, "image_size": 32, "seed": 9, "rank": 1, "world_size": 2, "start_step": 4}
+    assert (given["max_bad_share"], given["num_threads"]) == (0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("Ti", (192, 12, 768, 3)), ("S", (384, 12, 1536, 6)), ("B", (768, 12, 3072, 12))]
+)
+def test_the_variants_are_the_papers(name: str, expected: tuple[int, ...]) -> None:
+    """Width, blocks, width of the MLP, heads: of these no count of parameters tells the last."""
+    assert tuple(VARIANTS[name]) == expected
