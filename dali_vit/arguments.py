@@ -60,6 +60,8 @@ class PredictArguments:
     """Classes to name per image."""
     gpus: int | None = None
     """1: a GPU; 0: the CPU; default: a GPU where there is one."""
+    resolution: int | None = None
+    """Side of the images; default: the checkpoint's. Position embeddings are resampled."""
     json: bool = False
     """Print one JSON array instead of a table."""
 

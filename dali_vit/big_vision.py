@@ -32,6 +32,9 @@ Params = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 
+_NOTE = "dali-vit resolution "
+
+
 class Inferred(NamedTuple):
     """What a parameter tree says of its model; `resolution` is None where positions are sincos2d."""
 
@@ -43,14 +46,17 @@ class Inferred(NamedTuple):
 def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT, ModelConfig, int]:
     """The model of a .npz file in eval mode, its config and its resolution; entries left out are logged.
 
-    Without `resolution`: that of the learned positions, else 224 (14 patches, where 224 is no whole number).
+    Without `resolution`: that of the learned positions or, of a file of ours, the one it was written for; else 224 (14
+    patches, where 224 is no whole number), which is said.
     Raises UserError (a ValueError) for a file that is no whole checkpoint of a plain ViT.
     """
     params = load_npz(path)
     try:
         config, classes, native = infer_config(params)
         patch = params["embedding/kernel"].shape[0]
-        resolution = resolution or native or (14 * patch if 224 % patch else 224)
+        if (resolution := resolution or native or _noted_resolution(path)) is None:
+            resolution = 14 * patch if 224 % patch else 224
+            log.warning("%s does not say for which images it is: --resolution %d is assumed", path, resolution)
         model = create_model(config, num_classes=classes, resolution=resolution)
         state, unmapped = from_big_vision(params, model)
     except UserError as error:
@@ -162,10 +168,25 @@ def to_big_vision(model: nn.Module) -> Params:
     return params
 
 
-def save_npz(path: str | Path, params: Mapping[str, np.ndarray]) -> None:
-    """Writes a parameter tree as an .npz that big_vision loads (config.model_init), whole or not at all."""
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez(file, **params)  # type: ignore[arg-type]
+def save_npz(path: str | Path, params: Mapping[str, np.ndarray], resolution: int | None = None) -> None:
+    """Writes a parameter tree as an .npz that big_vision loads (config.model_init), whole or not at all.
+
+    resolution: of the model's images, which fixed positions do not tell. It is noted in the archive's comment, as
+    big_vision takes every entry for a parameter.
+    """
+    with replacing(Path(path)) as temporary:
+        with temporary.open("wb") as file:
+            np.savez(file, **params)  # type: ignore[arg-type]
+        if resolution is not None:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = f"{_NOTE}{resolution}".encode()
+
+
+def _noted_resolution(path: str | Path) -> int | None:
+    with zipfile.ZipFile(path) as archive:
+        note = archive.comment.decode(errors="replace")
+    digits = note.removeprefix(_NOTE)
+    return int(digits) if note.startswith(_NOTE) and digits.isdecimal() else None
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:

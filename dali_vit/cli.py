@@ -192,7 +192,9 @@ def _predict(argv: list[str]) -> int:
     from dali_vit import distributed, inference
 
     with distributed.connect(arguments.gpus) as group:
-        predictions = inference.predict(arguments.checkpoint, arguments.images, group.device, top=arguments.top)
+        predictions = inference.predict(
+            arguments.checkpoint, arguments.images, group.device, top=arguments.top, resolution=arguments.resolution
+        )
     if arguments.json:
         print(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
         return 0

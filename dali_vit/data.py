@@ -220,6 +220,8 @@ def _fault(path: str) -> str | None:
 def _fault_of(head: bytes) -> str | None:
     if not head:
         return "is an empty file"
+    if head.startswith(b"GIF8"):
+        return "is a GIF, which cannot be decoded"
     return None if _MAGIC.match(head) else f"is no image (it begins with {head!r})"
 
 

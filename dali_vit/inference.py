@@ -74,13 +74,13 @@ def evaluate_checkpoint(
 
 
 def predict(
-    path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5
+    path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5, resolution: int | None = None
 ) -> list[tuple[Path, list[dict[str, Any]]]]:
     """For each image file its `top` likeliest classes: `class`, `index` and `probability` in [0, 1]."""
     for image in images:
         if not image.is_file():
             raise UserError(f"{image}: no such image file")
-    opened = checkpoint.open_model(path)
+    opened = checkpoint.open_model(path, resolution)
     files = datasets.FileList.from_paths([str(image) for image in images], np.arange(len(images)))
     datasets.check_images(files)
     group = Group(0, 1, 0, 1, device)
@@ -115,7 +115,7 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".npz":
-            big_vision.save_npz(target, big_vision.to_big_vision(opened.model))
+            big_vision.save_npz(target, big_vision.to_big_vision(opened.model), opened.resolution)
         else:
             about = opened.config, opened.resolution, opened.classes, opened.step
             with replacing(target) as temporary:

@@ -212,6 +212,9 @@ def _lecun_normal(layer: nn.Module) -> None:
 def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
     """A timm classifier with timm's initialisation, its input statistics applied to images in [-1, 1]."""
     name = config.model.removeprefix(TIMM_PREFIX)
+    if "." in name:
+        name, tag = name.split(".", 1)
+        raise UserError(f"--model {config.model}: {tag} names weights, and training begins without; give timm:{name}")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"

@@ -10,8 +10,9 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps, validate
-from dali_vit.model import create_model
+from dali_vit.model import create_model, flops_per_image
 from dali_vit.optim import lr_schedule
+from dali_vit.variants import TIMM_PREFIX
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ def plan(config: Config, world_size: int) -> Plan:
     model = create_model(
         config.model, num_classes=len(dataset.classes), resolution=config.data.resolution, seed=config.run.seed
     )
+    if config.model.model.startswith(TIMM_PREFIX):
+        try:
+            flops_per_image(model, config.data.resolution)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"--resolution {config.data.resolution}: {config.model.model} takes no images of that size ({reason})"
+            ) from error
     if checkpoint is not None and checkpoint.classes != dataset.classes:
         raise UserError(
             f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"

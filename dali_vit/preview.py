@@ -78,6 +78,8 @@ def _open(samples: datasets.ImageList, index: int) -> Image.Image | None:
     """The whole image as RGB; None where it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(read_sample(samples, index))) as image:
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
@@ -104,7 +106,8 @@ def _grid(originals: list[Image.Image | None], augmented: np.ndarray, names: lis
 
 
 def _fit(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as there is room for, in pixels."""
+    """As much of a text as there is room for, in pixels, on one line."""
+    text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"{text}...", font) > width:

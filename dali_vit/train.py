@@ -49,6 +49,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
     _check_same_start(start, config)
+    if group.is_main and not any(dataset.counts.get(split) for split in ("minival", "val")):
+        log.warning("%s has no val/, and --minival leaves none: nothing is evaluated", dataset.root)
     due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
     if checkpoint and start >= total and not due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))

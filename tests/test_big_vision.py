@@ -133,6 +133,26 @@ def test_augreg_layout(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items() if name != "cls_token")
 
 
+def test_the_resolution_is_noted_beside_the_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of fixed positions nothing in a file tells it; and a file that is not ours notes none, which is said."""
+    model = create_model(
+        ModelConfig(model="Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64), num_classes=3, resolution=32
+    )
+    params = big_vision.to_big_vision(model)
+    path = tmp_path / "a.npz"
+    big_vision.save_npz(path, params, resolution=32)
+    with np.load(path) as archive:
+        assert sorted(archive.files) == sorted(params)
+    opened, _, resolution = big_vision.open_npz(path)
+    assert resolution == 32
+    assert same_bits(opened.state_dict(), model.state_dict())
+    assert big_vision.open_npz(path, 64)[2] == 64
+    assert caplog.messages == []
+    big_vision.save_npz(path, params)
+    assert big_vision.open_npz(path)[2] == 224
+    assert caplog.messages == [f"{path} does not say for which images it is: --resolution 224 is assumed"]
+
+
 def test_positions_of_the_encoder_before_2022(tmp_path: Path) -> None:
     model = random_vit(pool="gap")
     params = big_vision.to_big_vision(model)

@@ -305,7 +305,8 @@ def test_every_format_passes_the_check(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"), [(b"", "is an empty file"), (b"hello there", "is no image"), (b"GIF89a", "is no image")]
+    ("content", "fault"),
+    [(b"", "is an empty file"), (b"hello there", "is no image"), (b"GIF89a", "is a GIF, which cannot be decoded")],
 )
 def test_what_is_no_image_is_named(tmp_path, content, fault):
     make_split(tmp_path, "train", "a b", 50)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dali_vit import checkpoint
 from dali_vit import data as datasets
-from dali_vit.config import Config, UserError
+from dali_vit.config import Config, ModelConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
 from dali_vit.train import train
 from dali_vit.variants import VARIANTS
 from pipelines.train import Augment
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, write_image_folder
 
 
 @pytest.mark.timeout(60)
@@ -56,6 +58,24 @@ def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypa
     found = {name: given[name] for name in ("batch_size", "image_size", "seed", "rank", "world_size", "start_step")}
     assert found == {"batch_size": 8, "image_size": 32, "seed": 9, "rank": 1, "world_size": 2, "start_step": 4}
     assert (given["max_bad_share"], given["num_threads"]) == (0.5, 1)
+
+
+def test_a_timm_model_that_takes_no_images_of_the_size_is_named(tiny_config: Config) -> None:
+    config = replace(tiny_config, model=ModelConfig(model="timm:inception_v3"))
+    with pytest.raises(UserError, match=r"^--resolution 32: timm:inception_v3 takes no images of that size \("):
+        plan(config, 1)
+
+
+@pytest.mark.timeout(60)
+def test_that_nothing_is_evaluated_is_said(
+    tiny_config: Config, cpu: Group, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_image_folder(tmp_path / "data", val=1)
+    shutil.rmtree(folder / "val")
+    data = replace(tiny_config.data, data=str(folder), minival=0.0)
+    config = replace(tiny_config, data=data, optim=replace(tiny_config.optim, steps=3))
+    train(config, cpu, plan(config, 1))
+    assert caplog.messages[0] == f"{folder} has no val/, and --minival leaves none: nothing is evaluated"
 
 
 @pytest.mark.parametrize(

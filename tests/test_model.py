@@ -222,6 +222,11 @@ def test_timm_model_of_fixed_size_is_built_for_the_resolution() -> None:
         (ModelConfig(width=102), 224, "--width 102: sincos2d positions need a multiple of 4"),
         (ModelConfig(depth=0), 224, "--depth 0: must be at least 1"),
         (ModelConfig(model="timm:resnet5O"), 224, r"--model timm:resnet5O: no such model.*did you mean .*resnet50"),
+        (
+            ModelConfig(model="timm:resnet50.a1_in1k"),
+            224,
+            "a1_in1k names weights, and training begins without; give timm:r",
+        ),
         (ModelConfig(model="timm:resnet50", head="linear"), 224, "--head linear: has no effect on timm:resnet50"),
         (ModelConfig(model="timm:resnet50", depth=3), 224, "--depth 3: has no effect on timm:resnet50"),
     ],

@@ -12,6 +12,7 @@ from PIL import Image
 from dali_vit import preview as previews
 from dali_vit.data import load_dataset
 from pipelines.loader import TrainLoader
+from pipelines.readers import FileList
 from pipelines.train import Augment
 from tests.conftest import CLASSES, TINY, write_image_folder
 from tests.test_cli import run
@@ -94,6 +95,15 @@ def test_long_class_names_are_cut_to_the_room_there_is():
     assert name.startswith(shown[:-3])
     assert 70 < draw.textlength(shown, font) <= 92
     assert previews._fit("bee", 92, draw, font) == "bee"
+    assert previews._fit("a\nline", 92, draw, font) == "a line"
+
+
+def test_images_of_16_bits_are_shown_in_8(tmp_path):
+    pixels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    files = FileList.from_paths([str(tmp_path / "deep.png")], [0])
+    shown = np.asarray(previews._open(files, 0))
+    assert np.array_equal(shown, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
 
 
 def test_mistakes_are_named(image_folder, tmp_path, capsys):
