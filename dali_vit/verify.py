@@ -28,6 +28,7 @@ from dali_vit.environment import cpu_count
 from dali_vit.listing import LEFT_OUT, LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
+from pipelines.eval import MAX_ASPECT_RATIO
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -42,6 +43,7 @@ KINDS = {
     "truncated": "ends too early",
     "damaged": "cannot be decoded",
     "too large": "has more pixels than --max-megapixels",
+    "too long": "is so long and thin that an evaluation refuses it",
     "duplicate": "is in val, too, byte for byte",
     "checksum": "is not the shard that prepare wrote",
     "CMYK": "is decoded to RGB",
@@ -189,6 +191,8 @@ def inspect(data: bytes, name: str, max_pixels: float) -> list[tuple[str, str]]:
             early = "truncated" in str(error) or "unexpected end" in str(error).lower()
             return [("truncated" if early else "damaged", _one_line(error))]
         problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
+        if round(256 * MAX_ASPECT_RATIO * min(image.size) / max(image.size)) < 224:
+            problems.append(("too long", f"{image.width} x {image.height} pixels"))
     suffix = os.path.splitext(name)[1].lower()
     if _FORMATS.get(suffix, kind) != kind:
         problems.append(("other format", f"{kind} named {suffix}"))

@@ -12,10 +12,11 @@ from pipelines.crop import Decoder
 from pipelines.order import EvalOrder
 from pipelines.readers import NUM_LAST_BYTES, EvalSource, Samples, read
 
-__all__ = ["eval_pipeline"]
+__all__ = ["MAX_ASPECT_RATIO", "eval_pipeline"]
 
 # A JPEG of 65,000 x 1 pixels would be scaled up to 256 times its side, 12 GB.
-_MAX_ASPECT_RATIO = 100
+MAX_ASPECT_RATIO = 100
+"""Of an image of which `eval_pipeline` resizes the smaller side as it should; one beyond 256 / 224 as much fails."""
 
 
 @pipeline_def
@@ -27,7 +28,7 @@ def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: s
     images = fn.resize(
         images,
         resize_shorter=shorter,
-        max_size=shorter * _MAX_ASPECT_RATIO,  # what is longer is left too small for the crop, which then fails
+        max_size=shorter * MAX_ASPECT_RATIO,  # what is longer is left too small for the crop, which then fails
         interp_type=types.INTERP_LINEAR,
         antialias=True,
         subpixel_scale=False,  # the reference stretches to whole pixels

@@ -256,7 +256,8 @@ class EvalLoader:
             "num_threads": num_threads,
         }
         make = functools.partial(eval_pipeline, **decoding)
-        failing = functools.partial(make, image_size=8)
+        # At the same size, as an image may be too long and thin for one and not for another.
+        failing = functools.partial(make, image_size=image_size)
         self._bad = BadSamples(samples, failing, bad_samples, max_bad_share, _on_cpu(decoding))
         self._make_pipeline = functools.partial(make, samples, self._order, image_size=image_size, bad=self._bad.mask)
         self._idle: Pipeline | None = None

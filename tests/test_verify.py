@@ -3,6 +3,7 @@ import os
 import struct
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.verify import KINDS, Report, VerifyArguments, inspect, verify
+from pipelines.loader import DecodeError, EvalLoader
+from pipelines.readers import FileList
 from tests import datasets
 from tests.datasets import WNIDS, encode
 
@@ -56,12 +59,24 @@ def png_of(width: int, height: int) -> bytes:
         ("a.png", JPEG, ["other format"]),
         ("a.png", encode(PIXELS, mode="CMYK"), ["CMYK", "other format"]),
         ("a.png", png_of(60_000, 60_000), ["too large"]),
+        ("a.png", encode(np.zeros((7, 801, 3), np.uint8), "PNG"), []),
+        ("a.png", encode(np.zeros((7, 802, 3), np.uint8), "PNG"), ["too long"]),
+        ("a.png", encode(np.zeros((802, 7, 3), np.uint8), "PNG"), ["too long"]),
         ("a.jpg", png_of(10_001, 10_000), ["too large"]),
     ],
 )
 def test_what_is_wrong_with_an_image(name, data, kinds):
     assert [kind for kind, _ in inspect(data, name, MANY_PIXELS)] == kinds
     assert set(kinds) <= set(KINDS)
+
+
+@pytest.mark.parametrize(("width", "fails"), [(801, False), (802, True)])
+def test_what_is_too_long_an_evaluation_refuses(tmp_path, width, fails):
+    (tmp_path / "a.png").write_bytes(encode(np.zeros((7, width, 3), np.uint8), "PNG"))
+    files = FileList.from_paths([str(tmp_path / "a.png")], [0])
+    loader = EvalLoader(files, batch_size=1, image_size=224, rank=0, world_size=1, device="cpu", num_threads=1)
+    with pytest.raises(DecodeError) if fails else nullcontext():
+        next(iter(loader))
 
 
 def test_the_limit_is_exclusive():
