@@ -52,7 +52,7 @@ class EvalArguments:
 class PredictArguments:
     """The likeliest classes of image files."""
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files."""
     checkpoint: Path
     """Run folder, step_* folder, .safetensors, or big_vision .npz."""
@@ -75,13 +75,13 @@ class DoctorArguments:
 class ConvertArguments:
     """A big_vision .npz checkpoint as .safetensors, or the converse."""
 
-    source: Annotated[Path, tyro.conf.Positional]
-    """IN: .npz, or a checkpoint of ours."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """OUT: .safetensors or .npz; must not exist."""
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """.npz, or a checkpoint of ours."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """.safetensors or .npz; must not exist."""
     resolution: int | None = None
-    """Resample the position embeddings for images of this side; default: the checkpoint's, of an .npz without learned
-    positions, which does not say, 224."""
+    """Resample the position embeddings for images of this side; default: the checkpoint's; 224 where an
+    .npz does not say it, as big_vision's without learned positions."""
 
 
 @dataclass(frozen=True)

@@ -305,6 +305,8 @@ def _model_file(path: Path) -> Path:
                 " a .safetensors file or a big_vision .npz"
             )
         return path
+    if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
+        raise UserError(f"--checkpoint {path}: made by `export` for timm; give the run or checkpoint it was made of")
     if (path / "checkpoint.json").exists() or (path / "model.safetensors").exists():
         return read(path).path / "model.safetensors"
     checkpoint = newest(path)

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -173,7 +174,8 @@ def _eval(argv: list[str]) -> int:
         )
         if group.is_main:
             if arguments.json:
-                print(json.dumps(metrics))
+                # JSON has no NaN or infinity, which a model that has diverged gives.
+                print(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
             else:
                 for name, value in metrics.items():
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

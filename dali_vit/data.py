@@ -198,8 +198,7 @@ def check_images(samples: ImageList, max_bad_share: float | None = None) -> None
     for path, fault in bad:
         if fault == _NOT_REGULAR:  # DALI would wait for a pipe's writer for ever, where it leaves other bad files out
             raise UserError(f"{path} {fault}: remove it or put an image in its place")
-    # As where an image turns out bad later: one is allowed in any case, unless none is.
-    if len(bad) > max((max_bad_share or 0.0) * len(indices), bool(max_bad_share)):
+    if len(bad) > (max_bad_share or 0.0) * len(indices):
         path, fault = bad[0]
         found = f"unusable images: {len(bad)} of {len(indices)} looked at"
         limit = "" if max_bad_share is None else f", more than --max-bad-share {max_bad_share:g} allows"

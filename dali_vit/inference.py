@@ -16,6 +16,7 @@ from dali_vit.config import MAX_BATCH_SIZE, MAX_THREADS, UserError, check_range
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.files import replacing
+from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
 
@@ -132,7 +133,11 @@ def _num_outputs(opened: checkpoint.OpenedModel) -> int:
 
 def _check_classes(data: str, classes: tuple[str, ...], opened: checkpoint.OpenedModel) -> None:
     if opened.classes is not None and opened.classes != classes:
-        raise UserError(f"--data {data}: its classes differ from those the checkpoint was trained on")
+        differing = sorted(set(classes) ^ set(opened.classes)) or ["their order"]
+        raise UserError(
+            f"--data {data}: its {len(classes)} classes are not the {len(opened.classes)} that the checkpoint was"
+            f" trained on (they differ in {some(differing)}); give a set of the same"
+        )
     if len(classes) != _num_outputs(opened):
         raise UserError(f"--data {data}: has {len(classes)} classes, the checkpoint {_num_outputs(opened)}")
 

@@ -269,6 +269,13 @@ def test_foreign_safetensors_are_named(tmp_path, content, message):
         checkpoint.open_model(path)
 
 
+def test_a_folder_made_for_timm_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="made by `export` for timm; give the run"):
+        checkpoint.open_model(tmp_path)
+
+
 def test_missing_and_empty_paths_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         checkpoint.open_model(tmp_path / "nowhere")

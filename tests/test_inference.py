@@ -133,7 +133,7 @@ def test_other_classes_than_the_models_are_refused(data, tmp_path, capsys):
     model = save(tmp_path / "m.safetensors", 3, ("x", "y", "z"))
     code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert "classes differ" in err
+    assert "classes are not the 3 that the checkpoint was trained on (they differ in " in err
     model = save(tmp_path / "m4.safetensors", 4, None)
     code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
     assert code == 2

@@ -39,10 +39,10 @@ _log = logging.getLogger(__name__)
 class PrepareArguments:
     """Makes a set that --data takes out of ILSVRC's tars, an image folder, TFRecords or Hugging Face parquet."""
 
-    source: Annotated[Path, tyro.conf.Positional]
-    """SOURCE: folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """TARGET: folder to be made; while it is unfinished it is called TARGET.partial."""
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    """Folder to be made; while it is unfinished it is called TARGET.partial."""
     to: Literal["shards", "folder", "index"] = "shards"
     """`shards`: WebDataset tars, shuffled, with DALI's indexes; `folder`: train/<class>/* and val/<class>/*; `index`:
     nothing is copied, images are read from SOURCE's tars or TFRecords, which have to stay where they are."""
