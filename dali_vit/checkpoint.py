@@ -18,17 +18,15 @@ import os
 import pickle
 import re
 import shutil
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-from dali_vit import big_vision
+from dali_vit import big_vision, weights
 from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
 from dali_vit.files import replacing
 from dali_vit.model import create_model
@@ -56,7 +54,7 @@ class Checkpoint:
     """Of the evaluation of these weights; none where they were not evaluated."""
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        return _read_safetensors(self.path / "model.safetensors")[0]
+        return weights.read(self.path / "model.safetensors")[0]
 
     def trainer_state(self) -> dict[str, Any]:
         """`optimizer` and `rng` as they were saved; UserError for a file that holds anything but plain data."""
@@ -179,15 +177,7 @@ def save_model(
         "classes": list(classes) if classes is not None else None,
         "step": step,
     }
-    write_safetensors(path, tensors, {"dali_vit": json.dumps(description)})
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A .safetensors file that others may read as far as the umask lets them; safetensors' own is its owner's alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    path.chmod(stat.S_IMODE(mode))
+    weights.write(path, tensors, {"dali_vit": json.dumps(description)})
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
@@ -264,7 +254,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
             raise UserError(str(error)) from error
     file = _model_file(path)
     try:
-        state, metadata = _read_safetensors(file)
+        state, metadata = weights.read(file)
         description = json.loads(metadata["dali_vit"])
     except PermissionError:
         raise
@@ -313,12 +303,6 @@ def _model_file(path: Path) -> Path:
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors"
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    path.open("rb").close()  # safetensors says of a file that it may not read that there is none
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _step_folder(run_dir: Path, step: int) -> Path:

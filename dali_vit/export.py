@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, weights
 from dali_vit.config import UserError
 from dali_vit.model import PlainViT
 from dali_vit.variants import TIMM_PREFIX, resolve_variant
@@ -136,7 +136,7 @@ def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tens
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for name, tensors in files.items():
-            checkpoint.write_safetensors(temporary / name, tensors, {"format": "pt"})
+            weights.write(temporary / name, tensors, {"format": "pt"})
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
