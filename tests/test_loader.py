@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,12 @@ import torch
 from nvidia.dali import Pipeline
 from PIL import Image
 
-from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
 from pipelines.loader import DecodeError, EvalLoader, TrainLoader
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.readers import FileList
-from pipelines.train import Augment, numbers_drawn, train_pipeline
+from pipelines.train import Augment, train_pipeline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -162,42 +160,6 @@ def test_options_of_the_augmentation_reach_the_graph(files: FileList) -> None:
     augmented = first(randaug_layers=2, batch_size=NUM_FILES)
     for options in ({"randaug_magnitude": 5}, {"randaug_contrast": "mean"}):
         assert not torch.equal(first(randaug_layers=2, batch_size=NUM_FILES, **options), augmented)
-
-
-def test_the_defaults_are_the_papers() -> None:
-    """Training gives neither of the crop's ranges."""
-    augment = Augment()
-    assert (augment.crop, augment.area_range, augment.ratio_range, augment.flip) == (
-        "tensorflow",
-        (0.05, 1),
-        None,
-        True,
-    )
-    parameters = inspect.signature(crop.sample_window_tensorflow).parameters
-    assert parameters["ratio_range"].default == (0.75, 1.33)
-    assert crop.NUM_UNIFORMS["tensorflow"] == (100, 100, 2)
-    assert (augment.randaug_layers, augment.randaug_magnitude, augment.randaug_contrast) == (2, 10, "paper")
-
-
-def test_flip_and_operation_are_drawn_by_numbers_of_their_own(tmp_path: Path) -> None:
-    """Of square images whose windows are the whole; the numbers of an image are those of its position in the stream."""
-    rng = np.random.default_rng(3)
-    pixels = rng.integers(0, 256, (64, 16, 16, 3), np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-    files = FileList.from_paths([str(tmp_path / f"{i}.png") for i in range(64)], np.arange(64))
-    augment = Augment(area_range=(1.0, 1.0), ratio_range=(1.0, 1.0), randaug_layers=1)
-    images, labels = next(train_loader(files, batch_size=64, augment=augment))
-    counts = numbers_drawn(augment)
-    assert counts == [100, 100, 2, 1, 4]
-    numbers = TrainOrder(64, 64, 0, 1, 1).uniforms(0, sum(counts))
-    flipped, op = numbers[:, 202] < 0.5, (numbers[:, 203] * 16).astype(int)
-    assert 16 <= flipped.sum() <= 48
-    expected = [pixels[label][:, ::-1] if flip else pixels[label] for label, flip in zip(labels, flipped, strict=True)]
-    inverted = np.flatnonzero(np.isin(op, [2, 5]))  # invert, and solarize at magnitude 10
-    assert len(inverted) >= 3
-    for i in inverted:
-        assert np.array_equal(images[i].numpy(), 255 - expected[i])
 
 
 @pytest.mark.parametrize(
