@@ -79,7 +79,7 @@ def _adopt_slurm() -> None:
     os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", slurm["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
     tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
-    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[int(slurm["SLURM_NODEID"])])
+    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(int(slurm.get("SLURM_NODEID", 0)), len(tasks) - 1)])
 
 
 def _follow_launcher() -> None:

@@ -52,7 +52,7 @@ def available(size: int) -> bool:
     thread.join(_PATIENCE)
     if thread.is_alive():
         # At the program's end DALI would wait for the pipeline that never returns.
-        atexit.unregister(dali_pipeline._shutdown_pipelines)
+        atexit.unregister(getattr(dali_pipeline, "_shutdown_pipelines", attempt))
         reason = f"they have not run after {_PATIENCE:g} s"
     elif errors:
         reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())

@@ -73,7 +73,7 @@ def _shut_down(pipelines: Sequence[Pipeline]) -> None:
     RandAugment's node, waits there for a thread of its own that waits for that node.
     """
     for pipeline in pipelines:
-        pipeline._shutdown()
+        getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
     ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model
 
 
