@@ -6,8 +6,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported. The models are so small that a second thread makes nothing faster; and with two threads, on
@@ -69,6 +71,14 @@ def tiny_config(image_folder: Path, tmp_path: Path) -> Config:
         OptimConfig(epochs=None, steps=12, batch_size=8, warmup_steps=2),
         RunConfig(name="tiny", runs_dir=tmp_path, gpus=0, threads=1, log_every=1, eval_every=0, checkpoint_every=5),
     )
+
+
+@pytest.fixture
+def hang_up_is_minded() -> Iterator[None]:
+    """For processes under test: a suite that `nohup` started would pass on to them that SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def environment() -> dict[str, str]:

@@ -91,6 +91,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("hang_up_is_minded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_for_a_requeue(number, image_folder, tmp_path, whole):
     run_dir = tmp_path / "run"

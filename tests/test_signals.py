@@ -20,6 +20,7 @@ from tests.test_faults import LAUNCH, alive, command, logged_steps, running, sta
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("hang_up_is_minded")
 @pytest.mark.parametrize("starter", [("-m", "dali_vit"), ("-c", LAUNCH)])
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_closed_terminal_ends_a_run_with_a_checkpoint_but_not_under_nohup(nohup, starter, image_folder, tmp_path):
