@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -19,20 +18,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
 from dali_vit.environment import cpu_count
+from dali_vit.inspection import inspect, one_line
 from dali_vit.listing import LEFT_OUT, LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
-from pipelines.eval import MAX_ASPECT_RATIO
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "inspect", "verify"]
+__all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "verify"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,15 +51,6 @@ KINDS = {
 """Everything that is reported, and what it means."""
 
 _HARMLESS = ("CMYK", "other format")
-_FORMATS = {
-    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".ppm", ".pgm", ".pnm"), "PPM"),
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".jp2": "JPEG2000",
-}
 _CHUNK = 64  # images a task
 _SHOWN = 20  # problems of a kind in the log
 _LIST = "quarantined.tsv"
@@ -165,40 +155,6 @@ def verify(arguments: VerifyArguments) -> Report:
     return report
 
 
-def inspect(data: bytes, name: str, max_pixels: float) -> list[tuple[str, str]]:
-    """Kind and detail of everything wrong with an encoded image; it is decoded only if it is not too large."""
-    if not data:
-        return [("empty", "0 bytes")]
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-            return [("truncated", f"{len(data)} bytes hold no whole header")]
-        return [("not an image", f"begins with {data[:8]!r}")]
-    except Image.DecompressionBombError as error:
-        return [("too large", _one_line(error))]
-    except Exception as error:  # each format's parser has its own
-        return [("damaged", _one_line(error))]
-    with image:
-        kind = "JPEG" if image.format == "MPO" else image.format
-        if kind not in _FORMATS.values():
-            return [("not an image", f"{kind}, which DALI does not decode")]
-        if image.width * image.height > max_pixels:
-            return [("too large", f"{image.width} x {image.height} pixels")]
-        try:
-            image.load()
-        except Exception as error:
-            early = "truncated" in str(error) or "unexpected end" in str(error).lower()
-            return [("truncated" if early else "damaged", _one_line(error))]
-        problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
-        if round(256 * MAX_ASPECT_RATIO * min(image.size) / max(image.size)) < 224:
-            problems.append(("too long", f"{image.width} x {image.height} pixels"))
-    suffix = os.path.splitext(name)[1].lower()
-    if _FORMATS.get(suffix, kind) != kind:
-        problems.append(("other format", f"{kind} named {suffix}"))
-    return problems
-
-
 @contextmanager
 def _pillow_without_limit() -> Iterator[None]:
     """Pillow's own guard against huge images would stop them before their size is known."""
@@ -226,7 +182,7 @@ def _inspect_split(
             try:
                 data = read_sample(samples, i)
             except OSError as error:
-                found.append((i, Problem("unreadable", split, path, _one_line(error.strerror or error))))
+                found.append((i, Problem("unreadable", split, path, one_line(error.strerror or error))))
                 continue
             digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
             found += [(i, Problem(kind, split, path, detail)) for kind, detail in inspect(data, path, max_pixels)]
@@ -352,7 +308,3 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
     what = f"{hurt:,} {'problem' if hurt == 1 else 'problems'}" if hurt else "nothing"
     images = "image" if total == 1 else "images"
     _log.info("%s %s of %s: %s that would hurt training", f"{total:,}", images, ", ".join(report.counts), what)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

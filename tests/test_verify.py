@@ -12,9 +12,10 @@ import pytest
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
+from dali_vit.inspection import inspect
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
-from dali_vit.verify import KINDS, Report, VerifyArguments, inspect, verify
+from dali_vit.verify import KINDS, Report, VerifyArguments, verify
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
 from tests import datasets
