@@ -52,7 +52,7 @@ def test_a_run_survives_300_mutated_images_wherever_they_are(tmp_path: Path) -> 
     result = dali_vit(
         *("train", "--data", data, "--runs-dir", tmp_path, "--name", "run", "--gpus", "0", "--threads", "1", *TINY),
         *("--minival", "0.1", "--batch-size", "36", "--epochs", "2", "--log-every", "15", "--max-bad-share", "1"),
-        *("--checkpoint-every", "30"),
+        *("--checkpoint-every", "30", "--eval-every", "1"),
     )
     assert result.returncode == 0, result.stderr
     named = re.findall(rf"^(.*) {LEFT_OUT}", result.stdout, re.MULTILINE)
