@@ -38,7 +38,7 @@ def test_interpreted_they_give_what_the_cpu_gives() -> None:
     tests = subprocess.run(
         command,
         cwd=ROOT,
-        env={**environment(), "TRITON_INTERPRET": "1"},
+        env={**environment(), "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         timeout=280,
