@@ -1,15 +1,23 @@
-"""What is wrong with one encoded image, by Pillow."""
+"""What is wrong with encoded images: Pillow reads their headers, and they are decoded by DALI, as they are to train."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines import probe
+from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
 
-__all__ = ["inspect", "one_line"]
+__all__ = ["find_undecodable", "inspect_header", "one_line", "why_undecodable"]
 
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
@@ -22,38 +30,89 @@ _FORMATS = {
 }
 
 
-def inspect(data: bytes, name: str, max_pixels: float) -> list[tuple[str, str]]:
-    """Kind and detail of everything wrong with an encoded image; it is decoded only if it is not too large."""
+class _InMemory:
+    """Encoded images as samples."""
+
+    encoded: ClassVar[bool] = True
+
+    def __init__(self, images: Sequence[bytes]) -> None:
+        self._images = images
+        self.labels = np.zeros(len(images), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> _InMemory:
+        return _InMemory([self._images[i] for i in indices])
+
+    def path(self, index: int) -> str:
+        return f"image {index}"
+
+    def payload(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [np.frombuffer(self._images[i], np.uint8) for i in indices]
+
+
+def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tuple[str, str]], bool]:
+    """Kind and detail of everything wrong with an encoded image that is known without decoding it, and whether it may
+    be decoded: not if it is no image or too large."""
     if not data:
-        return [("empty", "0 bytes")]
+        return [("empty", "0 bytes")], False
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
-            return [("truncated", f"{len(data)} bytes hold no whole header")]
-        return [("not an image", f"begins with {data[:8]!r}")]
+            return [("truncated", f"{len(data)} bytes hold no whole header")], False
+        return [("not an image", f"begins with {data[:8]!r}")], False
     except Image.DecompressionBombError as error:
-        return [("too large", one_line(error))]
+        return [("too large", one_line(error))], False
     except Exception as error:  # each format's parser has its own
-        return [("damaged", one_line(error))]
+        return [("damaged", one_line(error))], False
     with image:
         kind = "JPEG" if image.format == "MPO" else image.format
         if kind not in _FORMATS.values():
-            return [("not an image", f"{kind}, which DALI does not decode")]
-        if image.width * image.height > max_pixels:
-            return [("too large", f"{image.width} x {image.height} pixels")]
-        try:
-            image.load()
-        except Exception as error:
-            early = "truncated" in str(error) or "unexpected end" in str(error).lower()
-            return [("truncated" if early else "damaged", one_line(error))]
+            return [("not an image", f"{kind}, which DALI does not decode")], False
+        if image.width * image.height > min(max_pixels, MAX_PIXELS):
+            return [("too large", f"{image.width} x {image.height} pixels")], False
         problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
         if round(256 * MAX_ASPECT_RATIO * min(image.size) / max(image.size)) < 224:
             problems.append(("too long", f"{image.width} x {image.height} pixels"))
     suffix = os.path.splitext(name)[1].lower()
     if _FORMATS.get(suffix, kind) != kind:
         problems.append(("other format", f"{kind} named {suffix}"))
-    return problems
+    return problems, True
+
+
+def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
+    """Which of the encoded images DALI does not decode, rising."""
+    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
+    with _no_messages():
+        return [i for i, decodes in probe.try_samples(_InMemory(images), make) if not decodes]
+
+
+@contextmanager
+def _no_messages() -> Iterator[None]:
+    """Keeps from the terminal what the decoders' libraries print of single images without naming them."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
+def why_undecodable(data: bytes) -> tuple[str, str]:
+    """Kind and detail of an image that DALI does not decode, by what Pillow says to it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:
+        early = "truncated" in str(error) or "unexpected end" in str(error).lower()
+        return "truncated" if early else "damaged", one_line(error)
+    return "damaged", "DALI does not decode it, though Pillow does"
 
 
 def one_line(error: object) -> str:

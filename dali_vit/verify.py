@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
 from dali_vit.environment import cpu_count
-from dali_vit.inspection import inspect, one_line
+from dali_vit.inspection import find_undecodable, inspect_header, one_line, why_undecodable
 from dali_vit.listing import LEFT_OUT, LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
@@ -51,7 +51,7 @@ KINDS = {
 """Everything that is reported, and what it means."""
 
 _HARMLESS = ("CMYK", "other format")
-_CHUNK = 64  # images a task
+_CHUNK = 256  # images that are decoded together, while the next are read
 _SHOWN = 20  # problems of a kind in the log
 _LIST = "quarantined.tsv"
 
@@ -173,24 +173,37 @@ def _inspect_split(
 ) -> tuple[list[tuple[int, Problem]], np.ndarray]:
     """Index and problem of every image with one, and a hash of every image's bytes, uint64 [N]."""
     digests = np.zeros(len(samples), np.uint64)
+    found: list[tuple[int, Problem]] = []
 
-    def task(start: int) -> list[tuple[int, Problem]]:
-        found = []
-        for i in range(start, min(start + _CHUNK, len(samples))):
-            path = samples.path(i)
-            bar.update()
-            try:
-                data = read_sample(samples, i)
-            except OSError as error:
-                found.append((i, Problem("unreadable", split, path, one_line(error.strerror or error))))
-                continue
-            digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
-            found += [(i, Problem(kind, split, path, detail)) for kind, detail in inspect(data, path, max_pixels)]
-        return found
+    def read(i: int) -> tuple[bytes | None, list[tuple[str, str]]]:
+        """The image, if it is to be decoded, and what is wrong with it as far as that shows without."""
+        try:
+            data = read_sample(samples, i)
+        except OSError as error:
+            return None, [("unreadable", one_line(error.strerror or error))]
+        digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+        problems, decodable = inspect_header(data, samples.path(i), max_pixels)
+        return data if decodable else None, problems
 
-    with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar:
-        found = _in_threads(task, range(0, len(samples), _CHUNK), workers)
-    return [item for chunk in found for item in chunk], digests
+    starts = range(0, len(samples), _CHUNK)
+    chunks = [range(start, min(start + _CHUNK, len(samples))) for start in starts] or [range(0)]
+    with tqdm(total=len(samples), desc=split, unit=" images", disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+        reading = pool.map(read, chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
+            results = dict(zip(chunk, reading, strict=True))
+            reading = pool.map(read, following)
+            images = {i: data for i, (data, _) in results.items() if data is not None}
+            places = list(images)
+            for place in find_undecodable(list(images.values()), workers):
+                i = places[place]
+                results[i] = None, [why_undecodable(images[i])]
+            found += [
+                (i, Problem(kind, split, samples.path(i), detail))
+                for i, (_, problems) in results.items()
+                for kind, detail in problems
+            ]
+            bar.update(len(chunk))
+    return found, digests
 
 
 def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[Any]:

@@ -8,13 +8,16 @@ break the capture of a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from nvidia.dali import Pipeline
+from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "shut_down"]
 
 
 class Runner:
@@ -46,3 +49,14 @@ def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> T
     source = output.as_tensor()
     target = torch.empty(source.shape(), dtype=to_torch_type[source.dtype], device=stream.device)
     return feed_ndarray(source, target, cuda_stream=stream)
+
+
+def shut_down(pipelines: Sequence[Pipeline]) -> None:
+    """Stops pipelines that are of no use any more and frees their memory, whoever still holds them.
+
+    An error's traceback may; and one that the garbage collector frees in a thread of another pipeline, within
+    RandAugment's node, waits there for a thread of its own that waits for that node.
+    """
+    for pipeline in pipelines:
+        getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
+    ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model

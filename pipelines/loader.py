@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import Pipeline
-from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 
 from pipelines import probe
 from pipelines.bad_samples import BadSamples, DecodeError
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
-from pipelines.handover import Runner
+from pipelines.handover import Runner, shut_down
 from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.probe import LackOfMemory
@@ -64,17 +63,6 @@ def _num_lanes(num_threads: int) -> int:
     thread, which is a tenth of the time for 2 threads and more for many: other pipelines work meanwhile.
     """
     return min(num_threads, _MAX_LANES)
-
-
-def _shut_down(pipelines: Sequence[Pipeline]) -> None:
-    """Stops pipelines that are of no use any more and frees their memory, whoever still holds them.
-
-    An error's traceback may; and one that the garbage collector frees in a thread of another pipeline, within
-    RandAugment's node, waits there for a thread of its own that waits for that node.
-    """
-    for pipeline in pipelines:
-        getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
-    ReleaseUnusedMemory()  # else DALI's pools keep it, on a GPU from the model
 
 
 class TrainLoader:
@@ -215,7 +203,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._pipelines:
-            _shut_down(self._pipelines)
+            shut_down(self._pipelines)
             self._pipelines = []
 
 
@@ -281,7 +269,7 @@ class EvalLoader:
                 try:
                     images, labels, last_bytes = self._run(pipeline)
                 except RuntimeError as error:
-                    _shut_down([pipeline])
+                    shut_down([pipeline])
                     probe.check_memory(error)
                     self._leave_out(batch, error)
                 else:
@@ -290,14 +278,14 @@ class EvalLoader:
                         yield images, labels
                         batch += 1
                         continue
-                    _shut_down([pipeline])
+                    shut_down([pipeline])
                 pipeline, start = self._make_pipeline(start_batch=batch), batch
             if start == 0:
                 pipeline.reset()
                 self._idle = pipeline
         finally:
             if pipeline is not self._idle:
-                _shut_down([pipeline])
+                shut_down([pipeline])
 
     def _leave_out(self, batch: int, error: RuntimeError) -> None:
         """Leaves out what made the pipeline fail at a batch; raises the error if it was not a sample."""
@@ -313,5 +301,5 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._idle is not None:
-            _shut_down([self._idle])
+            shut_down([self._idle])
             self._idle = None

@@ -11,6 +11,7 @@ from nvidia.dali import Pipeline, pipeline_def
 
 from pipelines import crop
 from pipelines.crop import Decoder
+from pipelines.handover import shut_down
 from pipelines.order import EvalOrder
 from pipelines.readers import EvalSource, Samples, read
 
@@ -64,17 +65,20 @@ def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_S
     while start < len(samples):
         rest = samples.subset(np.arange(start, len(samples)))
         pipeline = make(rest, EvalOrder(len(rest), batch_size, 0, 1))
-        failed = False
-        while start < len(samples) and not failed:
-            tried = np.arange(start, min(start + batch_size, len(samples)))
-            try:
-                pipeline.run()
-            except RuntimeError as error:
-                check_memory(error)
-                failed = True
-            if failed and batch_size > 1:
-                alone = try_samples(samples.subset(tried), make, batch_size=1)
-                yield from ((start + i, decodes) for i, decodes in alone)
-            else:
-                yield from ((int(i), not failed) for i in tried)
-            start += len(tried)
+        try:
+            failed = False
+            while start < len(samples) and not failed:
+                tried = np.arange(start, min(start + batch_size, len(samples)))
+                try:
+                    pipeline.run()
+                except RuntimeError as error:
+                    check_memory(error)
+                    failed = True
+                if failed and batch_size > 1:
+                    alone = try_samples(samples.subset(tried), make, batch_size=1)
+                    yield from ((start + i, decodes) for i, decodes in alone)
+                else:
+                    yield from ((int(i), not failed) for i in tried)
+                start += len(tried)
+        finally:
+            shut_down([pipeline])

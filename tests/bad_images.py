@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipelines import probe
+from pipelines.crop import Decoder
 from pipelines.loader import TrainLoader
 from pipelines.readers import FileList, Samples
 from pipelines.train import Augment
@@ -166,3 +169,9 @@ def take(train: TrainLoader, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 def assert_equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert torch.equal(a[1], b[1])
     assert torch.equal(a[0], b[0])
+
+
+def undecodable(samples: Samples) -> set[str]:
+    """Names of the samples whose whole image DALI does not decode, each tried alone."""
+    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
+    return {samples.path(i) for i, decodes in probe.try_samples(samples, make, batch_size=1) if not decodes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from pathlib import Path
@@ -13,22 +12,14 @@ import pytest
 import torch
 
 from dali_vit.data import load_dataset
-from pipelines import probe
-from pipelines.crop import Decoder
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import Samples
-from tests.bad_images import BAD, InMemory, encoded, mutations, with_bad, write
+from tests.bad_images import BAD, InMemory, encoded, mutations, undecodable, with_bad, write
 from tests.conftest import CLASSES, TINY, dali_vit, read_metrics
 
 pytestmark = pytest.mark.timeout(240)
 
 LEFT_OUT = "cannot be read or decoded: left out"
-
-
-def undecodable(samples: Samples) -> set[str]:
-    """Names of the samples whose whole image DALI does not decode, each tried alone."""
-    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
-    return {samples.path(i) for i, decodes in probe.try_samples(samples, make, batch_size=1) if not decodes}
 
 
 def folder_of(root: Path, contents: list[bytes]) -> Path:
