@@ -79,9 +79,12 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
                 raise
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
+            images = f"{share // parts} images at once"
+            if isinstance(error, LackOfMemory):  # of DALI, whose batches are whole
+                images = f"{share} images being loaded beside {share // parts} being trained on"
             raise LocalUserError(
-                f"--batch-size {config.optim.batch_size}: {_memory(group.device)} does not hold"
-                f" {share // parts} images at once; give {remedy}a smaller batch or more GPUs"
+                f"--batch-size {config.optim.batch_size}: {_memory(group.device)} does not hold {images};"
+                f" give {remedy}a smaller batch or more GPUs"
             ) from error
 
     return guarded

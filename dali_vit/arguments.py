@@ -33,7 +33,7 @@ class EvalArguments:
     split: Literal["val", "minival", "train"] = "val"
     """Which images."""
     minival: float = 0.01
-    """Share of the training images that is minival."""
+    """Share of the training images that is minival; give what the run had."""
     v2: bool = False
     """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
     real: Path | None = None

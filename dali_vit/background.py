@@ -42,7 +42,9 @@ class BackgroundWriter:
         try:
             self._finish()
         except OSError as error:
-            log.warning("no checkpoint was written (%s); the ones before are untouched, training goes on", error)
+            log.warning(
+                "a checkpoint was not written in full (%s); what is on the disk is untouched, training goes on", error
+            )
 
     def close(self) -> None:
         """Waits for the last write; OSError if it failed."""

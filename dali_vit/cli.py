@@ -1,4 +1,4 @@
-"""The command line: the only module that prints, and but for `stopping`'s last resorts the only one that exits.
+"""The command line: the only module that prints.
 
 Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
 checkpoint, to be started again; 130 Ctrl-C where there is nothing to keep; 1 a defect of ours (traceback). `stopping`
@@ -153,6 +153,8 @@ def _train(argv: list[str]) -> int:
 
 def _eval(argv: list[str]) -> int:
     arguments: EvalArguments = parse(EvalArguments, argv, "eval")
+    if arguments.json:
+        _keep_stdout()
     from dali_vit import distributed, inference
 
     if not distributed.is_worker():
@@ -191,6 +193,8 @@ def _predict(argv: list[str]) -> int:
         raise UserError(f"--top {arguments.top}: must be at least 1")
     if arguments.gpus is not None and arguments.gpus > 1:
         raise UserError(f"--gpus {arguments.gpus}: predict uses one GPU; give 1, or 0 for the CPU")
+    if arguments.json:
+        _keep_stdout()
     from dali_vit import distributed, inference
 
     with distributed.connect(arguments.gpus) as group:
@@ -234,7 +238,8 @@ def _verify(argv: list[str]) -> int:
     from dali_vit.verify import VerifyArguments, verify
 
     arguments: VerifyArguments = parse(VerifyArguments, argv, "verify")
-    if arguments.json:  # the object alone goes to stdout
+    if arguments.json:
+        _keep_stdout()
         logging.getLogger("dali_vit").setLevel(logging.WARNING)
     report = verify(arguments)
     if arguments.json:
@@ -260,6 +265,13 @@ def _doctor(argv: list[str]) -> int:
 
     print(doctor.report())
     return 0
+
+
+def _keep_stdout() -> None:
+    """For one JSON object alone: messages go to stderr."""
+    for handler in logging.getLogger("dali_vit").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
 
 
 def _set_up_logging(rank: int) -> None:

@@ -170,7 +170,7 @@ class RunConfig:
     eval_every: float = operational(2.0)
     """Epochs between evaluations on minival and val (big_vision: 2,500 steps, about as many); 0: only at the end."""
     checkpoint_every: int = operational(1000)
-    """Steps between checkpoints; one is also written after each evaluation and at the end."""
+    """Steps between checkpoints; one is also written before each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
     """Newest checkpoints kept, beside the best by minival top-1 (without a minival by val's)."""
     grad_accum_steps: int = operational(1)

@@ -27,6 +27,9 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
 """Flags of torch's launcher for processes of this machine alone, whose own name need not be known to any server."""
 
+PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
+"""Stages of a run, and how many times --hang-timeout each may take."""
+
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 # NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.
 _NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|failed to extend /dev/shm")
@@ -145,7 +148,11 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
 
 def collective_timeout(hang_timeout: float) -> timedelta:
     """How long ranks wait for each other: longer than the watchdog does, which alone can name who hangs, and where."""
-    return timedelta(seconds=max(600.0, 2 * hang_timeout)) if hang_timeout else timedelta(days=7)
+    return (
+        timedelta(seconds=max(600.0, (max(PATIENCE.values()) + 1) * hang_timeout))
+        if hang_timeout
+        else timedelta(days=7)
+    )
 
 
 @contextmanager

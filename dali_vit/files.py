@@ -16,7 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Of processes that write at once the last one's stays.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         temporary.replace(path)

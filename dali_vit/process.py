@@ -17,14 +17,17 @@ NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Errors of writing to a pipe, and to a terminal that was closed."""
 
 
+# OpenMP's threads, of torch on the CPU, spin for long before they sleep, on cores that DALI's or others' work on. The
+# library reads this as it is loaded: programs import this module before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def run(main: Callable[[], object]) -> NoReturn:
     """Runs a program and ends the process with its exit code; 1 and a traceback where it raises anything."""
     # Python goes through all objects for cycles each time they are a quarter more: a quarter of the time that torch
     # takes to import, and later 0.4 s in which a GPU runs dry. No cycle holds much: 24 small objects a step, of DALI.
     gc.set_threshold(10_000, 10, 1_000)
-    # OpenMP's threads, of torch on the CPU, spin for long before they sleep, on cores that DALI's or others' work on.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     _open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show

@@ -16,14 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dali_vit.distributed import REQUEUE, Group, collective_timeout, hang_up_is_ignored
+from dali_vit.distributed import PATIENCE, REQUEUE, Group, collective_timeout, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
-
-
-_PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
-"""Stages, and how many times --hang-timeout each may take."""
 
 
 class Interrupted(Exception):
@@ -111,7 +107,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, stage: str, step: int) -> None:
-        """Called whenever a stage begins: one of _PATIENCE."""
+        """Called whenever a stage begins: one of PATIENCE."""
         self._stage, self._step, self._since = stage, step, time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -122,7 +118,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 10)):
-            patience = self._seconds * _PATIENCE[self._stage]
+            patience = self._seconds * PATIENCE[self._stage]
             stalled = time.monotonic() - self._since
             if stalled > patience:
                 sys.stderr.write(

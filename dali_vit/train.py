@@ -146,9 +146,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         return found
 
     with (
+        stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
         background,
         closing(loader),
-        stop.watching(),
         watchdog,
         report.progress_bar(total, start, visible=group.is_main) as bar,
         profiling(config, group, start) as profiler,
@@ -246,7 +246,9 @@ def _close(background: BackgroundWriter) -> None:
     try:
         background.close()
     except OSError as error:
-        raise UserError(f"the last checkpoint could not be written ({error}); make room and start again") from error
+        raise UserError(
+            f"the last checkpoint could not be written in full ({error}); make room and start again"
+        ) from error
 
 
 def _check_same_start(start: int, config: Config) -> None:

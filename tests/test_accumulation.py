@@ -126,7 +126,7 @@ def test_a_batch_that_the_loader_has_no_memory_for_is_named_alike(tiny_config, c
 
     guarded = accumulation.name_lack_of_memory(load, tiny_config, cpu)
     for _ in range(10):
-        with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images at once"):
+        with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images being loaded beside 8"):
             guarded()
     with pytest.raises(LackOfMemory):
         guarded()

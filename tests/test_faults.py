@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, distributed
 from tests.conftest import TINY, dali_vit, environment, read_metrics, write_image_folder
 
 LAUNCH = "import sys; from dali_vit.distributed import launch; sys.exit(launch(2, sys.argv[1:], max_restarts=2))"
@@ -138,6 +138,37 @@ def test_no_process_ends_before_the_last_checkpoint_is_written(image_folder, tmp
         _, err = process.communicate(timeout=90)
     assert "--max-hours are over after step" in err
     assert checkpoint.newest(tmp_path / "run").step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+FAILING_RANK = """
+import os
+from dali_vit import checkpoint, cli
+from pipelines.loader import TrainLoader
+
+save, load = checkpoint.save, TrainLoader.__next__
+checkpoint.save = lambda *arguments, **options: (time.sleep(3), save(*arguments, **options))[1]
+
+def fail_at_11(self, made=[]):
+    made.append(load(self))
+    if len(made) > 10 and os.environ["RANK"] == "1":
+        raise RuntimeError("as it happens")
+    return made[-1]
+
+TrainLoader.__next__ = fail_at_11
+cli.run()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_that_is_being_written_is_kept_where_another_process_fails(image_folder, tmp_path):
+    """The launcher ends the one that writes it, by a signal."""
+    (tmp_path / "failing.py").write_text("import time" + FAILING_RANK)
+    arguments = command(image_folder, tmp_path, "--checkpoint-every", "10", steps=4000)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "failing.py")]
+    with running(*launcher, *arguments) as process:
+        _, err = process.communicate(timeout=90)
+    assert "as it happens" in err
+    assert checkpoint.newest(tmp_path / "run").step == 10
 
 
 @pytest.mark.timeout(240)
@@ -282,6 +313,12 @@ def test_a_stalled_reader_is_named_with_its_stage(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 70
     assert "rank 0 hangs in the loader of step" in err
+
+
+def test_the_watchdog_names_a_hanging_process_before_the_others_give_it_up():
+    for hang_timeout in (60.0, 600.0, 1800.0):
+        waits = distributed.collective_timeout(hang_timeout).total_seconds()
+        assert waits > max(distributed.PATIENCE.values()) * hang_timeout
 
 
 @pytest.mark.timeout(60)

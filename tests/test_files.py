@@ -46,8 +46,9 @@ def test_writers_do_not_meet(tmp_path: Path) -> None:
     assert path.read_text() == "first"
 
 
-def test_the_longest_name_is_possible(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 255)
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 120 + ".png"])
+def test_the_longest_name_is_possible(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     with replacing(path) as temporary:
         temporary.write_text("text")
     assert path.read_text() == "text"

@@ -25,6 +25,19 @@ def end(program: str, stdout: int = subprocess.PIPE, unbuffered: str = "") -> su
     )
 
 
+@pytest.mark.parametrize("program", ["bench_throughput", "measure_step", "measure_ddp", "measure_input"])
+def test_openmp_waits_in_the_benchmarks_as_it_does_in_training(program: str) -> None:
+    """libgomp reads the variable as torch loads it, and says here what it has read."""
+    tool = Path(__file__).parents[1] / "tools" / f"{program}.py"
+    variables = {**environment(), "OMP_DISPLAY_ENV": "VERBOSE"}
+    variables.pop("GOMP_SPINCOUNT", None)
+    variables.pop("OMP_WAIT_POLICY", None)
+    ended = subprocess.run(
+        [sys.executable, str(tool), "--help"], capture_output=True, text=True, env=variables, timeout=50, check=True
+    )
+    assert "GOMP_SPINCOUNT = '10000'" in ended.stderr
+
+
 @pytest.mark.parametrize(("exits", "code"), [("0", 0), ("2", 2), ("75", 75), ("", 0), ("None", 0), ("'text'", 1)])
 def test_the_code_is_that_of_main(exits: str, code: int) -> None:
     process = end(f"cli.main = lambda: sys.exit({exits})")

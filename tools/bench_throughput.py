@@ -24,12 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dali_vit import process  # before torch, for which it sets how OpenMP waits
+
+# isort: split
+
 import torch
 import tyro
 from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
-from dali_vit import distributed, plan, process, recipes
+from dali_vit import distributed, plan, recipes
 from dali_vit.accumulation import warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict

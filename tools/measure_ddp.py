@@ -20,12 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from dali_vit import process  # before torch, for which it sets how OpenMP waits
+
+# isort: split
+
 import torch
 from benchmark import report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit import distributed, process, recipes, step
+from dali_vit import distributed, recipes, step
 from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model

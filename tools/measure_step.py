@@ -22,12 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from dali_vit import process  # before torch, for which it sets how OpenMP waits
+
+# isort: split
+
 import torch
 from benchmark import kernels, modes, report
 from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
-from dali_vit import distributed, process, recipes
+from dali_vit import distributed, recipes
 from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, UserError, to_dict
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
