@@ -43,7 +43,7 @@ class BackgroundWriter:
             self._finish()
         except OSError as error:
             log.warning(
-                "a checkpoint was not written in full (%s); what is on the disk is untouched, training goes on", error
+                "a checkpoint was not written in full (%s); the ones before are untouched, training goes on", error
             )
 
     def close(self) -> None:
