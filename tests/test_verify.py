@@ -109,6 +109,21 @@ def test_of_300_mutated_images_those_are_found_that_training_leaves_out(tmp_path
     assert {problem.path for problem in hurt} == undecodable(load_dataset(tmp_path, minival=0).train)
 
 
+def test_300_mutated_images_of_each_format_are_judged_without_an_error():
+    rng = np.random.default_rng(1)
+    images = []
+    for i in range(300):
+        data = bytearray((JPEG, PNG, WEBP)[i % 3])
+        for _ in range(1 + i % 5):
+            data[rng.integers(0, len(data))] ^= 1 << int(rng.integers(8))
+        images.append(bytes(data[: int(rng.integers(1, len(data)))] if i % 4 == 0 else data))
+    headers = [inspect_header(data, "a.jpg", MANY_PIXELS) for data in images]
+    decodable = [data for data, (_, may_be) in zip(images, headers, strict=True) if may_be]
+    found = Counter(kind for problems, may_be in headers if not may_be for kind, _ in problems)
+    found.update(why_undecodable(decodable[i])[0] for i in find_undecodable(decodable, 1))
+    assert found["truncated"] + found["damaged"] + found["not an image"] >= 100
+
+
 def broken_folder(root: Path) -> Path:
     """The images, 24 and 9, and one of each fault; what is CMYK and PNG named JPEG is there already."""
     datasets.write_folder(root, IMAGES)
