@@ -27,13 +27,14 @@ class EvalArguments:
     checkpoint: Path
     """Run folder, step_* folder, .safetensors, or big_vision .npz."""
     data: str
-    """Folder with val/<class>/* (or train/<class>/* for the other splits), or `demo`."""
+    """Folder with val/<class>/* (or train/<class>/* for the other splits), shards that `prepare` made
+    (s3://bucket/prefix too), or `demo`."""
     gpus: int | None = None
     """GPUs to use; 0: the CPU; default: all, else the CPU."""
     split: Literal["val", "minival", "train"] = "val"
     """Which images."""
-    minival: float = 0.01
-    """Share of the training images that is minival; give what the run had."""
+    minival: float | None = None
+    """Share of the training images that is minival; default: the run's, 0.01 for a file of weights."""
     v2: bool = False
     """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
     real: Path | None = None

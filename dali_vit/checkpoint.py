@@ -73,6 +73,8 @@ class OpenedModel:
     resolution: int
     classes: tuple[str, ...] | None
     step: int | None
+    minival: float | None = None
+    """Share of the training images that was held out; None where it is a file of weights, which does not say."""
 
 
 def save(
@@ -252,7 +254,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
             return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
         except ValueError as error:
             raise UserError(str(error)) from error
-    file = _model_file(path)
+    file, made_by = _model_file(path)
     try:
         state, metadata = weights.read(file)
         description = json.loads(metadata["dali_vit"])
@@ -277,7 +279,12 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: its weights do not fit the model it describes: {reason}") from error
     return OpenedModel(
-        model.eval(), config, resolution or native, tuple(classes) if classes else None, description["step"]
+        model.eval(),
+        config,
+        resolution or native,
+        tuple(classes) if classes else None,
+        description["step"],
+        made_by.config.data.minival if made_by else None,
     )
 
 
@@ -286,23 +293,24 @@ def load_model(path: str | Path) -> torch.nn.Module:
     return open_model(path).model
 
 
-def _model_file(path: Path) -> Path:
-    """The .safetensors file that a path given by the user means."""
+def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
+    """The .safetensors file that a path given by the user means, and the checkpoint that it is of."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(
                 f"--checkpoint {path}: not a checkpoint; give a run folder, a step_* folder,"
                 " a .safetensors file or a big_vision .npz"
             )
-        return path
+        return path, None
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(f"--checkpoint {path}: made by `export` for timm; give the run or checkpoint it was made of")
     if (path / "checkpoint.json").exists() or (path / "model.safetensors").exists():
-        return read(path).path / "model.safetensors"
-    checkpoint = newest(path)
+        checkpoint: Checkpoint | None = read(path)
+    else:
+        checkpoint = newest(path)
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
-    return checkpoint.path / "model.safetensors"
+    return checkpoint.path / "model.safetensors", checkpoint
 
 
 def _step_folder(run_dir: Path, step: int) -> Path:

@@ -65,7 +65,8 @@ class DataConfig:
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
     max_bad_share: float = operational(0.01)
-    """Share of the training images that may turn out undecodable before the run stops; they are left out."""
+    """Share of the training images, and of val's, that may turn out undecodable before the run stops, one in any case
+    unless 0; they are left out."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
     antialias: bool = True

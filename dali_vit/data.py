@@ -183,7 +183,8 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
 def check_images(samples: ImageList, max_bad_share: float | None = None) -> None:
     """Raises UserError if more than a share of the samples is empty, unreadable or, by the first bytes, no image.
 
-    max_bad_share: training's --max-bad-share; None: there is no such flag, and all must be good.
+    max_bad_share: training's --max-bad-share, which one may exceed unless it is 0; None: there is no such flag, and all
+    must be good.
     Up to 4,096 are all looked at, of more 256 spread evenly: enough to notice a folder of something
     else before training starts, at no cost on a network file system.
     """
@@ -198,7 +199,8 @@ def check_images(samples: ImageList, max_bad_share: float | None = None) -> None
     for path, fault in bad:
         if fault == _NOT_REGULAR:  # DALI would wait for a pipe's writer for ever, where it leaves other bad files out
             raise UserError(f"{path} {fault}: remove it or put an image in its place")
-    if len(bad) > (max_bad_share or 0.0) * len(indices):
+    share = max_bad_share or 0.0
+    if len(bad) > max(share * len(indices), share > 0):
         path, fault = bad[0]
         found = f"unusable images: {len(bad)} of {len(indices)} looked at"
         limit = "" if max_bad_share is None else f", more than --max-bad-share {max_bad_share:g} allows"

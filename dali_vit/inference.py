@@ -27,7 +27,7 @@ def evaluate_checkpoint(
     group: Group,
     *,
     split: str = "val",
-    minival: float = 0.01,
+    minival: float | None = None,
     v2: bool = False,
     real: Path | None = None,
     batch_size: int = 256,
@@ -36,8 +36,9 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
-    Collective over the group; every image counts once. With `v2` the classes are DATA's own folders and the
-    scalars are `v2/*`. UserError names what does not fit.
+    Collective over the group; every image counts once. minival: share of the training images that is minival; None:
+    what the checkpoint's run had, 0.01 where a file of weights does not say. With `v2` the classes are DATA's own
+    folders and the scalars are `v2/*`. UserError names what does not fit.
     """
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
     if threads is not None:
@@ -51,6 +52,8 @@ def evaluate_checkpoint(
             files = datasets.load_eval_folder(data, opened.classes)
         split = "v2"
     else:
+        if minival is None:
+            minival = 0.01 if opened.minival is None else opened.minival
         dataset = datasets.load_dataset(data, minival=minival, split=split)
         _check_classes(data, dataset.classes, opened)
         files = dataset.split(split)

@@ -47,7 +47,7 @@ def plan(config: Config, world_size: int) -> Plan:
     datasets.allow_open_files(train_files, batch_size // world_size)
     datasets.check_images(train_files, config.data.max_bad_share)
     if dataset.val is not None:
-        datasets.check_images(dataset.val)
+        datasets.check_images(dataset.val, config.data.max_bad_share)
     model = create_model(
         config.model, num_classes=len(dataset.classes), resolution=config.data.resolution, seed=config.run.seed
     )

@@ -61,6 +61,7 @@ def test_past_one_percent_a_run_stops(tmp_path: Path) -> None:
     for i in (20, 60, 100):
         contents[i] = contents[i][:-20]  # found only by decoding it
     data = folder_of(tmp_path / "data", contents)
+    (data / "val" / CLASSES[0] / "1.JPEG").touch()  # one of five, which is allowed
     command = ["train", "--data", data, "--runs-dir", tmp_path, "--name", "run", "--gpus", "0", "--threads", "1", *TINY]
     command += ["--minival", "0", "--steps", "25", "--log-every", "25", "--eval-every", "0"]
     result = dali_vit(*command)
@@ -71,7 +72,8 @@ def test_past_one_percent_a_run_stops(tmp_path: Path) -> None:
     (data / "train" / CLASSES[0] / "100.JPEG").unlink()
     result = dali_vit(*command, "--name", "again")
     assert result.returncode == 0, result.stderr
-    assert read_metrics(tmp_path / "again")[-2]["data/bad_samples"] == 2
+    training, evaluation = read_metrics(tmp_path / "again")[-2:]
+    assert (training["data/bad_samples"], evaluation["val/bad_samples"]) == (2, 1)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

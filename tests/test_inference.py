@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
-from dali_vit.config import ModelConfig
+from dali_vit.config import Config, DataConfig, ModelConfig
 from dali_vit.model import create_model
 from tests.test_cli import run
 
@@ -108,6 +109,39 @@ def test_minival_and_train_are_counted_apart(tmp_path, capsys):
             "--checkpoint", model, "--data", tmp_path / "data", "--split", split, "--minival", "0.1", capsys=capsys
         )
         assert (result[f"{split}/count"], result[f"{split}/top1"]) == (count, 100)
+
+
+@pytest.mark.timeout(60)
+def test_json_stands_alone_on_stdout(data, tmp_path, capsys):
+    """What is said of a checkpoint that does not know its images' size goes to stderr."""
+    model = create_model(replace(CONFIG, posemb="sincos2d"), num_classes=3, resolution=32)
+    foreign = tmp_path / "foreign.npz"
+    big_vision.save_npz(foreign, big_vision.to_big_vision(model))
+    image = next((data / "val").rglob("*.png"))
+    for command in (["eval", "--data", data], ["predict", image]):
+        code, out, err = run(*map(str, command), "--checkpoint", str(foreign), "--gpus", "0", "--json", capsys=capsys)
+        assert code == 0, err
+        assert json.loads(out)
+        assert f"{foreign} does not say for which images it is: --resolution 224 is assumed" in err
+
+
+@pytest.mark.timeout(60)
+def test_minival_is_by_default_what_the_run_held_out(tmp_path, capsys):
+    for name, colour in (("a", RED), ("b", GREEN), ("c", BLUE)):
+        paint(tmp_path / "data/train" / name, *[colour] * 20)
+    run_dir = tmp_path / "runs/run"
+    step = checkpoint.save(
+        run_dir,
+        step=3,
+        config=Config(DataConfig(minival=0.2, resolution=32), CONFIG),
+        classes=("a", "b", "c"),
+        model_state=colour_model(3).state_dict(),
+        trainer_state={},
+        loader_state={},
+    )
+    for path, count in ((run_dir, 12), (step, 12), (step / "model.safetensors", 1)):  # a file of weights does not say
+        result = evaluate("--checkpoint", path, "--data", tmp_path / "data", "--split", "minival", capsys=capsys)
+        assert result["minival/count"] == count
 
 
 @pytest.mark.parametrize(
