@@ -186,7 +186,8 @@ class RunConfig:
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
-    """Steps to record with torch's profiler, into the run's folder, after the first 10; 0: none."""
+    """Steps to record with torch's profiler, into the run's folder, after the first 10 (the last steps of a run that is
+    shorter); 0: none."""
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
 def check_images(samples: ImageList, max_bad_share: float | None = None) -> None:
     """Raises UserError if more than a share of the samples is empty, unreadable or, by the first bytes, no image.
 
-    max_bad_share: training's --max-bad-share, which one may exceed unless it is 0; None: there is no such flag, and all
-    must be good.
+    max_bad_share: training's --max-bad-share; above 0, one image may be bad whatever the share. None: there is no such
+    flag, and all must be good.
     Up to 4,096 are all looked at, of more 256 spread evenly: enough to notice a folder of something
     else before training starts, at no cost on a network file system.
     """

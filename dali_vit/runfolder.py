@@ -87,16 +87,19 @@ class _NoProfiler:
 
 
 @contextmanager
-def profiling(config: Config, group: Group, start: int) -> Iterator[Any]:
-    """A profiler whose `step` is called after each step; it writes --profile steps as a trace for TensorBoard
+def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
+    """A profiler whose `step` is called after each of the steps; it writes --profile of them as a trace for TensorBoard
     and Perfetto into the run's folder `profile/`. Without --profile a profiler that does nothing."""
-    if not config.run.profile:
+    if not (config.run.profile and steps):
         yield _NoProfiler()
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
     if group.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     handler = torch.profiler.tensorboard_trace_handler(str(config.run_dir / "profile"), f"rank{group.rank}")
-    schedule = torch.profiler.schedule(wait=PROFILE_AFTER, warmup=2, active=config.run.profile, repeat=1)
+    active = min(config.run.profile, steps)
+    before = min(PROFILE_AFTER, steps - active)
+    warmup = min(2, before)
+    schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profiler:
         yield profiler

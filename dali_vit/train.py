@@ -151,7 +151,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         closing(loader),
         watchdog,
         report.progress_bar(total, start, visible=group.is_main) as bar,
-        profiling(config, group, start) as profiler,
+        profiling(config, group, len(steps)) as profiler,
     ):
         if due:
             found = evaluate(start)
