@@ -27,8 +27,7 @@ class EvalArguments:
     checkpoint: Path
     """Run folder, step_* folder, .safetensors, or big_vision .npz."""
     data: str
-    """Folder with val/<class>/* (or train/<class>/* for the other splits), shards that `prepare` made
-    (s3://bucket/prefix too), or `demo`."""
+    """Folder with val/<class>/* (train/<class>/* for other splits), shards of `prepare` (s3:// too), or `demo`."""
     gpus: int | None = None
     """GPUs to use; 0: the CPU; default: all, else the CPU."""
     split: Literal["val", "minival", "train"] = "val"
@@ -81,8 +80,7 @@ class ConvertArguments:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """.safetensors or .npz; must not exist."""
     resolution: int | None = None
-    """Resample the position embeddings for images of this side; default: the checkpoint's; 224 where an
-    .npz does not say it, as big_vision's without learned positions."""
+    """Resample the position embeddings for images of this side; default: the checkpoint's, 224 where it has none."""
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,7 @@ class DataConfig:
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
     max_bad_share: float = operational(0.01)
-    """Share of the training images, and of val's, that may turn out undecodable before the run stops, one in any case
-    unless 0; they are left out."""
+    """Share of the images of train or val that may be undecodable, one in any case unless 0; they are left out."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
     antialias: bool = True
@@ -134,8 +133,7 @@ class OptimConfig:
     grad_clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None switches clipping off."""
     spike_threshold: float = operational(10.0)
-    """Leave a step out whose loss is as many standard deviations above its running mean, one of which counts as a
-    tenth of the mean and as 0.1 at least; 0: none."""
+    """Leave out steps whose loss is so many standard deviations above its mean (docs/distributed.md); 0: none."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     mixup_alpha: float = 0.2
@@ -144,10 +142,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out; nothing here changes the trained weights except the seed."""
+    """How the run is carried out: of these only the seed, beside the recipe itself, changes what is learned."""
 
     recipe: str = "s16-90ep"
-    """Recipe that supplies every default; the list is at the top of this help."""
+    """Recipe that supplies every default; `dali-vit train --help` lists them."""
     name: str | None = operational(None)
     """Name of the run's folder; default: the recipe's name."""
     runs_dir: Path = field(default=Path("runs"), metadata={"operational": True})
@@ -159,11 +157,9 @@ class RunConfig:
     threads: int | None = operational(None)
     """DALI's CPU threads per process; default: its share of the machine's cores."""
     autotune: Literal["auto", "on", "off"] = operational("auto")
-    """Search for the loader's fastest settings at the start, about a minute; the result is kept for this machine and
-    data set. auto: on GPUs."""
+    """Search for the loader's fastest settings at the start, about a minute, kept for later runs; auto: on GPUs."""
     compile: CompileMode = operational("auto")
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
-    batches: reduce-overhead and max-autotune."""
+    """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
     resume: bool = operational(True)
     """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
     log_every: int = operational(50)
@@ -175,8 +171,7 @@ class RunConfig:
     keep_checkpoints: int = operational(3)
     """Newest checkpoints kept, beside the best by minival top-1 (without a minival by val's)."""
     grad_accum_steps: int = operational(1)
-    """Parts in which each GPU takes its share of a batch, one after the other: less memory, the same step up to
-    rounding, but for batch norm, which sees a part at a time."""
+    """Parts of a GPU's share of a batch, one by one: less memory, the same step but for rounding and batch norm."""
     max_hours: float | None = operational(None)
     """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
     max_restarts: int = operational(3)
@@ -186,8 +181,7 @@ class RunConfig:
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
-    """Steps to record with torch's profiler, into the run's folder, after the first 10 (the last steps of a run that is
-    shorter); 0: none."""
+    """Steps to record with torch's profiler, after the first 10 (of a shorter run the last); 0: none."""
 
 
 @dataclass(frozen=True)

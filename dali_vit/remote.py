@@ -116,7 +116,7 @@ class _Store:
 def fetch(uri: str, splits: tuple[str, ...]) -> Path:
     """Copies what these splits of a set need to this machine, as far as it is not there, and returns its folder.
 
-    The copy lies in the cache folder (DALI_VIT_CACHE, by default ~/.cache/dali-vit), under a name that changes
+    The copy lies in the cache folder (`environment.cache_folder`), under a name that changes
     with the set's manifest. Files appear there when they are whole and have the manifest's checksums; what was
     interrupted goes on with the missing files. Processes that want the same set wait for the one that copies.
     Raises UserError for a set that is not there, not of shards or damaged, and for a disk that is too small.

@@ -59,11 +59,9 @@ class Options:
     gpus: int | None = None
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = None
-    """DALI's CPU threads per process, and worker processes of the loaders compared with; default: its share of
-    the machine's cores."""
+    """DALI's CPU threads per process, and workers of the loaders compared with; default: its share of the cores."""
     compile: CompileMode = "auto"
-    """torch.compile of the training step; auto: default mode on GPUs, off on the CPU. With CUDA graphs, for small
-    batches: reduce-overhead and max-autotune."""
+    """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
     grad_accum_steps: int = 1
     """Parts in which each GPU takes its share of a batch, for those whose memory does not hold it at once."""
     seed: int = 0

@@ -47,13 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--gpus", type=int, help="0: the CPU; default: a GPU for each process")
-    parser.add_argument("--model", default="S/16")
-    parser.add_argument("--batch-size", type=int, default=128, help="images of a process")
-    parser.add_argument("--compile", default="auto", choices=get_args(CompileMode))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of a process; default: %(default)s")
+    parser.add_argument("--compile", default="auto", choices=get_args(CompileMode), help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="each setting once in a round; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a setting in a round; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if not distributed.is_worker():

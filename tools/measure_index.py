@@ -28,11 +28,15 @@ _SOURCES = 40  # a file of ext4 takes 65,000 links
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files")
-    parser.add_argument("--images", type=int, nargs="+", default=[130_000, 1_300_000], help="sizes to measure")
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=300, help="training batches to load")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files; default: %(default)s"
+    )
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[130_000, 1_300_000], help="sizes to measure; default: 130000 1300000"
+    )
+    parser.add_argument("--classes", type=int, default=1000, help="class folders; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="training batches to load; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     for images in arguments.images:

@@ -36,10 +36,10 @@ AHEAD = 2  # of them begun before the first is waited for
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, by the clock; default: the CPU, by its own time")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--magnitude", type=float, default=10)
-    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels; default: %(default)s")
+    parser.add_argument("--magnitude", type=float, default=10, help="of RandAugment, 0 to 10; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=8, help="runs of which the least counts; default: %(default)s")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
         print("measure_kernels.py: --gpu: no GPU is visible here; leave it out for the CPU", file=sys.stderr)

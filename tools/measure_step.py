@@ -52,15 +52,20 @@ def main() -> None:
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
-    parser.add_argument("--model", default="S/16")
-    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"], help="see dali-vit train")
+    parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
+    parser.add_argument(
+        "--residual",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="as for dali-vit train; default: %(default)s",
+    )
     parser.add_argument("--timm-blocks", action="store_true", help="timm's blocks instead of dali_vit/blocks.py's")
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     every = [mode for mode in get_args(CompileMode) if mode != "auto"]
     parser.add_argument("--compile", nargs="+", default=every, choices=every, help="default: all, one after the other")
     parser.add_argument("--inductor", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the compiler")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time measured of each")
-    parser.add_argument("--profile", type=int, default=5, help="steps profiled of each")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time measured of each; default: %(default)s")
+    parser.add_argument("--profile", type=int, default=5, help="steps profiled of each; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)

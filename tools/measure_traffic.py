@@ -60,10 +60,15 @@ def main() -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="S/16")
+    parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument("--depth", type=int, help="blocks of the model; default: the model's own")
-    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"], help="see dali-vit train")
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument(
+        "--residual",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="as for dali-vit train; default: %(default)s",
+    )
+    parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)

@@ -44,8 +44,7 @@ class PrepareArguments:
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder to be made; while it is unfinished it is called TARGET.partial."""
     to: Literal["shards", "folder", "index"] = "shards"
-    """`shards`: WebDataset tars, shuffled, with DALI's indexes; `folder`: train/<class>/* and val/<class>/*; `index`:
-    nothing is copied, images are read from SOURCE's tars or TFRecords, which have to stay where they are."""
+    """`shards`: WebDataset tars, shuffled; `folder`: image folder; `index`: SOURCE's tars, TFRecords, read in place."""
     source_format: Format = "auto"
     """What SOURCE holds; auto: known by its files."""
     val_labels: Path | None = None
