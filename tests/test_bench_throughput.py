@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is r
 import bench_throughput
 from benchmark import compare, kernels, report, windows
 
+from dali_vit import accumulation, recipes
 from dali_vit import data as datasets
-from dali_vit import recipes
 from pipelines.order import TrainOrder
 from tests.conftest import TINY_MODEL, environment
 
@@ -103,6 +103,14 @@ def test_one_mode_gives_its_own_keys_alone(image_folder, tmp_path, capsys, short
         assert code == 0, err
         assert set(json.loads(out.read_text())) == keys | {"environment", "config"}
         assert "--mode all says which stage limits" in printed
+
+
+def test_a_step_that_memory_may_not_hold_is_warned_of(image_folder, capsys, short_windows, monkeypatch, caplog):
+    monkeypatch.setattr(accumulation, "available_memory", lambda: 1.0)
+    for mode, warned in [("loader", False), ("model", True)]:
+        code, _, err = run(*flags(image_folder), *QUICK, "--mode", mode, capsys=capsys)
+        assert code == 0, err
+        assert ("give --grad-accum-steps 8 or a smaller --batch-size" in caplog.text) == warned
 
 
 def test_compare_and_sweep(image_folder, tmp_path, capsys, short_windows):

@@ -34,7 +34,7 @@ from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
 from dali_vit import distributed, plan, recipes
-from dali_vit.accumulation import warn_of_others
+from dali_vit.accumulation import warn_of_memory, warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.data import LoaderSettings
@@ -211,7 +211,11 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     )
     if load > cores / 4 and group.is_main:
         print(f"others use this machine (load {load:.1f} on {cores} cores): expect low, uneven rates", file=sys.stderr)
-    warn_of_others(group)
+    trains = options.mode != "loader" or options.profile > 0 or options.randaug_cost
+    if trains:
+        warn_of_memory(planned.model, config, group)
+    else:
+        warn_of_others(group)
 
     @functools.cache
     def settings() -> LoaderSettings:  # as the trainer has them
@@ -241,7 +245,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
 
     if "loader" in wanted:
         add("loader", modes.measure_loader(config, dataset, settings(), group, seconds))
-    if wanted != ("loader",) or options.profile or options.randaug_cost:
+    if trains:
         train_on, compiled = modes.training_step(config, planned.model, planned.total_steps, group)
         result["config"]["compiled"] = compiled
     if "model" in wanted:
