@@ -11,7 +11,8 @@ from typing import Any
 import tyro
 
 from dali_vit import recipes
-from dali_vit.config import Config, UserError
+from dali_vit.config import Config, ModelConfig, UserError
+from dali_vit.variants import TIMM_PREFIX
 
 __all__ = ["PROGRAM", "named_recipe", "parse", "parse_train"]
 
@@ -37,16 +38,30 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
 
 
 def named_recipe(argv: list[str]) -> Config:
-    """The settings of the recipe that the flags name, or of the default one."""
-    flags = [re.split("[= ]", " ".join(argv[i : i + 2])) for i, a in enumerate(argv) if a.startswith("--recipe")]
-    names = [flag[1] for flag in flags if len(flag) > 1]  # the parser misses a name that is not there
-    defaults = recipes.get(names[-1] if names else Config().run.recipe)
+    """The settings of the recipe that the flags name, or of the default one, without those that a flag takes away:
+    --steps the epochs, --model the size of the recipe's own model, or all that is not for models of timm."""
+    recipe, model = _value(argv, "--recipe"), _value(argv, "--model")
+    defaults = recipes.get(Config().run.recipe if recipe is None else recipe)
     given = {argument.split("=")[0] for argument in argv}
     if {"--epochs", "--steps"} <= given:
         raise UserError("--epochs and --steps: give one of them, not both")
     if "--steps" in given:
         defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
+    if model is not None:
+        sizeless = dataclasses.replace(defaults.model, width=None, depth=None, num_heads=None, mlp_dim=None)
+        own = ModelConfig() if model.startswith(TIMM_PREFIX) else sizeless
+        defaults = dataclasses.replace(defaults, model=own)
     return defaults
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """What is given for a flag, the last time; None without it, or where nothing follows, which the parser tells."""
+    value = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        name, equals, own = argument.partition("=")
+        if name == flag:
+            value = own if equals else following
+    return value
 
 
 def parse(

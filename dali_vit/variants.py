@@ -73,5 +73,4 @@ def _check_no_effect(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if value != getattr(defaults, field.name):
             flag = f"--{field.name.replace('_', '-')}"
-            instead = f" or, where the recipe has it, give {flag} None" if getattr(defaults, field.name) is None else ""
-            raise UserError(f"{flag} {value}: has no effect on {config.model}; leave it out{instead}")
+            raise UserError(f"{flag} {value}: has no effect on {config.model}; leave it out")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from dali_vit import checkpoint, cli
-from dali_vit.config import mendable
+from dali_vit.config import ModelConfig, from_dict, mendable
 from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, write_image_folder
 
 FLAGS = [
@@ -74,6 +74,21 @@ def test_both_spellings_of_recipe(form, capsys):
     assert yaml.safe_load(out)["optim"]["epochs"] == 300.0
 
 
+@pytest.mark.parametrize("flag", [["--model", "S/16"], ["--model=S/16"]])
+def test_a_model_by_its_name_has_its_own_size(flag, capsys):
+    code, out, _ = run("train", "--recipe", "demo", *flag, "--depth", "6", "--print-config", capsys=capsys)
+    model = yaml.safe_load(out)["model"]
+    assert code == 0
+    assert [model[key] for key in ("model", "width", "depth", "num_heads", "mlp_dim")] == ["S/16", None, 6, None, None]
+
+
+@pytest.mark.parametrize("recipe", ["demo", "s16-90ep-linear-head"])
+def test_a_model_of_timm_takes_nothing_of_the_recipes_model(recipe, capsys):
+    code, out, err = run("train", "--recipe", recipe, "--model", "timm:resnet18", "--print-config", capsys=capsys)
+    assert code == 0, err
+    assert from_dict({"model": yaml.safe_load(out)["model"]}).model == ModelConfig("timm:resnet18")
+
+
 def test_steps_replace_the_recipes_epochs(capsys):
     _, out, _ = run("train", "--steps", "20000", "--print-config", capsys=capsys)
     optim = yaml.safe_load(out)["optim"]
@@ -89,7 +104,10 @@ def good(image_folder, tmp_path) -> list[str]:
     [
         (["--recipe", "nonsense"], ["--recipe nonsense"]),
         (["--recipe"], ["--recipe"]),
-        (["--recipe", "demo", "--model", "timm:resnet18"], ["--width 32: has no effect", "give --width None"]),
+        (
+            ["--recipe", "demo", "--model", "timm:resnet18"],
+            ["--width 32: has no effect on timm:resnet18; leave it out"],
+        ),
         (["--epocs", "3"], ["--epocs", "; did you mean --epochs? (`dali-vit train --help`"]),
         (["--qwertyuiop"], ["Unrecognized options: --qwertyuiop (`dali-vit train --help`"]),
         (["--epochs", "many"], ["--epochs"]),

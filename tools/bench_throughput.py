@@ -10,7 +10,6 @@ The stages are the trainer's own, under any recipe; the same commands run on GPU
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -33,7 +32,7 @@ import tyro
 from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement
 
-from dali_vit import distributed, plan, recipes
+from dali_vit import distributed, plan
 from dali_vit.accumulation import warn_of_memory, warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
@@ -41,6 +40,7 @@ from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.metrics import peak_flops
 from dali_vit.model import flops_per_image
+from dali_vit.parsing import named_recipe
 from pipelines.loader import DecodeError
 
 PROGRAM = "bench_throughput.py"
@@ -125,10 +125,7 @@ def _main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[Options, Config]:
     """The options, and the run they are about: the recipe with what the flags change; UserError for a mistake."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--recipe", nargs="?", default=Options.recipe)
-    recipe = recipes.get(str(early.parse_known_args(argv)[0].recipe))
-
+    recipe = named_recipe(argv)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
