@@ -96,6 +96,9 @@ class LeftOut:
     example: str
     """Path of the first one."""
 
+    def __str__(self) -> str:
+        return f"{self.kind} (left out; {LEFT_OUT[self.kind]}): {self.count:,}, such as {self.example}"
+
 
 def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
     """What `list_split` leaves out of these class folders; hidden and linked folders in them are not looked into."""

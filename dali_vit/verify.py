@@ -25,7 +25,7 @@ from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
 from dali_vit.environment import cpu_count
 from dali_vit.inspection import find_undecodable, inspect_header, one_line, why_undecodable
-from dali_vit.listing import LEFT_OUT, LeftOut, left_out
+from dali_vit.listing import LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
 from pipelines.readers import FileList
@@ -311,9 +311,7 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
             if len(found) > _SHOWN:
                 _log.info("  and %s more: --json lists all", f"{len(found) - _SHOWN:,}")
     for files in report.left_out:
-        _log.info(
-            "%s (left out; %s): %s, such as %s", files.kind, LEFT_OUT[files.kind], f"{files.count:,}", files.example
-        )
+        _log.info("%s", files)
     if report.quarantined:
         moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
         _log.info("%s moved to %s and listed in %s there", moved, quarantine, _LIST)

@@ -1,5 +1,6 @@
 """prepare: what says which class an image is of, and everything that can be wrong with a source or a set."""
 
+import logging
 import os
 import sys
 import tarfile
@@ -231,6 +232,23 @@ def test_a_prepared_folder_holds_what_its_manifest_counts(tmp_path):
     next((target / "train" / WNIDS[1]).iterdir()).unlink()
     with pytest.raises(UserError, match=rf"train has {NUM_TRAIN - 1} images but dataset.json {NUM_TRAIN}"):
         load_dataset(target)
+
+
+def test_files_that_are_no_part_of_the_set_are_counted(tmp_path, caplog):
+    """And the set that was made of the source has none."""
+    arguments = write_source("folder", tmp_path / "source")
+    folder = arguments.source / "train" / WNIDS[0]
+    for name in ("one.gif", "two.gif"):
+        (folder / name).write_bytes(b"GIF89a")
+    with caplog.at_level(logging.INFO, "dali_vit"):
+        target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))
+    remark = f"other suffix (left out; save images as JPEG or PNG): 2, such as {folder / 'one.gif'}"
+    assert caplog.messages.count(remark) == 1
+    assert len(contents(target)["train"]) == NUM_TRAIN
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "dali_vit"):
+        prepare(replace(arguments, source=target, target=tmp_path / "again"))
+    assert not any("left out" in message for message in caplog.messages)
 
 
 @pytest.mark.timeout(60)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.data import IMAGE_SUFFIXES, load_dataset
+from dali_vit.listing import left_out
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -66,6 +67,9 @@ def open_source(root: Path, source_format: Format, val_labels: Path | None, scra
         source = records.open_tfrecords(root) if kind == "tfrecord" else records.open_parquet(root, scratch)
     counts = ", ".join(f"{name} {len(samples):,}" for name, samples in source.splits.items())
     _log.info("%s (%s): %s images of %s classes", root, kind, counts, f"{len(source.classes):,}")
+    folders = [root / name / class_ for name in source.splits for class_ in source.classes]
+    for files in left_out(folders) if kind == "folder" else ():
+        _log.info("%s", files)
     return source
 
 
