@@ -118,7 +118,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
   {PROGRAM} preview --data PATH --out F.png  a grid of augmented images; takes all settings of train
   {PROGRAM} doctor                           what this machine has and what it will be used for
 
-`{PROGRAM} COMMAND --help` lists a command's options."""
+`{PROGRAM} COMMAND --help` lists a command's options, `{PROGRAM} --version` says which version this is."""
 
 
 def _train(argv: list[str]) -> int:
