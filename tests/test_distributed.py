@@ -20,6 +20,7 @@ from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
 
 RECORDER = str(Path(__file__).with_name("recorder.py"))
 PLAIN = ("--mixup-alpha", "0", "--randaug-layers", "0")
+LARGER = ("--width", "192", "--depth", "1", "--num-heads", "3", "--mlp-dim", "768")  # 2 MB of gradients
 
 
 def arguments(image_folder: Path, runs_dir: Path, *more: str, steps: int = 20) -> list[str]:
@@ -34,7 +35,7 @@ def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=280,
         env={**environment(), **variables},
         check=False,
     )
@@ -79,15 +80,14 @@ def test_two_and_four_processes_train_like_one(image_folder, tmp_path):
 def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_path):
     """In several graphs, as a model of more than one bucket of gradients is parted: each is sent when it is done."""
     one, two = tmp_path / "1", tmp_path / "2"
-    larger = ("--width", "192", "--depth", "3", "--num-heads", "3", "--mlp-dim", "768")  # 5 MB of gradients
-    record(one, 1, arguments(image_folder, one, *PLAIN, *larger, steps=8))
-    command = arguments(image_folder, two, *PLAIN, *larger, "--compile", "default", steps=8)
+    record(one, 1, arguments(image_folder, one, *PLAIN, *LARGER, steps=8))
+    command = arguments(image_folder, two, *PLAIN, *LARGER, "--compile", "default", steps=8)
     ranks = record(two, 2, command, BUCKETS="1")
     losses = [[m["train/loss"] for m in read_metrics(folder / "run") if "train/loss" in m] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     for rank in ranks:
         assert [line["weights"] for line in rank] == [line["weights"] for line in ranks[0]]
-        assert rank[1]["graphs"] >= 5
+        assert rank[1]["graphs"] >= 3
         assert len({line["graphs"] for line in rank[1:]}) == 1  # nothing is compiled again
 
 
@@ -95,12 +95,12 @@ def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_pat
 @pytest.mark.timeout(300)
 def test_two_processes_take_their_share_of_a_batch_in_parts(image_folder, tmp_path):
     """Compiled, with Mixup, whose partner of a part's first image lies in another part, and several buckets."""
-    larger = ("--width", "192", "--depth", "3", "--num-heads", "3", "--mlp-dim", "768", "--compile", "default")
+    compiled = (*LARGER, "--compile", "default")
     losses, norms = [], []
     for parts in (1, 4):
         folder = tmp_path / str(parts)
         accumulating = ("--grad-accum-steps", str(parts))
-        ranks = record(folder, 2, arguments(image_folder, folder, *larger, *accumulating, steps=8), BUCKETS="1")
+        ranks = record(folder, 2, arguments(image_folder, folder, *compiled, *accumulating, steps=8), BUCKETS="1")
         assert [line["weights"] for line in ranks[0]] == [line["weights"] for line in ranks[1]]
         assert len({line["weights"] for line in ranks[0][1:]}) == 7
         assert ranks[0][0]["samples"] != ranks[1][0]["samples"]
