@@ -145,7 +145,7 @@ class RunConfig:
     """How the run is carried out: of these only the seed, beside the recipe itself, changes what is learned."""
 
     recipe: str = "s16-90ep"
-    """Recipe that supplies every default; `dali-vit train --help` lists them."""
+    """Recipe that supplies every default; the help of `dali-vit train` lists them."""
     name: str | None = operational(None)
     """Name of the run's folder; default: the recipe's name."""
     runs_dir: Path = field(default=Path("runs"), metadata={"operational": True})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 from typing import Any
 
@@ -57,7 +58,7 @@ def named_recipe(argv: list[str]) -> Config:
 def _value(argv: list[str], flag: str) -> str | None:
     """What is given for a flag, the last time; None without it, or where nothing follows, which the parser tells."""
     value = None
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+    for argument, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, own = argument.partition("=")
         if name == flag:
             value = own if equals else following

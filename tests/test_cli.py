@@ -216,8 +216,8 @@ def test_unknown_command(capsys):
         (lambda root: shutil.rmtree(root / "train"), ["train"]),
         (lambda root: [f.unlink() for f in (root / "train" / "bee").iterdir()], ["bee"]),
         (lambda root: shutil.rmtree(root / "val" / "cat"), ["cat", "val"]),
-        (lambda root: (root / "train" / "ant" / "x.jpg").write_text("no image"), ["ant/x.jpg"]),
-        (lambda root: (root / "val" / "dog" / "x.png").write_bytes(b""), ["dog/x.png"]),
+        (lambda root: [(root / f"train/ant/{x}.jpg").write_text("no image") for x in "xy"], ["ant/x.jpg", "2 of 18"]),
+        (lambda root: [(root / f"val/dog/{x}.png").write_bytes(b"") for x in "xy"], ["dog/x.png", "2 of 10"]),
     ],
 )
 def test_a_faulty_data_folder_is_named(damage, words, tmp_path, capsys):
