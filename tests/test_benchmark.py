@@ -73,7 +73,7 @@ def test_measure_by_a_clock_of_its_own(monkeypatch, cpu):
         clock.sleep({3: 50.0, 250: 0.5}.get(steps, 3 / 256))  # one step is slow while warming up, one later
 
     measured = measure(step, timer, images=8, seconds=2.5, group=cpu)
-    # 5 steps of warm-up, 155 to find that 64 last a second, then windows until 2.5 s are over.
+    # 5 steps of warm-up, 155 to find that 64 last a second, then as many windows as 2.5 s have.
     assert steps == 5 + (5 + 10 + 20 + 40 + 80) + 3 * 64
     assert measured.window_seconds == (1.0, 1.0 + 0.5 - 3 / 256, 1.0)
     assert measured.window_images == 64 * 8

@@ -58,26 +58,28 @@ class Measurement:
 
 
 def measure(step: Callable[[], object], timer: StepTimer, *, images: int, seconds: float, group: Group) -> Measurement:
-    """Repeats a step until windows of at least `seconds` in all are measured.
+    """Repeats a step for about `seconds`, in windows that follow on one another.
+
+    Between windows nothing waits for the device: what was begun meanwhile would come free to the next one, and what
+    was not would be waited for, which in a loader that works ahead is most of a batch's way through it.
 
     images is the number per step over all ranks. A step that fetches data does so within `timer.waiting()` where
     its wait is asked for. Collective: every rank takes the same number of steps.
     """
     warm_up(step, group)
     steps = WINDOW_STEPS
-    while (took := max(sum(w) for w, _ in _window(step, timer, steps))) < WINDOW_SECONDS:
+    while (took := max(sum(durations) for durations, _ in _repeat(step, timer, steps))) < WINDOW_SECONDS:
         steps *= 2
+    expected = took / steps
     steps = max(WINDOW_STEPS, math.ceil(steps * WINDOW_SECONDS / took))
+    count = max(1, math.ceil(seconds / (steps * expected)))
 
-    lengths: list[float] = []
-    worst = waited = total = 0.0
-    while sum(lengths) < seconds:
-        ranks = _window(step, timer, steps)
-        lengths.append(max(sum(durations) for durations, _ in ranks))
-        worst = max(worst, *(max(durations) for durations, _ in ranks))
-        waited += sum(wait for _, wait in ranks)
-        total += sum(sum(durations) for durations, _ in ranks)
-    return Measurement(tuple(lengths), steps * images, 1e3 * worst, waited / total)
+    ranks = _repeat(step, timer, count * steps)
+    firsts = range(0, count * steps, steps)
+    lengths = tuple(max(sum(durations[first : first + steps]) for durations, _ in ranks) for first in firsts)
+    worst = max(max(durations) for durations, _ in ranks)
+    total = sum(sum(durations) for durations, _ in ranks)
+    return Measurement(lengths, steps * images, 1e3 * worst, sum(waited for _, waited in ranks) / total)
 
 
 def warm_up(step: Callable[[], object], group: Group) -> None:
@@ -90,7 +92,7 @@ def warm_up(step: Callable[[], object], group: Group) -> None:
             print(f"a step takes {took:.0f} s: a smaller --batch-size answers sooner", file=sys.stderr)
 
 
-def _window(step: Callable[[], object], timer: StepTimer, steps: int) -> list[tuple[list[float], float]]:
+def _repeat(step: Callable[[], object], timer: StepTimer, steps: int) -> list[tuple[list[float], float]]:
     """Seconds of each step and the seconds of data wait, for each rank; synchronised at both ends alone."""
     timer.reset()
     marks = [_mark(timer.device)]
