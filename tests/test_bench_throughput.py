@@ -214,6 +214,11 @@ def test_a_recipe_supplies_the_settings():
     assert demo.optim.batch_size == recipe.optim.batch_size
 
 
+def test_the_search_for_settings_may_be_left_out():
+    assert bench_throughput.parse(["--data", "x"])[1].run.autotune == "auto"
+    assert bench_throughput.parse(["--data", "x", "--autotune", "off"])[1].run.autotune == "off"
+
+
 def test_compare_names_shared_memory_that_is_too_small(image_folder, monkeypatch, capsys):
     """8 images of 32 px a batch, 3 batches of each of the 2 workers."""
     needed = 8 * 3 * 2 * 3 * 32**2

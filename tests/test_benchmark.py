@@ -64,6 +64,8 @@ def test_measure_by_a_clock_of_its_own(monkeypatch, cpu):
     clock = Clock(monkeypatch)
     timer = StepTimer(CPU)
     steps = 0
+    waited_for_the_device: list[int] = []
+    monkeypatch.setattr(timer, "_synchronize", lambda: waited_for_the_device.append(steps))
 
     def step() -> None:
         nonlocal steps
@@ -75,6 +77,7 @@ def test_measure_by_a_clock_of_its_own(monkeypatch, cpu):
     measured = measure(step, timer, images=8, seconds=2.5, group=cpu)
     # 5 steps of warm-up, 155 to find that 64 last a second, then as many windows as 2.5 s have.
     assert steps == 5 + (5 + 10 + 20 + 40 + 80) + 3 * 64
+    assert waited_for_the_device[-2:] == [160, 160 + 3 * 64]  # not between the windows
     assert measured.window_seconds == (1.0, 1.0 + 0.5 - 3 / 256, 1.0)
     assert measured.window_images == 64 * 8
     assert measured.images_per_sec == 512.0

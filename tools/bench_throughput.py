@@ -62,6 +62,8 @@ class Options:
     """DALI's CPU threads per process, and workers of the loaders compared with; default: its share of the cores."""
     compile: CompileMode = "auto"
     """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
+    autotune: Literal["auto", "on", "off"] = "auto"
+    """Search for the loader's fastest settings first, about a minute, unless it is known; auto: on GPUs."""
     grad_accum_steps: int = 1
     """Parts in which each GPU takes its share of a batch, for those whose memory does not hold it at once."""
     seed: int = 0
@@ -167,6 +169,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
             seed=options.seed,
             gpus=options.gpus,
             threads=options.threads,
+            autotune=options.autotune,
             compile=options.compile,
             grad_accum_steps=options.grad_accum_steps,
             # The trainer's checks look into the run's folder, which must not be one of the user's runs.

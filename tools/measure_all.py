@@ -85,7 +85,7 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         add("node", 10, *bench, gpus, "--batch-size", 128 * gpus, *profiled("node"))
         add("ddp", 10, "measure_ddp.py", "--processes", gpus)
     add("kernels", 10, "measure_kernels.py", "--gpu", "--batch-size", 1024, has_json=False)
-    add("sweep", 10, *bench, 1, "--mode", "loader", "--sweep", "--seconds", 5)
+    add("sweep", 10, *bench, 1, "--mode", "loader", "--sweep", "--seconds", 5, "--autotune", "off")
     for batch in (1024, 128):
         one = ("measure_step.py", "--batch-size", batch, "--compile", "default")
         add(f"step-{batch}-timm", 10, *one, "--timm-blocks")

@@ -58,10 +58,10 @@ class Measurement:
 
 
 def measure(step: Callable[[], object], timer: StepTimer, *, images: int, seconds: float, group: Group) -> Measurement:
-    """Repeats a step for about `seconds`, in windows that follow on one another.
+    """Repeats a step until windows of at least `seconds` in all are measured.
 
-    Between windows nothing waits for the device: what was begun meanwhile would come free to the next one, and what
-    was not would be waited for, which in a loader that works ahead is most of a batch's way through it.
+    They follow on one another, as many as should do, and nothing between them waits for the device: a loader that
+    works ahead would finish a batch meanwhile, which came free to the next window, and have begun no other.
 
     images is the number per step over all ranks. A step that fetches data does so within `timer.waiting()` where
     its wait is asked for. Collective: every rank takes the same number of steps.
@@ -70,16 +70,20 @@ def measure(step: Callable[[], object], timer: StepTimer, *, images: int, second
     steps = WINDOW_STEPS
     while (took := max(sum(durations) for durations, _ in _repeat(step, timer, steps))) < WINDOW_SECONDS:
         steps *= 2
-    expected = took / steps
+    expected = took / steps  # of one step
     steps = max(WINDOW_STEPS, math.ceil(steps * WINDOW_SECONDS / took))
-    count = max(1, math.ceil(seconds / (steps * expected)))
 
-    ranks = _repeat(step, timer, count * steps)
-    firsts = range(0, count * steps, steps)
-    lengths = tuple(max(sum(durations[first : first + steps]) for durations, _ in ranks) for first in firsts)
-    worst = max(max(durations) for durations, _ in ranks)
-    total = sum(sum(durations) for durations, _ in ranks)
-    return Measurement(lengths, steps * images, 1e3 * worst, sum(waited for _, waited in ranks) / total)
+    lengths: list[float] = []
+    worst = waited = total = 0.0
+    while sum(lengths) < seconds:
+        count = math.ceil((seconds - sum(lengths)) / (steps * expected))
+        ranks = _repeat(step, timer, count * steps)
+        for first in range(0, count * steps, steps):
+            lengths.append(max(sum(durations[first : first + steps]) for durations, _ in ranks))
+        worst = max(worst, *(max(durations) for durations, _ in ranks))
+        waited += sum(wait for _, wait in ranks)
+        total += sum(sum(durations) for durations, _ in ranks)
+    return Measurement(tuple(lengths), steps * images, 1e3 * worst, waited / total)
 
 
 def warm_up(step: Callable[[], object], group: Group) -> None:
