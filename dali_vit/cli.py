@@ -43,6 +43,16 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def _say(what: object) -> None:
+    """Prints on stdout. UserError where that is a file on a full disk."""
+    try:
+        print(what, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
+        error.filename = "stdout"
+        raise mendable(error) or error from None
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """A command by its arguments; exits with the code the module's docstring gives."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -55,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
         code = 0
     except (ValueError, OSError) as error:
         told = mendable(error) if isinstance(error, OSError) else error
@@ -90,12 +99,12 @@ def _dispatch(argv: list[str]) -> int:
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
+        _say(_overview())
         return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 
-        print(version("dali-vit"))
+        _say(version("dali-vit"))
         return 0
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
@@ -129,7 +138,7 @@ def _train(argv: list[str]) -> int:
 
         validate(config)
         check_model(config.model, config.data.resolution)
-        print(to_yaml(config), end="")
+        _say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runfolder, train
     from dali_vit.stopping import REQUEUE, Interrupted
@@ -177,11 +186,11 @@ def _eval(argv: list[str]) -> int:
         if group.is_main:
             if arguments.json:
                 # JSON has no NaN or infinity, which a model that has diverged gives.
-                print(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
+                _say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
             else:
                 for name, value in metrics.items():
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-                    print(f"{name:<14} {shown}")
+                    _say(f"{name:<14} {shown}")
     return 0
 
 
@@ -202,12 +211,12 @@ def _predict(argv: list[str]) -> int:
             arguments.checkpoint, arguments.images, group.device, top=arguments.top, resolution=arguments.resolution
         )
     if arguments.json:
-        print(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
+        _say(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
         return 0
     for path, found in predictions:
-        print(path)
+        _say(path)
         for prediction in found:
-            print(f"  {100 * prediction['probability']:6.2f} %  {prediction['class']}")
+            _say(f"  {100 * prediction['probability']:6.2f} %  {prediction['class']}")
     return 0
 
 
@@ -215,7 +224,7 @@ def _convert(argv: list[str]) -> int:
     arguments: ConvertArguments = parse(ConvertArguments, argv, "convert")
     from dali_vit import inference
 
-    print(inference.convert(arguments.source, arguments.target, arguments.resolution))
+    _say(inference.convert(arguments.source, arguments.target, arguments.resolution))
     return 0
 
 
@@ -223,7 +232,7 @@ def _export(argv: list[str]) -> int:
     arguments: ExportArguments = parse(ExportArguments, argv, "export")
     from dali_vit.export import export
 
-    print(export(arguments.checkpoint, arguments.out, arguments.resolution))
+    _say(export(arguments.checkpoint, arguments.out, arguments.resolution))
     return 0
 
 
@@ -243,7 +252,7 @@ def _verify(argv: list[str]) -> int:
         logging.getLogger("dali_vit").setLevel(logging.WARNING)
     report = verify(arguments)
     if arguments.json:
-        print(json.dumps(report.to_json()))
+        _say(json.dumps(report.to_json()))
     return report.exit_code
 
 
@@ -255,7 +264,7 @@ def _preview(argv: list[str]) -> int:
 
     config = arguments.config
     with distributed.connect(config.run.gpus) as group:
-        print(preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images))
+        _say(preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images))
     return 0
 
 
@@ -263,7 +272,7 @@ def _doctor(argv: list[str]) -> int:
     parse(DoctorArguments, argv, "doctor")
     from dali_vit import doctor
 
-    print(doctor.report())
+    _say(doctor.report())
     return 0
 
 

@@ -43,10 +43,10 @@ def named_recipe(argv: list[str]) -> Config:
     --steps the epochs, --model the size of the recipe's own model, or all that is not for models of timm."""
     recipe, model = _value(argv, "--recipe"), _value(argv, "--model")
     defaults = recipes.get(Config().run.recipe if recipe is None else recipe)
-    given = {argument.split("=")[0] for argument in argv}
-    if {"--epochs", "--steps"} <= given:
+    epochs, steps = (_value(argv, flag) not in (None, "None") for flag in ("--epochs", "--steps"))
+    if epochs and steps:
         raise UserError("--epochs and --steps: give one of them, not both")
-    if "--steps" in given:
+    if steps:
         defaults = dataclasses.replace(defaults, optim=dataclasses.replace(defaults.optim, epochs=None))
     if model is not None:
         sizeless = dataclasses.replace(defaults.model, width=None, depth=None, num_heads=None, mlp_dim=None)

@@ -89,10 +89,16 @@ def test_a_model_of_timm_takes_nothing_of_the_recipes_model(recipe, capsys):
     assert from_dict({"model": yaml.safe_load(out)["model"]}).model == ModelConfig("timm:resnet18")
 
 
-def test_steps_replace_the_recipes_epochs(capsys):
-    _, out, _ = run("train", "--steps", "20000", "--print-config", capsys=capsys)
+@pytest.mark.parametrize("flags", [["--steps", "20000"], ["--epochs", "None", "--steps=20000"]])
+def test_steps_replace_the_recipes_epochs(flags, capsys):
+    _, out, _ = run("train", *flags, "--print-config", capsys=capsys)
     optim = yaml.safe_load(out)["optim"]
     assert (optim["steps"], optim["epochs"]) == (20_000, None)
+
+
+def test_epochs_and_steps_are_not_both_taken(capsys):
+    code, _, err = run("train", "--epochs", "3", "--steps=20", "--print-config", capsys=capsys)
+    assert (code, err) == (2, "dali-vit: --epochs and --steps: give one of them, not both\n")
 
 
 def good(image_folder, tmp_path) -> list[str]:

@@ -149,3 +149,12 @@ def test_a_full_disk_is_not_passed_over_in_silence(unbuffered: str) -> None:
         process = end("cli.main = lambda: (print('text'), sys.exit(0))", stdout=full.fileno(), unbuffered=unbuffered)
     assert process.returncode != 0
     assert "No space left" in process.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--print-config"]])
+def test_a_full_disk_under_what_a_command_says_is_told_in_one_line(arguments: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = end(f"sys.argv[1:] = {arguments}", stdout=full.fileno(), unbuffered=unbuffered)
+    assert process.returncode == 2
+    assert process.stderr == "dali-vit: stdout: No space left on device; make room\n"
