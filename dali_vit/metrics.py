@@ -66,10 +66,11 @@ class StepTimer:
     def reset(self) -> None:
         """Starts a new window; call it after anything that is not a step (evaluation, checkpoint)."""
         self._synchronize()
-        self.steps = 0
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._start, self._steps, self._waited = now, 0, 0.0
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._waited = 0.0
-        self._start = time.perf_counter()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -78,7 +79,7 @@ class StepTimer:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Put around fetching a batch, once a step."""
-        self.steps += 1
+        self._steps += 1
         if self.device.type == "cuda":
             events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             events[0].record()
@@ -90,12 +91,14 @@ class StepTimer:
             yield
             self._waited += time.perf_counter() - start
 
-    def read(self) -> tuple[float, float]:
-        """Seconds of the window and seconds of data wait in it."""
+    def read(self) -> tuple[int, float, float]:
+        """Steps of the window, its seconds and those of data wait in it. The next window begins."""
         self._synchronize()
-        seconds = time.perf_counter() - self._start
+        now = time.perf_counter()
+        steps, seconds = self._steps, now - self._start
         waited = self._waited + sum(a.elapsed_time(b) for a, b in self._waits) / 1e3
-        return seconds, min(waited, seconds)
+        self._begin(now)
+        return steps, seconds, min(waited, seconds)
 
 
 class Window:

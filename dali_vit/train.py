@@ -183,16 +183,16 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             saving = evaluating or stopping or done % config.run.checkpoint_every == 0
             if not saving and done % config.run.log_every:
                 continue
-            seconds, waited = timer.read()
+            count, seconds, waited = timer.read()
             loss_mean, grad_norm_mean = window.read(len(loader.bad_samples))
-            _check_skipped(window, range(done - timer.steps, done), total, config, background)
+            _check_skipped(window, range(done - count, done), total, config, background)
             if window.more_bad_samples:
                 bad_samples = _bad_samples(gather_objects(loader.state_dict()))
                 _check_bad_samples(bad_samples, dataset, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
-                    timer.steps,
+                    count,
                     seconds,
                     waited,
                     batch_size=config.optim.batch_size,
@@ -225,9 +225,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still}
                     if saved:
                         add_metrics(done, metrics)
+                timer.reset()
             if writer and scalars:
                 writer.scalars(done, scalars)
-            timer.reset()
             if stopping:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.

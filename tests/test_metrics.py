@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dali_vit.metrics import MetricLog, peak_flops
+from dali_vit.metrics import MetricLog, StepTimer, peak_flops
 from dali_vit.train import _is_evaluated
 
 
@@ -43,6 +44,30 @@ def test_of_an_attempt_without_a_checkpoint_nothing_stays(tmp_path: Path) -> Non
     attempt(tmp_path, 0, range(1, 6), 1.0)
     attempt(tmp_path, 0, range(1, 4), 2.0)
     assert logged(tmp_path) == ([(1, 2.0), (2, 2.0), (3, 2.0)], 1)
+
+
+def test_windows_of_time_follow_on_one_another_but_for_what_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rate that is logged would leave out what logging itself takes."""
+    now = 100.0
+    monkeypatch.setattr("dali_vit.metrics.time", SimpleNamespace(perf_counter=lambda: now))
+
+    def step(waits: float, works: float) -> None:
+        nonlocal now
+        with timer.waiting():
+            now += waits
+        now += works
+
+    timer = StepTimer(torch.device("cpu"))
+    for _ in range(4):
+        step(0.25, 1.0)
+    assert timer.read() == (4, 5.0, 1.0)
+    now += 0.5  # a log line
+    step(0.0, 1.0)
+    assert timer.read() == (1, 1.5, 0.0)
+    now += 60.0  # an evaluation
+    timer.reset()
+    step(0.5, 1.0)
+    assert timer.read() == (1, 1.5, 0.5)
 
 
 @pytest.mark.parametrize("every", [1e-308, 0.3, 1.0, 2.5, 7.75, 1238.6])

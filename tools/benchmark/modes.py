@@ -171,5 +171,5 @@ def profile_steps(
                 with torch.profiler.record_function("data"):
                     images, labels = batch()
                 train_on(images, labels)
-        seconds, _ = timer.read()
+        _, seconds, _ = timer.read()
     return profiler, summarize(profiler, steps, seconds, on_gpu=group.device.type == "cuda")

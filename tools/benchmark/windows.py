@@ -103,7 +103,7 @@ def _repeat(step: Callable[[], object], timer: StepTimer, steps: int) -> list[tu
     for _ in range(steps):
         step()
         marks.append(_mark(timer.device))
-    _, waited = timer.read()
+    _, _, waited = timer.read()
     return gather_objects(([_seconds(a, b) for a, b in pairwise(marks)], waited))
 
 
