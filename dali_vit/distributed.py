@@ -86,8 +86,14 @@ def _adopt_slurm() -> None:
 
 
 def _follow_launcher() -> None:
-    """Asks the kernel for a SIGTERM when the launcher dies: an orphan would go on writing to the run's folder."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    """Ends with the launcher: an orphan would go on writing to the run's folder."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Asks the kernel for a SIGTERM to this process when the one that started it dies; on Linux alone."""
+    if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -106,7 +106,13 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
     began = time.monotonic()
     command = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
     with (out / f"{measurement.name}.txt").open("wb") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=distributed.end_with_parent,  # left behind it would slow the next start's measurements
+        )
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
