@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +33,9 @@ __all__ = [
     "Shard",
     "Split",
     "file_sha256",
+    "is_made_up",
     "load_shards",
+    "made_up_name",
     "read_manifest",
     "save_index",
     "write_manifest",
@@ -41,6 +44,7 @@ __all__ = [
 MANIFEST = "dataset.json"
 
 _VERSION = 1
+_MADE_UP = re.compile(r".*-\d{12}\.jpg")
 _MINIVAL_RULE = "the round(share x train) images whose class/file has the smallest 64-bit BLAKE2b hash"
 
 
@@ -100,6 +104,16 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(root / MANIFEST)
+
+
+def made_up_name(shard: str, offset: int) -> str:
+    """File name of an image whose source gives it none."""
+    return f"{os.path.basename(shard)}-{offset:012d}.jpg"
+
+
+def is_made_up(name: str) -> bool:
+    """Whether `made_up_name` gives such names."""
+    return _MADE_UP.fullmatch(name) is not None
 
 
 def read_manifest(root: Path) -> Manifest | None:

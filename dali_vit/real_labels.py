@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 
 from dali_vit.config import UserError
+from dali_vit.manifest import is_made_up
 from pipelines.readers import Samples
 
 __all__ = ["load_real_labels"]
+
+NUM_VAL = 50_000
+"""Images of ImageNet-1k's val, which real.json is of."""
+_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
@@ -19,8 +25,9 @@ def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
 
     Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
     whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
-    is left out of the score. File names that repeat between classes are taken in the order of the paths.
-    Raises UserError for a file of another layout or another number of images.
+    is left out of the score. Of ImageNet's 50,000 images the number in ILSVRC's name counts; in other sets file names
+    that repeat between classes are taken in the order of the paths. Raises UserError for a file of another layout or
+    another number of images, and for images whose names do not tell which list is theirs.
     """
     try:
         lists = json.loads(Path(path).read_text())
@@ -31,6 +38,16 @@ def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
     if len(lists) != len(val):
         raise UserError(f"{path} has labels for {len(lists)} images but val has {len(val)}: give that set's file")
     names = [os.path.basename(val.path(i)) for i in range(len(val))]
+    if len(val) == NUM_VAL:
+        names = [match[1] for match in map(_NUMBER.search, names) if match]
+        known = len(set(names)) == NUM_VAL
+    else:
+        known = not any(map(is_made_up, names))
+    if not known:
+        raise UserError(
+            f"--real {path}: val has lost ILSVRC's file names (ILSVRC2012_val_00000001.JPEG), which tell the images of"
+            " its lists: give --data a set with these names"
+        )
     order = sorted(range(len(val)), key=names.__getitem__) if len(set(names)) == len(names) else range(len(val))
     labels = np.full((len(val), max(map(len, lists), default=0) or 1), -1, np.int64)
     for i, acceptable in zip(order, lists, strict=True):

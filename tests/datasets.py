@@ -20,6 +20,7 @@ from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.prepare.sources import read_sample, sample_names
 
 WNIDS = ("n01440764", "n01443537", "n02086910")
+WORDS = ("tench, Tinca tinca", "goldfish, Carassius auratus", "papillon")
 TRAIN_PER_CLASS, VAL_IMAGES = 8, 9
 
 # (class, file name, bytes)
@@ -173,18 +174,21 @@ def write_inception(root: Path, images: dict[str, Images]) -> Path:
 
 
 def write_parquet(root: Path, images: dict[str, Images], pyarrow: Any, parquet: Any) -> Path:
-    """Hugging Face: `image` of `bytes` and `path`, `label`, the class names in the schema's metadata."""
+    """Hugging Face: `image` of `bytes` and `path`, `label`, the class names, which are words, in the schema's metadata.
+
+    Its names of files are ILSVRC's and the class.
+    """
     import json
 
     (root / "data").mkdir(parents=True)
-    info = {"info": {"features": {"label": {"names": list(WNIDS), "_type": "ClassLabel"}}}}
+    info = {"info": {"features": {"label": {"names": list(WORDS), "_type": "ClassLabel"}}}}
     for split, name in (("train", "train"), ("val", "validation")):
         rows = images[split]
         for i in range(2):
             part = rows[i::2]
             table = pyarrow.table(
                 {
-                    "image": [{"bytes": data, "path": file} for _, file, data in part],
+                    "image": [{"bytes": data, "path": file.replace(".", f"_{wnid}.")} for wnid, file, data in part],
                     "label": [WNIDS.index(wnid) for wnid, _, _ in part],
                 }
             ).replace_schema_metadata({"huggingface": json.dumps(info)})

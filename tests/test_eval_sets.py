@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dali_vit.data import check_images, load_dataset, load_eval_folder, load_real_labels
+from dali_vit.prepare import PrepareArguments, prepare
+from tests.datasets import IMAGES
 from tests.test_data import fails, make_files, make_split, relative
 
 
@@ -65,6 +67,34 @@ def test_real_labels_of_repeated_file_names_go_by_path(tmp_path):
     val = load_dataset(tmp_path, split="val").val
     real = write_json(tmp_path / "real.json", [[3], [4], [5]])
     assert load_real_labels(real, val).tolist() == [[3], [4], [5]]
+
+
+def test_real_labels_of_imagenet_go_by_ilsvrcs_number(tmp_path, monkeypatch):
+    """Whatever stands around it; and where it was lost, sorted names are no ground to go by."""
+    monkeypatch.setattr("dali_vit.real_labels.NUM_VAL", 3)
+    renamed = ("val/a/z_ILSVRC2012_val_00000001.jpg", "val/a/ILSVRC2012_val_00000003.jpg")
+    make_files(tmp_path / "set", *renamed, "val/b/a_ILSVRC2012_val_00000002_b.jpg")
+    real = write_json(tmp_path / "real.json", [[3], [4], [5]])
+    val = load_dataset(tmp_path / "set", split="val").val
+    assert load_real_labels(real, val).tolist() == [[5], [3], [4]]
+
+    make_files(tmp_path / "lost", *renamed, "val/b/2.jpg")
+    make_files(tmp_path / "twice", *renamed, "val/b/ILSVRC2012_val_00000001.jpg")
+    for folder in ("lost", "twice"):
+        val = load_dataset(tmp_path / folder, split="val").val
+        fails(lambda val=val: load_real_labels(real, val), f"--real {real}: val has lost ILSVRC's file names")
+
+
+def test_real_labels_are_of_no_use_where_prepare_made_names_up(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "source").mkdir()
+    for split in ("train", "val"):
+        images = [{"bytes": data, "path": ""} for _, _, data in IMAGES[split]]
+        columns = {"image": images, "label": [0] * len(images)}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "source" / f"{split}.parquet")
+    val = load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set")), split="val").val
+    real = write_json(tmp_path / "real.json", [[0]] * len(val))
+    fails(lambda: load_real_labels(real, val), f"--real {real}: val has lost ILSVRC's file names")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dali_vit.config import UserError
 from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.prepare.sources import sample_names
 from pipelines.loader import TrainLoader
 from tests import datasets
 from tests.datasets import (
@@ -25,6 +26,7 @@ from tests.datasets import (
     TRAIN_PER_CLASS,
     VAL_IMAGES,
     WNIDS,
+    WORDS,
     contents,
     prepare_fails,
     tree,
@@ -234,3 +236,24 @@ def test_shorter_side_shrinks_larger_images_alone(tmp_path):
         difference = np.subtract(after.convert("L"), reference.convert("L"), dtype=float)
         assert np.abs(difference).mean() < (1e-9 if after.format == "PNG" else 5)
     assert shrunk > 10
+
+
+@pytest.mark.parametrize("change", ["another form", "another class", "a class less", "another order"])
+def test_names_of_hugging_face_that_do_not_tell_the_classes_stay(change, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    wnids = list(reversed(WNIDS)) if change == "another order" else list(WNIDS)
+    rows = [[data, f"{i}_{wnids[i % 3]}.JPEG", i % 3] for i, (_, _, data) in enumerate(IMAGES["train"])]
+    if change == "another form":
+        rows[5][1] = "5.JPEG"
+    elif change == "another class":
+        rows[4][2] = 2
+    elif change == "a class less":
+        rows = [row for row in rows if row[2] != 1]
+    info = {"info": {"features": {"label": {"names": list(WORDS)}}}}
+    columns = {"image": [{"bytes": data, "path": name} for data, name, _ in rows], "label": [row[2] for row in rows]}
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(info)})
+    (tmp_path / "source").mkdir()
+    parquet.write_table(table, tmp_path / "source/train.parquet")
+    dataset = load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set", workers=1)), minival=0)
+    assert dataset.classes == WORDS
+    assert sorted(sample_names(dataset.train)) == sorted(f"{WORDS[label]}/{name}" for _, name, label in rows)

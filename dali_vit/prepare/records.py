@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dali_vit.config import UserError
+from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges
 
@@ -34,6 +35,8 @@ _KEY, _VALUE = 1, 2
 _BYTES_LIST, _INT64_LIST = 1, 3
 # NAME-IIIII-of-NNNNN; what Hugging Face's `datasets` once added to that is a fingerprint, another for each file.
 _NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
+# Hugging Face's ImageNet adds the class to the name that a file has in ILSVRC's tars.
+_WITH_WNID = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
 # A place in a buffer: (start, end).
 Place = tuple[int, int]
@@ -62,7 +65,8 @@ def open_tfrecords(root: Path) -> Source:
 def open_parquet(root: Path, scratch: Path) -> Source:
     """Images of `*train*` and `*val*` parquet files with columns `image` (struct of `bytes`, `path`) and `label`.
 
-    Classes are those of the Hugging Face metadata in the files, or else the labels' numbers.
+    Classes are those of the Hugging Face metadata in the files, or else the labels' numbers. ImageNet-1k as Hugging
+    Face has it gets ILSVRC's names, of classes and of files, as from any other source.
     """
     files = [path for path in _files(root) if path.name.endswith(".parquet")]
     shards: dict[str, list[str]] = {}
@@ -74,7 +78,28 @@ def open_parquet(root: Path, scratch: Path) -> Source:
             unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
             shards[split].append(str(unpacked))
             records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
-    return _assemble(shards, records, names)
+    return _assemble(shards, *_with_names_of_ilsvrc(records, names))
+
+
+def _with_names_of_ilsvrc(
+    records: dict[str, list[_Record]], label_names: list[str] | None
+) -> tuple[dict[str, list[_Record]], list[str] | None]:
+    """Files named NAME_WNID.JPEG as NAME.JPEG, and the WNIDs as names of the labels. Minival and the order within a
+    class go by these names, and the labels of ReaL. Both as they were unless all files tell the same of every label."""
+    renamed: dict[str, list[_Record]] = {}
+    wnids: dict[int, str] = {}
+    for split, rows in records.items():
+        renamed[split] = []
+        for shard, offset, length, label, class_name, name in rows:
+            match = _WITH_WNID.fullmatch(name)
+            if match is None or wnids.setdefault(label, match[2]) != match[2]:
+                return records, label_names
+            renamed[split].append((shard, offset, length, label, class_name, match[1] + match[3]))
+    named = [wnids[label] for label in sorted(wnids)]
+    # As many as there are labels and in the order of a folder's: else the classes would have other numbers elsewhere.
+    if sorted(wnids) != list(range(len(label_names or wnids))) or named != sorted(set(named)):
+        return records, label_names
+    return renamed, named
 
 
 def _files(root: Path) -> list[Path]:
@@ -146,7 +171,7 @@ def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], l
     for split, found in records.items():
         names = [record[5] for record in found]
         if len({(label, name) for label, name in zip(labels[split], names, strict=True)}) < len(names) or "" in names:
-            names = [f"{os.path.basename(shards[split][r[0]])}-{r[1]:012d}.jpg" for r in found]
+            names = [made_up_name(shards[split][record[0]], record[1]) for record in found]
         rows: list[Row] = [
             (record[0], record[1], record[2], label, name)
             for record, label, name in zip(found, labels[split], names, strict=True)
