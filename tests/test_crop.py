@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import compiled, crop
 from pipelines.crop import NUM_UNIFORMS, SAMPLERS, Decoder
-from pipelines.loader import EvalLoader
+from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.readers import FileList
 from tests.statistical import kolmogorov_smirnov_p
 
@@ -234,3 +234,41 @@ def test_every_format_of_imagenet_decodes_to_rgb(name: str, tmp_path: Path) -> N
     images, labels = next(iter(loader))
     assert labels.tolist() == [5]
     assert np.abs(images[0].numpy().astype(int) - expected[4:60, 20:76]).mean() <= tolerance
+
+
+def test_exif_is_ignored_by_windows_of_training_too(tmp_path: Path) -> None:
+    """They are drawn for the sides that the header gives: turned, they would reach out of the picture."""
+    batches = []
+    for name, exif in (("plain", Image.Exif()), ("rotated", ROTATED)):
+        PIXELS.resize((160, 50)).save(tmp_path / name, "JPEG", quality=95, exif=exif)
+        loader = TrainLoader(
+            FileList.from_paths([str(tmp_path / name)], [0]),
+            batch_size=32,
+            image_size=32,
+            seed=0,
+            rank=0,
+            world_size=1,
+            device="cpu",
+            num_threads=1,
+        )
+        batches.append(next(loader)[0])
+        loader.close()
+    assert (tmp_path / "plain").read_bytes() != (tmp_path / "rotated").read_bytes()
+    assert torch.equal(*batches)
+
+
+def test_the_smaller_side_of_an_evaluation_is_rounded(tmp_path: Path) -> None:
+    """160 x 256 / 224 is 182.9: a picture of 183 is left as it is."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 183, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    loader = EvalLoader(
+        FileList.from_paths([str(tmp_path / "image.png")], [0]),
+        batch_size=1,
+        image_size=160,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        num_threads=1,
+    )
+    images, _ = next(iter(loader))
+    np.testing.assert_array_equal(images[0].numpy(), pixels[20:180, 11:171])

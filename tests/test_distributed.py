@@ -75,6 +75,23 @@ def test_two_and_four_processes_train_like_one(image_folder, tmp_path):
         assert ends[processes].metrics["val/loss"] == pytest.approx(ends[1].metrics["val/loss"], abs=1e-5)
 
 
+@pytest.mark.timeout(120)
+def test_an_evaluation_by_two_processes_is_that_of_the_weights_saved(image_folder, tmp_path):
+    """Each has batch statistics of its own share of the images until then."""
+    model = ("--model", "timm:test_resnet", "--resolution", "32", "--batch-size", "8", "--warmup-steps", "2")
+    command = [*arguments(image_folder, tmp_path, steps=8)[:9], *model, "--steps", "8", "--threads", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
+    trained = python(*launcher, *command, "--eval-every", "0")
+    assert trained.returncode == 0, trained.stderr
+    ours = checkpoint.newest(tmp_path / "run").metrics
+    flags = ("--checkpoint", str(tmp_path / "run"), "--data", str(image_folder), "--gpus", "0", "--json")
+    evaluated = python("-m", "dali_vit", "eval", *flags)
+    assert evaluated.returncode == 0, evaluated.stderr
+    theirs = json.loads(evaluated.stdout)
+    assert ours["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-5)
+    assert ours["val/top1"] == theirs["val/top1"]
+
+
 @needs_a_compiler
 @pytest.mark.timeout(300)
 def test_compiled_two_processes_train_like_one_that_is_not(image_folder, tmp_path):

@@ -18,7 +18,8 @@ import pytest
 
 from dali_vit.config import ModelConfig
 
-FOLDER = Path(os.environ.get("DALI_VIT_REFERENCE") or Path(__file__).parents[1] / "reference")
+OURS = Path(__file__).parents[1] / "reference"
+FOLDER = Path(os.environ.get("DALI_VIT_REFERENCE") or OURS)
 KINDS = ("model", "trajectory", "randaug", "crop_windows", "eval_preprocess")
 _SUFFIX = "_reference"
 

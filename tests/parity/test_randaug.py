@@ -7,14 +7,14 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 
 from pipelines.randaugment import OPS, apply_op
-from tests.parity.conftest import Reference
+from tests.parity.conftest import OURS, Reference
 
 pytestmark = pytest.mark.timeout(120)
 
-# Of DALI's operators the share of pixels within one level; less where the reference decides in float32 which pixel is
-# the nearest, and where it truncates twice.
+# Of DALI's operators the share of pixels within one level. The reference decides in float32 which pixel is the nearest,
+# and truncates twice in sharpness: how many of the pixels are touched by that is another question of other pictures.
 SHARE = 0.999
-SHARE_OF = {"sharpness": 0.995, "rotate": 0.995, "shear_x": 0.995, "shear_y": 0.995}
+SHARE_OF_OTHER_FILES = {"sharpness": 0.995, "rotate": 0.995, "shear_x": 0.995, "shear_y": 0.995}
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -25,6 +25,7 @@ def test_operations_match_the_reference(randaug_reference: Reference, compiled: 
     assert {variant.split("/")[0] for variant in variants} == set(OPS) - {"cutout"}
     inputs = np.stack([randaug_reference.arrays[f"{name}/input"] for name in names])
     level = randaug_reference.meta["level"]
+    shares = {} if randaug_reference.path.parent == OURS else SHARE_OF_OTHER_FILES
 
     @pipeline_def(batch_size=len(names), num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph() -> tuple:
@@ -49,5 +50,5 @@ def test_operations_match_the_reference(randaug_reference: Reference, compiled: 
             if compiled and op != "sharpness":
                 np.testing.assert_array_equal(output[i], expected, err_msg=f"{name}/{variant}")
             within = np.abs(output[i].astype(int) - expected).max(axis=-1) <= 1
-            least = 1 if compiled else SHARE_OF.get(op, SHARE)
+            least = 1 if compiled else shares.get(op, SHARE)
             assert within.mean() >= least, f"{name}/{variant}: {within.mean():.4%} of the pixels within one level"
