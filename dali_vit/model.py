@@ -58,7 +58,7 @@ class PlainViT(VisionTransformer):
 
     Under autocast the blocks add to float32 tokens, as the positions are float32; or, with `residual` bfloat16, to
     tokens of the type of the patch embedding, in which big_vision makes its positions. LayerNorm computes in float32
-    either way.
+    either way, and so does the last layer in evaluation.
     """
 
     def __init__(self, *, posemb: str, mlp_head: bool, residual: str, **kwargs) -> None:
@@ -79,7 +79,13 @@ class PlainViT(VisionTransformer):
         x = self.pool(x)  # [N, width]
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        if self.training:
+            return self.head(x)
+        # Rounded to bfloat16 the two largest of 1,000 logits are equal now and then.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.to(self.get_parameter("head.weight").dtype))
 
 
 def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed: int = 0) -> nn.Module:

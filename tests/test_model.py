@@ -254,11 +254,27 @@ def test_type_of_the_residual_stream(residual: str) -> None:
         seen.clear()
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
-        assert logits.dtype == torch.bfloat16
+        assert logits.dtype == (torch.bfloat16 if training else torch.float32)
         assert set(seen) == {getattr(torch, residual)}
         seen.clear()
         assert model(images).dtype == torch.float32
         assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+def test_logits_of_an_evaluation_are_not_rounded(head: str) -> None:
+    """In bfloat16 the first of equal ones would win, whichever it was."""
+    model = build(tiny(head=head), num_classes=1000).eval()
+    nn.init.normal_(model.head.weight)
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        assert model.train()(images).dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, features.float() @ model.head.weight.T + model.head.bias)
+    assert all(len(row.unique()) > 990 for row in logits)
+    assert all(len(row.bfloat16().unique()) < 900 for row in logits)
 
 
 @pytest.mark.parametrize("posemb", ["sincos2d", "learn"])
