@@ -1,7 +1,7 @@
 """Which settings of the loader are fastest on this machine and these files, found in a minute and remembered.
 
 Only settings that leave the stream as it is are tried: the threads and how far they work ahead, and on a GPU which part
-of a JPEG is decoded and by which decoder, which moves a pixel by a level at most. A GPU is kept busy meanwhile: what
+of a JPEG is decoded and by which decoder, of which each may round as it likes. A GPU is kept busy meanwhile: what
 loads fastest beside training need not be what loads fastest alone, where decoding may take the whole chip.
 """
 

@@ -2,7 +2,9 @@
 
 The docstring under a field is its help text on the command line. The defaults reproduce *Better plain ViT
 baselines for ImageNet-1k* (arXiv 2205.01580), but for `antialias` and `first_moment`, which make no difference that
-could be measured; `dali_vit.recipes` states what other recipes change.
+could be measured, and `spike_threshold`, which leaves steps out that big_vision would take. On GPUs matrix products are
+in bfloat16, and training's JPEG decoder repeats chroma (`pipelines.crop.Decoder`). `dali_vit.recipes` states what other
+recipes change.
 """
 
 from __future__ import annotations
