@@ -69,7 +69,7 @@ def plan(config: Config, world_size: int) -> Plan:
         if before != len(train_files):
             raise UserError(
                 f"--data {config.data.data}: {len(train_files)} training images, {config.run_dir} was begun with"
-                f" {before}; choose another --name"
+                f" {before}; put back what was removed, under the same names, or choose another --name"
             )
     total = total_steps(config.optim, len(train_files))
     if total == 1 and config.optim.warmup_steps:

@@ -147,7 +147,7 @@ def verify(arguments: VerifyArguments) -> Report:
     moved = 0
     if arguments.quarantine is not None:
         if any(isinstance(samples, ShardList) for samples in splits.values()):
-            _log.info("nothing is moved out of shards: mend the source and prepare it again")
+            _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
             moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
     report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks)

@@ -17,6 +17,7 @@ from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.prepare.sources import sample_names
+from dali_vit.prepare.targets import shrink
 from pipelines.loader import TrainLoader
 from tests import datasets
 from tests.datasets import (
@@ -236,6 +237,31 @@ def test_shorter_side_shrinks_larger_images_alone(tmp_path):
         difference = np.subtract(after.convert("L"), reference.convert("L"), dtype=float)
         assert np.abs(difference).mean() < (1e-9 if after.format == "PNG" else 5)
     assert shrunk > 10
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
+def test_of_16_bits_the_upper_8_are_kept(image_format):
+    """Clipped to 8 such an image would be white."""
+    values = np.arange(80 * 96, dtype=np.uint16).reshape(80, 96) * 8
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, image_format)
+    small = Image.open(io.BytesIO(shrink(out.getvalue(), 40, 90)))
+    assert (small.size, small.mode, small.format) == ((48, 40), "L", image_format)
+    expected = Image.fromarray((values >> 8).astype(np.uint8)).resize((48, 40), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(small), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("orientation", "stays"), [(1, False), (6, True)])
+def test_a_tiff_is_not_turned(orientation, stays):
+    """Pillow turns it as it loads it, and DALI does not."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((80, 60, 3), np.uint8)).save(out, "TIFF", exif=exif)
+    shrunk = shrink(out.getvalue(), 40, 90)
+    assert (shrunk == out.getvalue()) is stays
+    if not stays:
+        assert Image.open(io.BytesIO(shrunk)).size == (40, 53)
 
 
 @pytest.mark.parametrize("change", ["another form", "another class", "a class less", "another order"])

@@ -139,6 +139,16 @@ def test_a_label_of_parquet_that_is_no_number_is_named(tmp_path, label):
     prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{path}: {name} has the label {label!r}")
 
 
+def test_images_without_a_class_are_named(tmp_path):
+    """As in a test split; labels that begin at 1 are Inception's, but none begin at -1."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "source").mkdir()
+    data = IMAGES["train"][0][2]
+    columns = {"image": [{"bytes": data, "path": f"{i}.jpg"} for i in range(4)], "label": [0, 1, 0, -1]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "source/train.parquet")
+    prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), "label -1: images without a class")
+
+
 @pytest.mark.parametrize(
     ("kind", "missing", "pattern"),
     [

@@ -158,6 +158,8 @@ def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], l
     else:
         labels = {split: [record[3] for record in rows] for split, rows in records.items()}
         lowest, highest = (f(label for row in labels.values() for label in row) for f in (min, max))
+        if label_names is None and lowest < 0:
+            raise UserError(f"label {lowest}: images without a class cannot be trained on; leave them out")
         if label_names is None:
             # Inception's labels begin at 1.
             labels = {split: [label - lowest for label in row] for split, row in labels.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
@@ -86,7 +86,8 @@ Part = Callable[[threading.Event, "tqdm[Any]"], dict[str, Any]]
 def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     """An image resized (bicubic, antialiased) to a shorter side in pixels, in its own format.
 
-    An image that is no larger, or cannot be decoded, is returned as it is: leaving it out is up to `verify`.
+    An image that is no larger, or cannot be decoded, is returned as it is: leaving it out is up to `verify`. So is a
+    TIFF with an orientation, by which Pillow would turn it. Of 16 bits the upper 8 are kept, as by DALI.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -94,7 +95,12 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
             if scale >= 1:
                 return data
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            kept = image if image.mode in ("RGB", "L") else image.convert("RGB")
+            if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                return data
+            if image.mode.startswith("I"):  # Pillow would clip them to 8
+                kept = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            else:
+                kept = image if image.mode in ("RGB", "L") else image.convert("RGB")
             small = kept.resize(size, Image.Resampling.BICUBIC)
             out = io.BytesIO()
             # The orientation is in the Exif data.
