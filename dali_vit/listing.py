@@ -24,6 +24,7 @@ __all__ = [
     "check_root",
     "check_same_classes",
     "class_names",
+    "is_image",
     "left_out",
     "list_split",
     "scan",
@@ -43,6 +44,11 @@ LEFT_OUT = {
 IO_THREADS = 16
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of this name in a class folder is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def scan(folder: Path | str, *, folders: bool) -> list[str]:
     """Sorted names of the subfolders, or of the images, that are not hidden; UserError if it cannot be listed."""
     try:
@@ -50,13 +56,7 @@ def scan(folder: Path | str, *, folders: bool) -> list[str]:
             if folders:
                 return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
             # Symbolic links are not followed: that would be a stat for each.
-            return sorted(
-                e.name
-                for e in entries
-                if e.name.lower().endswith(IMAGE_SUFFIXES)
-                and not e.name.startswith(".")
-                and not e.is_dir(follow_symlinks=False)
-            )
+            return sorted(e.name for e in entries if is_image(e.name) and not e.is_dir(follow_symlinks=False))
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
 

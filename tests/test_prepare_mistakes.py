@@ -139,6 +139,25 @@ def test_a_label_of_parquet_that_is_no_number_is_named(tmp_path, label):
     prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{path}: {name} has the label {label!r}")
 
 
+def test_a_refused_way_of_writing_keeps_the_target_free(tmp_path):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    prepare_fails(replace(arguments, to="index"), "--to index", "choose --to shards")
+    assert not list(tmp_path.glob("set*"))
+    assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+
+
+@pytest.mark.parametrize("name", ["{}", "{}.jfif", ".{}.jpg"])
+def test_a_folder_that_would_not_list_its_images_is_not_written(name, tmp_path):
+    images = {
+        split: [(wnid, name.format(file.removesuffix(".JPEG")), data) for wnid, file, data in rows]
+        for split, rows in IMAGES.items()
+    }
+    arguments = replace(write_source("tfds", tmp_path / "source", images), target=tmp_path / "set")
+    prepare_fails(replace(arguments, to="folder"), f"{images['train'][0][1]}, which a folder's listing", "--to shards")
+    assert not list(tmp_path.glob("set*"))
+    assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+
+
 def test_images_without_a_class_are_named(tmp_path):
     """As in a test split; labels that begin at 1 are Inception's, but none begin at -1."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

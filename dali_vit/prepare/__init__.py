@@ -27,7 +27,15 @@ from dali_vit.environment import cpu_count
 from dali_vit.manifest import Manifest, read_manifest, write_manifest
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Format, Source, open_source, sample_names
-from dali_vit.prepare.targets import Job, Settings, write_folder, write_index, write_shards
+from dali_vit.prepare.targets import (
+    Job,
+    Settings,
+    check_folder,
+    check_index,
+    write_folder,
+    write_index,
+    write_shards,
+)
 from pipelines.shards import ShardList
 
 __all__ = ["PrepareArguments", "prepare"]
@@ -97,13 +105,19 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         _log.info("%s is there already, made of this source with these settings", target)
         shutil.rmtree(partial)
         return
+    workers = arguments.workers or cpu_count()
+    jobs = {
+        name: Job(samples, name, source.classes, folder, state, settings, workers)
+        for name, samples in source.splits.items()
+    }
+    for job in jobs.values():  # before the target is claimed, which what is refused here must not keep from others
+        {"shards": lambda job: None, "folder": check_folder, "index": check_index}[arguments.to](job)
     _claim(state, plan)
 
     splits = {}
     write = {"shards": write_shards, "folder": write_folder, "index": write_index}[arguments.to]
-    for name, samples in source.splits.items():
-        workers = arguments.workers or cpu_count()
-        splits[name] = split = write(Job(samples, name, source.classes, folder, state, settings, workers))
+    for name, job in jobs.items():
+        splits[name] = split = write(job)
         _log.info(
             "%s: %s images of %.1f KB on average%s",
             name,

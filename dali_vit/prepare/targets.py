@@ -23,13 +23,14 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
+from dali_vit.listing import is_image
 from dali_vit.manifest import Shard, Split, save_index
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import read_sample, sample_names
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Job", "Settings", "shrink", "write_folder", "write_index", "write_shards"]
+__all__ = ["Job", "Settings", "check_folder", "check_index", "shrink", "write_folder", "write_index", "write_shards"]
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
@@ -148,11 +149,19 @@ def write_shards(job: Job) -> Split:
     return Split(len(samples), int(lengths.sum()), checksum, tuple(shards))
 
 
-def write_folder(job: Job) -> Split:
-    """Writes `split/<class>/<file>`; UserError if two samples of a class bear the same name."""
-    names, target = sample_names(job.samples), job.folder / job.split
+def check_folder(job: Job) -> None:
+    """UserError where an image folder cannot hold the samples, or would not list them all."""
+    names = sample_names(job.samples)
     if len(set(names)) < len(names):
         raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
+    lost = next((name for name in names if not is_image(name.rsplit("/", 1)[1])), None)
+    if lost is not None:
+        raise UserError(f"{job.split} has {lost}, which a folder's listing would leave out: choose --to shards")
+
+
+def write_folder(job: Job) -> Split:
+    """Writes `split/<class>/<file>`."""
+    names, target = sample_names(job.samples), job.folder / job.split
     for name in job.classes:
         (target / name).mkdir(parents=True, exist_ok=True)
     cuts = [*range(0, len(names), _FOLDER_PART), len(names)]
@@ -174,13 +183,19 @@ def write_folder(job: Job) -> Split:
     return Split(len(names), sum(receipt["bytes"] for receipt in receipts))
 
 
-def write_index(job: Job) -> Split:
-    """Writes only where the images lie in the source's own tars or TFRecords; UserError for other sources."""
+def check_index(job: Job) -> None:
+    """UserError for sources other than tars and TFRecords, and where images are to be changed."""
     samples, side = job.samples, job.settings.shorter_side
     if not isinstance(samples, ShardList) or any(Path(path).parent == job.state for path in samples.shards):
         raise UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
     if side is not None:
         raise UserError(f"--shorter-side {side}: --to index changes no image; choose --to shards")
+
+
+def write_index(job: Job) -> Split:
+    """Writes only where the images lie in the source's own tars or TFRecords."""
+    samples = job.samples
+    assert isinstance(samples, ShardList)
     counts = np.bincount(samples.shard, minlength=len(samples.shards)).tolist()
     shards = [
         Shard(path, count, os.path.getsize(path), None) for path, count in zip(samples.shards, counts, strict=True)
