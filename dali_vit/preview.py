@@ -14,6 +14,7 @@ from dali_vit.config import Config, UserError, validate
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
 from dali_vit.prepare.sources import read_sample
+from dali_vit.prepare.targets import as_8_bits
 from pipelines.order import TrainOrder
 
 __all__ = ["preview"]
@@ -78,9 +79,7 @@ def _open(samples: datasets.ImageList, index: int) -> Image.Image | None:
     """The whole image as RGB; None where it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(read_sample(samples, index))) as image:
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return as_8_bits(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

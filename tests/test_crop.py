@@ -194,6 +194,7 @@ def test_fast_idct_is_the_default() -> None:
     assert (images[0] != decode(data, window, size=90, antialias=False, decoder=Decoder(False))[0]).any()
 
 
+ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "device": "cpu", "num_threads": 1}
 PIXELS = Image.fromarray(np.stack(np.broadcast_arrays(*np.ogrid[0:64, 0:96], 77), axis=-1).astype(np.uint8) * 2)
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6  # orientation: to be turned by 90 degrees
@@ -225,10 +226,7 @@ def test_every_format_of_imagenet_decodes_to_rgb(name: str, tmp_path: Path) -> N
         FileList.from_paths([str(path)], [5]),
         batch_size=1,
         image_size=56,  # the smaller side stays 64
-        rank=0,
-        world_size=1,
-        device="cpu",
-        num_threads=1,
+        **ALONE,
         decoder=Decoder(fast_idct=False),
     )
     images, labels = next(iter(loader))
@@ -246,10 +244,7 @@ def test_exif_is_ignored_by_windows_of_training_too(tmp_path: Path) -> None:
             batch_size=32,
             image_size=32,
             seed=0,
-            rank=0,
-            world_size=1,
-            device="cpu",
-            num_threads=1,
+            **ALONE,
         )
         batches.append(next(loader)[0])
         loader.close()
@@ -265,10 +260,7 @@ def test_the_smaller_side_of_an_evaluation_is_rounded(tmp_path: Path) -> None:
         FileList.from_paths([str(tmp_path / "image.png")], [0]),
         batch_size=1,
         image_size=160,
-        rank=0,
-        world_size=1,
-        device="cpu",
-        num_threads=1,
+        **ALONE,
     )
     images, _ = next(iter(loader))
     np.testing.assert_array_equal(images[0].numpy(), pixels[20:180, 11:171])

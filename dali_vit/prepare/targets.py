@@ -30,7 +30,17 @@ from dali_vit.prepare.sources import read_sample, sample_names
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Job", "Settings", "check_folder", "check_index", "shrink", "write_folder", "write_index", "write_shards"]
+__all__ = [
+    "Job",
+    "Settings",
+    "as_8_bits",
+    "check_folder",
+    "check_index",
+    "shrink",
+    "write_folder",
+    "write_index",
+    "write_shards",
+]
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
@@ -84,6 +94,11 @@ class Job:
 Part = Callable[[threading.Event, "tqdm[Any]"], dict[str, Any]]
 
 
+def as_8_bits(image: Image.Image) -> Image.Image:
+    """An image as it is, or the upper 8 bits of a grey one of 16, which Pillow itself would clip."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+
+
 def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     """An image resized (bicubic, antialiased) to a shorter side in pixels, in its own format.
 
@@ -98,11 +113,8 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
             if image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 return data
-            if image.mode.startswith("I"):  # Pillow would clip them to 8
-                kept = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            else:
-                kept = image if image.mode in ("RGB", "L") else image.convert("RGB")
-            small = kept.resize(size, Image.Resampling.BICUBIC)
+            kept = as_8_bits(image)
+            small = (kept if kept.mode in ("RGB", "L") else kept.convert("RGB")).resize(size, Image.Resampling.BICUBIC)
             out = io.BytesIO()
             # The orientation is in the Exif data.
             small.save(out, image.format, quality=quality, exif=image.info.get("exif", b""))
