@@ -11,6 +11,7 @@ from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps, validate
 from dali_vit.model import create_model, flops_per_image
+from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.variants import TIMM_PREFIX
 
@@ -24,6 +25,8 @@ class Plan:
     total_steps: int
     checkpoint: checkpoints.Checkpoint | None
     """Where the run goes on from; None: from scratch."""
+    train_names: str
+    """`names.fingerprint` of the training images, on which the order of the stream depends."""
 
 
 def plan(config: Config, world_size: int) -> Plan:
@@ -59,23 +62,14 @@ def plan(config: Config, world_size: int) -> Plan:
             raise UserError(
                 f"--resolution {config.data.resolution}: {config.model.model} takes no images of that size ({reason})"
             ) from error
-    if checkpoint is not None and checkpoint.classes != dataset.classes:
-        raise UserError(
-            f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
-            " choose another --name"
-        )
+    train_names = fingerprint(train_files, dataset.root / "train")
     if checkpoint is not None:
-        before = checkpoint.loader["ranks"][0]["num_samples"]
-        if before != len(train_files):
-            raise UserError(
-                f"--data {config.data.data}: {len(train_files)} training images, {config.run_dir} was begun with"
-                f" {before}; put back what was removed, under the same names, or choose another --name"
-            )
+        _check_same_images(config, checkpoint, dataset, train_names)
     total = total_steps(config.optim, len(train_files))
     if total == 1 and config.optim.warmup_steps:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    return Plan(dataset, model, total, checkpoint)
+    return Plan(dataset, model, total, checkpoint, train_names)
 
 
 def up_to_date(planned: Plan, config: Config) -> Plan:
@@ -89,6 +83,7 @@ def up_to_date(planned: Plan, config: Config) -> Plan:
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is not None:
         _check_resumable(config, checkpoint)
+        _check_same_images(config, checkpoint, planned.dataset, planned.train_names)
     return replace(planned, checkpoint=checkpoint)
 
 
@@ -100,4 +95,26 @@ def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None
         raise UserError(
             f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
             " choose another --name, or give the same settings to go on with it"
+        )
+
+
+def _check_same_images(
+    config: Config, checkpoint: checkpoints.Checkpoint, dataset: datasets.Dataset, train_names: str
+) -> None:
+    """UserError where the stream of the checkpoint's run cannot go on with these images, which may lie elsewhere."""
+    if checkpoint.classes != dataset.classes:
+        raise UserError(
+            f"--data {config.data.data}: its classes differ from those {config.run_dir} was begun with;"
+            " choose another --name"
+        )
+    count, before = len(dataset.split("train")), checkpoint.loader["ranks"][0]["num_samples"]
+    if before != count:
+        raise UserError(
+            f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
+            " put back what was removed, under the same names, or choose another --name"
+        )
+    if checkpoint.loader.get("train_names", train_names) != train_names:  # of before it was kept, none
+        raise UserError(
+            f"--data {config.data.data}: as many training images as {config.run_dir} was begun with, but other names"
+            " or classes of some; put back what was moved or renamed, or choose another --name"
         )

@@ -108,6 +108,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 classes=dataset.classes,
                 loader_state={
                     "world_size": group.world_size,
+                    "train_names": planned.train_names,
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
