@@ -1,6 +1,8 @@
 """prepare stopped at any point and started again, beside itself, and on a set that is there already."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -123,6 +125,27 @@ def test_a_finished_set_is_left_alone_and_no_other_put_in_its_place(tmp_path):
     (tmp_path / "other/notes.txt").write_text("mine")
     prepare_fails(replace(arguments, target=tmp_path / "other"), "exists already")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_images_that_changed_are_not_taken_for_those_that_a_set_was_made_of(tmp_path, monkeypatch):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    made = tree(prepare(arguments))
+    image = next((arguments.source / "train").glob("*/*"))
+    before = image.read_bytes()
+    image.write_bytes(before + b"\0")
+    prepare_fails(arguments, "other images in it", "remove it to prepare it again")
+    assert tree(tmp_path / "set") == made
+
+    def on_a_full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dali_vit.prepare.write_manifest", on_a_full_disk)
+        prepare_fails(replace(arguments, target=tmp_path / "other"), "No space left")
+    image.write_bytes(before)
+    prepare_fails(replace(arguments, target=tmp_path / "other"), "other images in it", "remove the folder")
+    image.write_bytes(before + b"\0")
+    assert tree(prepare(replace(arguments, target=tmp_path / "other"))) != made
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path, monkeypatch):

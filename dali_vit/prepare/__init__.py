@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import tyro
 
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count
+from dali_vit.listing import IO_THREADS
 from dali_vit.manifest import Manifest, read_manifest, write_manifest
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Format, Source, open_source, sample_names
@@ -36,6 +38,7 @@ from dali_vit.prepare.targets import (
     write_index,
     write_shards,
 )
+from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
 __all__ = ["PrepareArguments", "prepare"]
@@ -100,7 +103,8 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     if existing is not None:
         if existing.plan != plan:
             raise UserError(
-                f"{target} holds a set made of another source or with other settings: choose another TARGET"
+                f"{target} holds a set made of another source, of other images in it or with other settings: choose"
+                " another TARGET, or remove it to prepare it again"
             )
         _log.info("%s is there already, made of this source with these settings", target)
         shutil.rmtree(partial)
@@ -178,14 +182,15 @@ def _claim(state: Path, plan: str) -> None:
         write_receipt(path, {"plan": plan})
     elif begun["plan"] != plan:
         raise UserError(
-            f"{state.parent} was begun with another source or other settings: give those, or remove the folder"
+            f"{state.parent} was begun with another source, other images in it or other settings: give those, or"
+            " remove the folder"
         )
     else:
         _log.info("going on with %s", state.parent)
 
 
 def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
-    """SHA-256 of everything that the bytes of the target depend on, the contents of images excepted."""
+    """SHA-256 of everything that the bytes of the target depend on; for the contents of images stand their sizes."""
     digest = hashlib.sha256()
     described: list[Any] = [layout, settings.recorded(), source.classes]
     for split, samples in source.splits.items():
@@ -197,5 +202,23 @@ def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
             described.append([shard if layout == "index" else Path(shard).name for shard in samples.shards])
             for column in (samples.shard, samples.offsets, samples.lengths):
                 digest.update(np.ascontiguousarray(column).tobytes())
+        else:
+            digest.update(_sizes(samples).tobytes())
     digest.update(json.dumps(described, ensure_ascii=True).encode())
     return digest.hexdigest()
+
+
+def _sizes(files: FileList) -> np.ndarray:
+    """Bytes of each file, int64 [N]; -1 where it cannot be looked at, which reading it will tell."""
+
+    def size(i: int) -> int:
+        try:
+            return os.stat(files.path(i)).st_size
+        except OSError:
+            return -1
+
+    def sizes(first: int) -> list[int]:
+        return [size(i) for i in range(first, min(first + 1000, len(files)))]
+
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        return np.array([n for some in pool.map(sizes, range(0, len(files), 1000)) for n in some], np.int64)
