@@ -284,7 +284,8 @@ def _check_bad_samples(bad_samples: list[int], dataset: datasets.Dataset, config
     if len(bad_samples) > max(1, config.data.max_bad_share * count):
         raise UserError(
             f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
-            f" {config.data.max_bad_share:g}); `dali-vit verify {config.data.data}` names them all"
+            f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
+            " lists all), or go on with a higher share"
         )
 
 

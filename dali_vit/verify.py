@@ -100,14 +100,16 @@ class Report:
     """Problems that hurt and were moved aside with their images."""
     left_out: tuple[LeftOut, ...] = ()
     """Files in class folders that belong to no split: remarks, as they do not hurt training."""
+    refused: str | None = None
+    """Why what is left after moving images aside can no longer be trained on, if so: a class without images."""
 
     @property
     def exit_code(self) -> int:
         """0 for a set that can be trained on as it is now, else 2."""
-        return 2 if sum(problem.hurts for problem in self.problems) > self.quarantined else 0
+        return 2 if self.refused or sum(problem.hurts for problem in self.problems) > self.quarantined else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `images`, `problems` by kind, `quarantined`, `found`, one object a problem, and `left_out`."""
+        """Plain values: `images`, `problems` by kind, `quarantined`, `left_out`, `refused`, and `found`, an object each."""
         kinds = Counter(problem.kind for problem in self.problems)
         return {
             "images": self.counts,
@@ -115,6 +117,7 @@ class Report:
             "quarantined": self.quarantined,
             "found": [asdict(problem) for problem in self.problems],
             "left_out": [asdict(files) for files in self.left_out],
+            "refused": self.refused,
         }
 
 
@@ -150,7 +153,8 @@ def verify(arguments: VerifyArguments) -> Report:
             _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
             moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
-    report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks)
+    counts = {name: len(samples) for name, samples in splits.items()}
+    report = Report(counts, tuple(problems), moved, remarks, _refused(arguments.path) if moved else None)
     _summarise(report, arguments.quarantine)
     return report
 
@@ -288,6 +292,15 @@ def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
     return sum(problem.hurts for problem in problems)
 
 
+def _refused(path: Path) -> str | None:
+    """What training would say of a set that it refuses."""
+    try:
+        load_dataset(path, minival=0)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
     """Takes images that are gone out of the manifest of a prepared folder."""
     manifest = read_manifest(root)
@@ -315,6 +328,8 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
     if report.quarantined:
         moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
         _log.info("%s moved to %s and listed in %s there", moved, quarantine, _LIST)
+    if report.refused:
+        _log.info("what is left cannot be trained on: %s", report.refused)
     hurt = sum(problem.hurts for problem in report.problems) - report.quarantined
     what = f"{hurt:,} {'problem' if hurt == 1 else 'problems'}" if hurt else "nothing"
     images = "image" if total == 1 else "images"

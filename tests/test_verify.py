@@ -198,6 +198,19 @@ def test_quarantine_moves_what_hurts_and_lists_it(tmp_path):
     assert verify(VerifyArguments(root, quarantine=aside)).exit_code == 0
 
 
+@pytest.mark.timeout(60)
+def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    for path in (root / "val" / WNIDS[1]).iterdir():
+        path.write_bytes(b"")
+    with caplog.at_level("INFO", "dali_vit"):
+        report = verify(VerifyArguments(root, quarantine=tmp_path / "aside"))
+    assert report.exit_code == 2
+    assert report.refused.startswith(f"{root / 'val'} has classes without images ({WNIDS[1]}): add images")
+    assert f"what is left cannot be trained on: {report.refused}" in caplog.messages
+    assert report.to_json()["refused"] == report.refused
+
+
 def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):
     source = broken_folder(tmp_path / "source")
     (source / "val" / WNIDS[2] / "gone.JPEG").unlink()
