@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from dali_vit import big_vision, weights
 from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
 from dali_vit.files import replacing
-from dali_vit.model import create_model
+from dali_vit.model import create_model, set_timm_resolution
+from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1
 BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
@@ -269,10 +270,14 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     native = description["resolution"]
     num_classes = len(classes) if classes else big_vision.num_classes(state)
     try:
-        model = create_model(config, num_classes=num_classes, resolution=resolution or native)
-        if resolution not in (None, native):
+        of_timm = config.model.startswith(TIMM_PREFIX)
+        side = native if of_timm else resolution or native
+        model = create_model(config, num_classes=num_classes, resolution=side)
+        if side != native:
             state = big_vision.resample_positions(state, model)
         model.load_state_dict(state)
+        if of_timm and resolution not in (None, native):
+            set_timm_resolution(config, model, resolution)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError) and resolution is not None:
             raise

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dali_vit.blocks import LeanBlock
 from dali_vit.config import ModelConfig, UserError
-from dali_vit.variants import TIMM_PREFIX, check_model, resolve_variant
+from dali_vit.variants import TIMM_PREFIX, check_model, indivisible, resolve_variant
 
 LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
 _META_IMAGES = 2  # batch norm refuses one
@@ -173,7 +173,9 @@ def kept_bytes_per_image(model: nn.Module, resolution: int) -> int:
 def _forward_on_meta(model: nn.Module, resolution: int) -> list[Tensor]:
     """A forward pass of which nothing is computed; what it used in place of parameters and buffers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: t.detach().to("meta").requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    # Without gradients FlopCounterMode fails where a module is given a view of a parameter that requires one.
+    graded = torch.is_grad_enabled()
+    meta = {name: t.detach().to("meta").requires_grad_(graded and t.requires_grad) for name, t in tensors.items()}
     images = torch.empty(_META_IMAGES, 3, resolution, resolution, device="meta")
     torch.func.functional_call(model, meta, (images,))
     return list(meta.values())
@@ -236,8 +238,42 @@ def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed
             if not fixed:
                 raise
             raise UserError(f"--resolution {resolution}: {config.model} takes {native} only ({error})") from error
+    _check_patch(config, model, resolution)
     _rescale_input(model)
     return model
+
+
+def _check_patch(config: ModelConfig, model: nn.Module, resolution: int) -> None:
+    """UserError where a timm model would not look at the last rows and columns of pixels, and not say so."""
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad and resolution % embed.patch_size[0]:
+        raise UserError(indivisible(config, resolution, embed.patch_size[0]))
+
+
+def set_timm_resolution(config: ModelConfig, model: nn.Module, resolution: int) -> None:
+    """Makes a timm model take images of another side, in place: what depends on it, timm resamples.
+
+    UserError where timm cannot do that for this model, or the model takes no such images.
+    """
+    _check_patch(config, model, resolution)
+    about: Any = model.pretrained_cfg
+    resize: Any = getattr(model, "set_input_size", None)
+    if about["fixed_input_size"] and resize is None:
+        raise UserError(
+            f"--resolution {resolution}: {config.model} takes images of the size it was trained on alone; leave it out"
+        )
+    try:
+        if about["fixed_input_size"]:
+            resize(img_size=(resolution, resolution))
+        flops_per_image(model, resolution)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise no_such_images(config, resolution, error) from error
+
+
+def no_such_images(config: ModelConfig, resolution: int, error: Exception) -> UserError:
+    """What is said of a timm model that fails with images of a side."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"--resolution {resolution}: {config.model} takes no images of that size ({reason})")
 
 
 def _rescale_input(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps, validate
-from dali_vit.model import create_model, flops_per_image
+from dali_vit.model import create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.variants import TIMM_PREFIX
@@ -58,10 +58,7 @@ def plan(config: Config, world_size: int) -> Plan:
         try:
             flops_per_image(model, config.data.resolution)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"--resolution {config.data.resolution}: {config.model.model} takes no images of that size ({reason})"
-            ) from error
+            raise no_such_images(config.model, config.data.resolution, error) from error
     train_names = fingerprint(train_files, dataset.root / "train")
     if checkpoint is not None:
         _check_same_images(config, checkpoint, dataset, train_names)

@@ -59,12 +59,17 @@ def check_model(config: ModelConfig, resolution: int) -> None:
         return
     (width, _, _, num_heads), patch = resolve_variant(config)
     if resolution % patch:
-        near = max(patch, round(resolution / patch) * patch)
-        raise UserError(f"--resolution {resolution}: not divisible by the patch of {config.model}; use {near}")
+        raise UserError(indivisible(config, resolution, patch))
     if width % num_heads:
         raise UserError(f"--width {width}: not divisible by {num_heads} heads; change --width or --num-heads")
     if config.posemb == "sincos2d" and (width % 4 or width < 8):
         raise UserError(f"--width {width}: sincos2d positions need a multiple of 4 from 8 on; use --posemb learn")
+
+
+def indivisible(config: ModelConfig, resolution: int, patch: int) -> str:
+    """What is said of a resolution that is no multiple of the patch's side."""
+    near = max(patch, round(resolution / patch) * patch)
+    return f"--resolution {resolution}: not divisible by the patch of {config.model}; use {near}"
 
 
 def _check_no_effect(config: ModelConfig) -> None:

@@ -109,7 +109,7 @@ class Report:
         return 2 if self.refused or sum(problem.hurts for problem in self.problems) > self.quarantined else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `images`, `problems` by kind, `quarantined`, `left_out`, `refused`, and `found`, an object each."""
+        """Plain values: `images`, `problems` by kind, `quarantined`, `left_out`, `refused`; `found`, an object each."""
         kinds = Counter(problem.kind for problem in self.problems)
         return {
             "images": self.counts,

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
-from dali_vit.config import Config, DataConfig, ModelConfig
+from dali_vit.config import Config, DataConfig, ModelConfig, UserError
 from dali_vit.model import create_model
 from tests.test_cli import run
 
@@ -160,6 +160,38 @@ def test_impossible_numbers_are_refused_by_their_flag(flag, value, message, data
         "eval", "--checkpoint", str(model), "--data", str(data), flag, value, "--gpus", "0", capsys=capsys
     )
     assert (code, err) == (2, f"dali-vit: {flag} {value}: {message}\n")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit3", "test_resnet"])
+def test_another_resolution_of_a_timm_model_is_made_as_timm_makes_it(name, tmp_path):
+    config = ModelConfig(model=f"timm:{name}")
+    model = create_model(config, num_classes=3, resolution=160, seed=1).eval()
+    checkpoint.save_model(tmp_path / "m.safetensors", model.state_dict(), config, 160, ("a", "b", "c"), None)
+    images = torch.rand(2, 3, 96, 96) * 2 - 1
+    opened = checkpoint.open_model(tmp_path / "m.safetensors", 96)
+    assert opened.resolution == 96
+    if name == "test_vit3":
+        with pytest.raises(AssertionError):
+            model(images)
+        model.set_input_size(img_size=(96, 96))
+    assert torch.equal(opened.model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "message"),
+    [
+        ("deit_tiny_patch16_224", 100, "not divisible by the patch of timm:deit_tiny_patch16_224; use 96"),
+        ("cait_xxs24_224", 96, "timm:cait_xxs24_224 takes images of the size it was trained on alone; leave it out"),
+    ],
+)
+def test_a_resolution_that_a_timm_model_does_not_take_is_named(name, resolution, message, tmp_path):
+    config = ModelConfig(model=f"timm:{name}")
+    model = create_model(config, num_classes=3, resolution=224)
+    checkpoint.save_model(tmp_path / "m.safetensors", model.state_dict(), config, 224, None, None)
+    with pytest.raises(UserError) as error:
+        checkpoint.open_model(tmp_path / "m.safetensors", resolution)
+    assert str(error.value) == f"--resolution {resolution}: {message}"
 
 
 @pytest.mark.timeout(60)

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dali_vit.config import ModelConfig
 from dali_vit.model import PlainViT, create_model, flops_per_image, kept_bytes_per_image, num_parameters, sincos2d
@@ -182,12 +183,17 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert 3 * expected == pytest.approx(27.6e9, rel=0.01)  # as counted by others: forward + backward
 
 
-def test_counting_flops_changes_nothing() -> None:
-    model = create_model(ModelConfig(model="timm:test_resnet"), num_classes=10, resolution=64)
+@pytest.mark.parametrize(("name", "side"), [("test_resnet", 64), ("test_vit3", 160)])  # the latter's pooling attends
+def test_counting_flops_changes_nothing(name: str, side: int) -> None:
+    model = create_model(ModelConfig(model=f"timm:{name}"), num_classes=10, resolution=side)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert flops_per_image(model, 64) == pytest.approx(4 * flops_per_image(model, 32), rel=0.01)
+    flops = flops_per_image(model, side)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.requires_grad_(False)(torch.zeros(2, 3, side, side))
+    assert flops == counter.get_total_flops() / 2
 
 
 def test_timm_model_takes_images_in_minus_one_to_one() -> None:
@@ -228,6 +234,11 @@ def test_timm_model_of_fixed_size_is_built_for_the_resolution() -> None:
             "a1_in1k names weights, and training begins without; give timm:r",
         ),
         (ModelConfig(model="timm:resnet50", head="linear"), 224, "--head linear: has no effect on timm:resnet50"),
+        (
+            ModelConfig(model="timm:deit_tiny_patch16_224"),
+            230,
+            "--resolution 230: not divisible by the patch of .*; use 224",
+        ),
         (ModelConfig(model="timm:resnet50", depth=3), 224, "--depth 3: has no effect on timm:resnet50"),
     ],
 )
