@@ -135,7 +135,8 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     for attempt in range(max_restarts + 1):
         try:
             # Restarts are ours, because torch's would also repeat a mistake of the user.
-            main([*launcher, "-m", "dali_vit", *argv])
+            # After a failure --no-resume would refuse what this very run has written; the last of the flags counts.
+            main([*launcher, "-m", "dali_vit", *argv, *(["--resume"] if attempt else [])])
             return 0
         except SignalException:
             return REQUEUE

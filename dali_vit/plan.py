@@ -45,6 +45,11 @@ def plan(config: Config, world_size: int) -> Plan:
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is not None:
         _check_resumable(config, checkpoint)
+    elif not config.run.resume and (config.run_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"{config.run_dir}: holds metrics of a run without a checkpoint; choose another --name, remove the folder,"
+            " or drop --no-resume to begin the run again"
+        )
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     train_files = dataset.split("train")
     datasets.allow_open_files(train_files, batch_size // world_size)

@@ -303,6 +303,13 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     assert (code, "--no-resume" in err) == (2, True)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
+    # Nor is a run begun anew over the metrics of one whose checkpoints somebody has removed.
+    shutil.rmtree(run_dir / "checkpoints")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    code, _, err = run(*command, "--no-resume", capsys=capsys)
+    assert (code, "holds metrics of a run without a checkpoint" in err) == (2, True)
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
 
 @pytest.mark.timeout(120)
 def test_gradients_that_stay_not_finite_stop_the_run(image_folder, tmp_path, capsys):

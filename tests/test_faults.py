@@ -118,7 +118,7 @@ def test_max_hours_stop_by_the_clock(image_folder, tmp_path):
 
 @pytest.mark.timeout(240)
 def test_a_killed_worker_takes_the_job_back_to_the_last_checkpoint(image_folder, tmp_path):
-    arguments = command(image_folder, tmp_path / "a", steps=150)
+    arguments = command(image_folder, tmp_path / "a", "--no-resume", steps=150)  # as far as it was there before
     with running("-c", LAUNCH, *arguments) as launcher:
         wait_for(lambda: logged_steps(tmp_path / "a" / "run") > 25, "step 25")
         os.kill(workers_of(launcher.pid)[1], signal.SIGKILL)
