@@ -216,6 +216,10 @@ def check_range(flag: str, value: float, low: float, high: float = math.inf) -> 
 MAX_THREADS = 1024
 MAX_RESOLUTION = 8192
 MAX_BATCH_SIZE = 2**20
+MAX_EPOCHS = 10**6
+MAX_STEPS = 10**10
+MAX_SECONDS = 10**7
+MAX_FLOAT32 = 1e38
 
 
 def validate(config: Config) -> None:
@@ -231,6 +235,11 @@ def validate(config: Config) -> None:
     for flag, value in [("--epochs", optim.epochs), ("--steps", optim.steps)]:
         if value is not None and value <= 0:
             raise UserError(f"{flag} {value}: must be above 0")
+    check_range("--epochs", optim.epochs or 0, 0, MAX_EPOCHS)
+    check_range("--steps", optim.steps or 0, 0, MAX_STEPS)
+    check_range("--hang-timeout", run.hang_timeout, 0, MAX_SECONDS)
+    check_range("--lr", optim.lr, 0, MAX_FLOAT32)
+    check_range("--weight-decay", optim.weight_decay, 0, 1 if optim.optimizer == "adamw" else MAX_FLOAT32)
     check_range("--batch-size", optim.batch_size, 1, MAX_BATCH_SIZE)
     check_range("--resolution", data.resolution, 1, MAX_RESOLUTION)
     check_range("--grad-accum-steps", run.grad_accum_steps, 1)
@@ -247,8 +256,6 @@ def validate(config: Config) -> None:
     if optim.grad_clip_norm is not None and optim.grad_clip_norm <= 0:
         raise UserError(f"--grad-clip-norm {optim.grad_clip_norm:g}: must be above 0; None switches clipping off")
     for flag, number in [
-        ("--lr", optim.lr),
-        ("--weight-decay", optim.weight_decay),
         ("--warmup-steps", optim.warmup_steps),
         ("--mixup-alpha", optim.mixup_alpha),
         ("--spike-threshold", optim.spike_threshold),
@@ -257,7 +264,6 @@ def validate(config: Config) -> None:
         ("--seed", run.seed),
         ("--max-restarts", run.max_restarts),
         ("--max-skipped-steps", run.max_skipped_steps),
-        ("--hang-timeout", run.hang_timeout),
         ("--profile", run.profile),
     ]:
         if not number >= 0:

@@ -126,6 +126,12 @@ def good(image_folder, tmp_path) -> list[str]:
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--steps", "1"], ["--warmup-steps"]),
         (["--crop", "center"], ["--crop"]),
+        (["--epochs", "1e308"], ["--epochs 1e+308: must be from 0 to 1,000,000"]),
+        (["--steps", "1" + "0" * 30], ["--steps 1", "must be from 0 to 10,000,000,000"]),
+        (["--hang-timeout", "1e30"], ["--hang-timeout 1e+30: must be from 0 to 10,000,000"]),
+        (["--lr", "1e308"], ["--lr 1e+308: must be from 0 to 1e+38"]),
+        (["--weight-decay", "1.5"], ["--weight-decay 1.5: must be from 0 to 1"]),
+        (["--hang-timeout", "-1"], ["--hang-timeout -1.0: must be from 0"]),
     ],
 )
 def test_a_mistake_is_one_line_code_2_and_nothing_written(flags, words, image_folder, tmp_path, capsys):
