@@ -43,6 +43,9 @@ def evaluate_checkpoint(
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
     if threads is not None:
         check_range("--threads", threads, 1, MAX_THREADS)
+    if v2 and (split != "val" or minival is not None):
+        flag = f"--minival {minival:g}" if split == "val" else f"--split {split}"
+        raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
     opened = checkpoint.open_model(path, resolution)
     files: datasets.ImageList
     if v2:
@@ -62,7 +65,11 @@ def evaluate_checkpoint(
 
     def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
-            files, batch_size=batch_size, resolution=opened.resolution, group=group, threads=threads or group.cores
+            files,
+            batch_size=min(batch_size, len(files)),
+            resolution=opened.resolution,
+            group=group,
+            threads=threads or group.cores,
         )
         try:
             return evaluate(model, batches, group.device, acceptable)
@@ -71,7 +78,7 @@ def evaluate_checkpoint(
 
     metrics = {f"{split}/{name}": value for name, value in run(files).items()}
     if real is not None:
-        acceptable = torch.from_numpy(datasets.load_real_labels(real, files))
+        acceptable = torch.from_numpy(datasets.load_real_labels(real, files, num_classes=_num_outputs(opened)))
         result = run(datasets.with_labels(files, np.arange(len(files))), acceptable)
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics

@@ -20,14 +20,14 @@ NUM_VAL = 50_000
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
-def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
+def load_real_labels(path: str | Path, val: Samples, *, num_classes: int) -> np.ndarray:
     """Acceptable labels of each validation image, int64 [len(val), most labels of an image], padded with -1.
 
     Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
     whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
     is left out of the score. Of ImageNet's 50,000 images the number in ILSVRC's name counts; in other sets file names
     that repeat between classes are taken in the order of the paths. Raises UserError for a file of another layout or
-    another number of images, and for images whose names do not tell which list is theirs.
+    another number of images, for labels that are no class, and for images whose names do not tell which list is theirs.
     """
     try:
         lists = json.loads(Path(path).read_text())
@@ -37,6 +37,10 @@ def load_real_labels(path: str | Path, val: Samples) -> np.ndarray:
         raise UserError(f"{path} is not a list of label lists, one an image: give ReaL's real.json")
     if len(lists) != len(val):
         raise UserError(f"{path} has labels for {len(lists)} images but val has {len(val)}: give that set's file")
+    largest = max((max(labels) for labels in lists if labels), default=None)
+    if largest is None or largest >= num_classes:
+        fault = "labels no image" if largest is None else f"has label {largest}, the model {num_classes} classes"
+        raise UserError(f"--real {path}: {fault}: give that set's file")
     names = [os.path.basename(val.path(i)) for i in range(len(val))]
     if len(val) == NUM_VAL:
         names = [match[1] for match in map(_NUMBER.search, names) if match]

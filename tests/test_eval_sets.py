@@ -59,14 +59,14 @@ def test_real_labels_go_by_file_name_across_classes(tmp_path):
     real = write_json(tmp_path / "real.json", [[1], [], [1, 0, 7], [0, 1]])
     assert [Path(val.path(i)).stem[-1] for i in range(4)] == ["2", "4", "1", "3"]
     expected = [[-1, -1, -1], [0, 1, -1], [1, -1, -1], [1, 0, 7]]
-    np.testing.assert_array_equal(load_real_labels(real, val), np.array(expected, np.int64), strict=True)
+    np.testing.assert_array_equal(load_real_labels(real, val, num_classes=8), np.array(expected, np.int64), strict=True)
 
 
 def test_real_labels_of_repeated_file_names_go_by_path(tmp_path):
     make_files(tmp_path, "val/a/1.jpg", "val/a/2.jpg", "val/b/1.jpg")
     val = load_dataset(tmp_path, split="val").val
     real = write_json(tmp_path / "real.json", [[3], [4], [5]])
-    assert load_real_labels(real, val).tolist() == [[3], [4], [5]]
+    assert load_real_labels(real, val, num_classes=8).tolist() == [[3], [4], [5]]
 
 
 def test_real_labels_of_imagenet_go_by_ilsvrcs_number(tmp_path, monkeypatch):
@@ -76,13 +76,16 @@ def test_real_labels_of_imagenet_go_by_ilsvrcs_number(tmp_path, monkeypatch):
     make_files(tmp_path / "set", *renamed, "val/b/a_ILSVRC2012_val_00000002_b.jpg")
     real = write_json(tmp_path / "real.json", [[3], [4], [5]])
     val = load_dataset(tmp_path / "set", split="val").val
-    assert load_real_labels(real, val).tolist() == [[5], [3], [4]]
+    assert load_real_labels(real, val, num_classes=8).tolist() == [[5], [3], [4]]
 
     make_files(tmp_path / "lost", *renamed, "val/b/2.jpg")
     make_files(tmp_path / "twice", *renamed, "val/b/ILSVRC2012_val_00000001.jpg")
     for folder in ("lost", "twice"):
         val = load_dataset(tmp_path / folder, split="val").val
-        fails(lambda val=val: load_real_labels(real, val), f"--real {real}: val has lost ILSVRC's file names")
+        fails(
+            lambda val=val: load_real_labels(real, val, num_classes=8),
+            f"--real {real}: val has lost ILSVRC's file names",
+        )
 
 
 def test_real_labels_are_of_no_use_where_prepare_made_names_up(tmp_path):
@@ -94,7 +97,7 @@ def test_real_labels_are_of_no_use_where_prepare_made_names_up(tmp_path):
         parquet.write_table(pyarrow.table(columns), tmp_path / "source" / f"{split}.parquet")
     val = load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set")), split="val").val
     real = write_json(tmp_path / "real.json", [[0]] * len(val))
-    fails(lambda: load_real_labels(real, val), f"--real {real}: val has lost ILSVRC's file names")
+    fails(lambda: load_real_labels(real, val, num_classes=8), f"--real {real}: val has lost ILSVRC's file names")
 
 
 @pytest.mark.parametrize(
@@ -105,16 +108,18 @@ def test_real_labels_are_of_no_use_where_prepare_made_names_up(tmp_path):
         ([["cat"], [1]], "is not a list of label lists"),
         ([[-1], [1]], "is not a list of label lists"),
         ([[1]], "labels for 1 images but val has 2"),
+        ([[7, 8], []], "has label 8, the model 8 classes"),
+        ([[], []], "labels no image"),
     ],
 )
 def test_real_file_of_another_layout(tmp_path, content, fault):
     make_split(tmp_path, "val", "a b", 1)
     val = load_dataset(tmp_path, split="val").val
-    fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val), "real.json", fault)
+    fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val, num_classes=8), "real.json", fault)
 
 
 def test_real_file_that_is_no_json(tmp_path):
     val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
     make_files(tmp_path, "real.json")
-    fails(lambda: load_real_labels(tmp_path / "real.json", val), "real.json cannot be read as JSON")
-    fails(lambda: load_real_labels(tmp_path / "none.json", val), "none.json cannot be read as JSON")
+    fails(lambda: load_real_labels(tmp_path / "real.json", val, num_classes=8), "real.json cannot be read as JSON")
+    fails(lambda: load_real_labels(tmp_path / "none.json", val, num_classes=8), "none.json cannot be read as JSON")

@@ -65,7 +65,7 @@ def evaluate(*arguments: str | Path, capsys) -> dict[str, float]:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("batch_size", ["2", "7", "64"])
+@pytest.mark.parametrize("batch_size", ["2", "7", "1048576"])  # no more files are opened than there are
 def test_val_counts_by_hand(data, tmp_path, batch_size, capsys):
     model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
     result = evaluate("--checkpoint", model, "--data", data, "--batch-size", batch_size, capsys=capsys)
@@ -97,6 +97,10 @@ def test_imagenet_v2_folders_are_class_indices(tmp_path, capsys):
         result = evaluate("--checkpoint", model, "--data", tmp_path / "v2", "--v2", capsys=capsys)
         assert result["v2/count"] == 7
         assert result["v2/top1"] == pytest.approx(100 * 4 / 7)
+    for flag in (["--split", "train"], ["--minival", "0.1"]):
+        arguments = ("--checkpoint", str(model), "--data", str(tmp_path / "v2"), "--v2", *flag)
+        code, _, err = run("eval", *arguments, capsys=capsys)
+        assert (code, err.startswith(f"dali-vit: {' '.join(flag)}: with --v2 all of DATA is evaluated")) == (2, True)
 
 
 @pytest.mark.timeout(60)

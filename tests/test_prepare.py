@@ -251,6 +251,15 @@ def test_of_16_bits_the_upper_8_are_kept(image_format):
     np.testing.assert_array_equal(np.asarray(small), np.asarray(expected))
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+def test_a_tiff_is_resized_whatever_its_compression(compression):
+    pixels = np.arange(80 * 60 * 3, dtype=np.uint8).reshape(80, 60, 3)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "TIFF", compression=compression)
+    small = Image.open(io.BytesIO(shrink(out.getvalue(), 40, 90)))
+    assert (small.size, small.info["compression"]) == ((40, 53), compression or "raw")
+
+
 @pytest.mark.parametrize(("orientation", "stays"), [(1, False), (6, True)])
 def test_a_tiff_is_not_turned(orientation, stays):
     """Pillow turns it as it loads it, and DALI does not."""

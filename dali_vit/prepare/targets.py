@@ -116,8 +116,11 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
             kept = as_8_bits(image)
             small = (kept if kept.mode in ("RGB", "L") else kept.convert("RGB")).resize(size, Image.Resampling.BICUBIC)
             out = io.BytesIO()
+            # A TIFF keeps its compression, and of those JPEG alone takes a quality.
+            takes_quality = image.format != "TIFF" or image.info.get("compression") == "jpeg"
+            options = {"quality": quality} if takes_quality else {}
             # The orientation is in the Exif data.
-            small.save(out, image.format, quality=quality, exif=image.info.get("exif", b""))
+            small.save(out, image.format, exif=image.info.get("exif", b""), **options)
             return out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return data
