@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -33,11 +34,12 @@ class Stop:
     """Whether the run is to stop after this step: a signal came, or its hours are over.
 
     The first SIGTERM, SIGINT or SIGHUP is remembered, a second one ends the process at once. All ranks agree on the
-    step: `agreed` is collective, and where that costs something it is asked for every few steps only.
+    step: `agreed` is collective, and where that costs something it is asked for every few steps only. The hours begin
+    with `start_clock`.
     """
 
     def __init__(self, group: Group, max_hours: float | None, hang_timeout: float) -> None:
-        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._seconds, self._deadline = (max_hours or math.inf) * 3600, math.inf
         self._signal: str | None = None
         self._first = 0.0
         self._world_size = group.world_size
@@ -46,6 +48,10 @@ class Stop:
         self._gloo: Any = None
         if group.world_size > 1:
             self._gloo = dist.new_group(backend="gloo", timeout=collective_timeout(hang_timeout))
+
+    def start_clock(self) -> None:
+        """Before the first step: an evaluation made up for that takes longer than the hours would else never end."""
+        self._deadline = time.monotonic() + self._seconds
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -83,7 +89,7 @@ class Stop:
 
     def reason(self) -> str | None:
         """Why the run is to stop, the same on every rank; None to go on. Collective."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
+        late = time.monotonic() >= self._deadline
         reason = 2 if self._signal else 1 if late else 0
         if self._gloo is not None:
             shared = torch.tensor(reason)

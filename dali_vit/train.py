@@ -163,6 +163,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 add_metrics(start, metrics)
                 if writer:
                     writer.scalars(start, metrics)
+        stop.start_clock()
         timer, window, began = StepTimer(group.device), Window(group), time.perf_counter()
         for step in steps:
             watchdog.enter("loader", step)

@@ -74,7 +74,7 @@ def test_a_signal_ends_an_evaluation(
 
 
 def test_a_second_signal_in_the_evaluation_that_is_made_up_for(image_folder: Path, tmp_path: Path) -> None:
-    """The checkpoint stays as it is, and the evaluation due."""
+    """The checkpoint stays as it is, and the evaluation due, until a start that nothing but the clock ends."""
     arguments = command(image_folder, tmp_path, "--eval-every", "1", steps=16)
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
@@ -87,3 +87,9 @@ def test_a_second_signal_in_the_evaluation_that_is_made_up_for(image_folder: Pat
         assert process.returncode == 75, err
         assert "after step 8" in err
         assert checkpoint.newest(tmp_path / "run").loader["evaluation_due"]
+
+    # The clock starts with the steps: an evaluation that takes longer than all --max-hours ends nevertheless.
+    result = dali_vit(*arguments, "--max-hours", "1e-9")
+    assert result.returncode == 75
+    assert "--max-hours are over after step 9" in result.stderr
+    assert evaluated_steps(tmp_path / "run") == [8]
