@@ -251,6 +251,12 @@ def validate(config: Config) -> None:
     for flag, share in [("--beta1", optim.beta1), ("--beta2", optim.beta2), ("--momentum", optim.momentum)]:
         if not 0 <= share < 1:
             raise UserError(f"{flag} {share:g}: must be from 0 to below 1")
+    idle = ("momentum",) if optim.optimizer == "adamw" else ("beta1", "beta2", "eps", "first_moment")
+    for name in idle:
+        if getattr(optim, name) != getattr(OptimConfig, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(optim, name)}: has no effect on {optim.optimizer}; leave it out"
+            )
     if optim.eps <= 0:
         raise UserError(f"--eps {optim.eps:g}: must be above 0")
     if optim.grad_clip_norm is not None and optim.grad_clip_norm <= 0:

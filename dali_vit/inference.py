@@ -122,7 +122,10 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
         raise UserError(f"{target}: exists; choose another name or remove it")
     if target.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{target}: the name must end in .safetensors or .npz")
-    opened = checkpoint.open_model(source, resolution)
+    try:
+        opened = checkpoint.open_model(source, resolution)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--checkpoint ")) from error
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".npz":

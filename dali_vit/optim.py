@@ -62,8 +62,6 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     ]
     betas = (config.beta1, config.beta2)
     if config.optimizer == "sgd":
-        if config.first_moment != "float32":
-            raise UserError(f"--first-moment {config.first_moment}: has no effect on sgd; leave it out")
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         # Zeros are what its first step begins with. Left to itself it would not write them if that step is left out.
         for p in decayed + others:

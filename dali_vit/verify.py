@@ -60,8 +60,8 @@ _LIST = "quarantined.tsv"
 class VerifyArguments:
     """Reads and decodes every image of a set; exit code 2 if anything would hurt training."""
 
-    path: Annotated[Path, tyro.conf.Positional]
-    """PATH: image folder, or set made by prepare."""
+    path: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Image folder, or set made by prepare (s3:// too)."""
     quarantine: Path | None = None
     """Image folders: move what would hurt training into this folder, and list it in quarantined.tsv there."""
     max_megapixels: float = 100.0
@@ -292,7 +292,7 @@ def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
     return sum(problem.hurts for problem in problems)
 
 
-def _refused(path: Path) -> str | None:
+def _refused(path: str | Path) -> str | None:
     """What training would say of a set that it refuses."""
     try:
         load_dataset(path, minival=0)

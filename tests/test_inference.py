@@ -294,4 +294,5 @@ def test_convert_resamples_positions_and_overwrites_nothing(tmp_path, capsys):
         code, _, err = run("convert", str(tmp_path / source), str(tmp_path / "d.safetensors"), capsys=capsys)
         assert (code, err.count("\n")) == (2, 1)
         assert words in err
+        assert "--checkpoint" not in err  # which convert does not have
     assert not (tmp_path / "d.safetensors").exists()

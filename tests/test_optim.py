@@ -253,11 +253,6 @@ def test_optimizer_step_clips_and_clears() -> None:
     assert model.weight.grad is None
 
 
-def test_bfloat16_moment_is_refused_for_sgd() -> None:
-    with pytest.raises(ValueError, match="--first-moment bfloat16: has no effect on sgd"):
-        create_optimizer(linear(), OptimConfig(optimizer="sgd", first_moment="bfloat16"))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", OPTIMIZERS)

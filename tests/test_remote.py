@@ -83,7 +83,7 @@ def test_a_set_at_the_root_of_a_bucket(shards: Path, client: Any) -> None:
     assert len(load_dataset("s3://images", minival=0).split("train")) == datasets.NUM_TRAIN
 
 
-def test_train_and_eval_by_the_command_line(shards: Path, client: Any, tmp_path: Path) -> None:
+def test_train_eval_and_verify_by_the_command_line(shards: Path, client: Any, tmp_path: Path) -> None:
     upload(client, shards)
     data = ("--data", "s3://images/sets/ours")
     runs = ("--runs-dir", tmp_path / "runs", "--name", "run", "--gpus", "0", "--threads", "1")
@@ -94,6 +94,9 @@ def test_train_and_eval_by_the_command_line(shards: Path, client: Any, tmp_path:
     done = dali_vit("eval", "--checkpoint", tmp_path / "runs" / "run", *data, "--gpus", "0", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["val/count"] == datasets.VAL_IMAGES
+    done = dali_vit("verify", "s3://images/sets/ours", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == {"train": datasets.NUM_TRAIN, "val": datasets.VAL_IMAGES}
 
 
 def test_only_what_is_needed_is_copied_and_only_once(
