@@ -192,7 +192,8 @@ def test_counting_flops_changes_nothing(name: str, side: int) -> None:
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.requires_grad_(False)(torch.zeros(2, 3, side, side))
+        # On the CPU itself older versions of torch do not count attention.
+        model.requires_grad_(False).to("meta")(torch.zeros(2, 3, side, side, device="meta"))
     assert flops == counter.get_total_flops() / 2
 
 
