@@ -21,6 +21,7 @@ __all__ = [
     "IO_THREADS",
     "LEFT_OUT",
     "LeftOut",
+    "check_no_empty",
     "check_root",
     "check_same_classes",
     "class_names",
@@ -80,9 +81,8 @@ def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False
             listed = pool.map(lambda path: _list_class(path), paths)
             listing = _collect(classes, listed)
             index_cache.save(folder, classes, stamps, IMAGE_SUFFIXES, listing)
-    empty = [name for name, count in zip(classes, listing.counts.tolist(), strict=True) if not count]
-    if empty and not some_empty:
-        raise UserError(f"{folder} has classes without images ({some(empty)}): add images or remove the folders")
+    if not some_empty:
+        check_no_empty(folder, classes, listing.counts)
     return _file_list(folder, listing)
 
 
@@ -165,6 +165,13 @@ def check_root(root: Path, folder: str) -> None:
         remedy = f"give a folder that holds {folder}/<class>/*"
     state = "is empty" if not any(root.iterdir()) else f"has no {folder}/"
     raise UserError(f"{root} {state}: {remedy}")
+
+
+def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:
+    """Raises UserError, with the names, where classes have no images; counts: of each class, int64 [classes]."""
+    empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    if empty:
+        raise UserError(f"{folder} has classes without images ({some(empty)}): add images or remove the folders")
 
 
 def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:

@@ -22,12 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.data import Dataset, load_dataset
+from dali_vit.data import Dataset
 from dali_vit.environment import cpu_count
 from dali_vit.inspection import find_undecodable, inspect_header, one_line, why_undecodable
 from dali_vit.listing import LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
 from dali_vit.prepare.sources import read_sample
+from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -100,8 +101,8 @@ class Report:
     """Problems that hurt and were moved aside with their images."""
     left_out: tuple[LeftOut, ...] = ()
     """Files in class folders that belong to no split: remarks, as they do not hurt training."""
-    refused: str | None = None
-    """Why what is left after moving images aside can no longer be trained on, if so: a class without images."""
+    refused: tuple[str, ...] = ()
+    """Why training refuses the set as it is now, images moved aside: the faults of its classes."""
 
     @property
     def exit_code(self) -> int:
@@ -117,7 +118,7 @@ class Report:
             "quarantined": self.quarantined,
             "found": [asdict(problem) for problem in self.problems],
             "left_out": [asdict(files) for files in self.left_out],
-            "refused": self.refused,
+            "refused": list(self.refused),
         }
 
 
@@ -127,7 +128,7 @@ def verify(arguments: VerifyArguments) -> Report:
         raise UserError(f"--max-megapixels {arguments.max_megapixels:g}: must be above 0 and finite")
     if arguments.workers is not None and arguments.workers <= 0:
         raise UserError(f"--workers {arguments.workers}: must be above 0")
-    dataset = load_dataset(arguments.path, minival=0)
+    dataset, refused = load_with_faults(arguments.path)
     _check_quarantine(dataset, arguments.quarantine)
     splits = {name: s for name, s in (("train", dataset.train), ("val", dataset.val)) if s is not None}
     workers = arguments.workers or cpu_count()
@@ -153,8 +154,9 @@ def verify(arguments: VerifyArguments) -> Report:
             _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
             moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
-    counts = {name: len(samples) for name, samples in splits.items()}
-    report = Report(counts, tuple(problems), moved, remarks, _refused(arguments.path) if moved else None)
+    if moved:
+        refused = _refused(arguments.path)
+    report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks, refused)
     _summarise(report, arguments.quarantine)
     return report
 
@@ -292,13 +294,11 @@ def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
     return sum(problem.hurts for problem in problems)
 
 
-def _refused(path: str | Path) -> str | None:
-    """What training would say of a set that it refuses."""
+def _refused(path: str | Path) -> tuple[str, ...]:
     try:
-        load_dataset(path, minival=0)
-    except UserError as error:
-        return str(error)
-    return None
+        return load_with_faults(path)[1]
+    except UserError as error:  # nothing is left to be listed
+        return (str(error),)
 
 
 def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
@@ -328,9 +328,9 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
     if report.quarantined:
         moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
         _log.info("%s moved to %s and listed in %s there", moved, quarantine, _LIST)
-    if report.refused:
-        _log.info("what is left cannot be trained on: %s", report.refused)
-    hurt = sum(problem.hurts for problem in report.problems) - report.quarantined
+    for reason in report.refused:
+        _log.info("training refuses the set: %s", reason)
+    hurt = sum(problem.hurts for problem in report.problems) - report.quarantined + len(report.refused)
     what = f"{hurt:,} {'problem' if hurt == 1 else 'problems'}" if hurt else "nothing"
     images = "image" if total == 1 else "images"
     _log.info("%s %s of %s: %s that would hurt training", f"{total:,}", images, ", ".join(report.counts), what)

@@ -21,6 +21,7 @@ from pipelines.readers import FileList
 from tests import datasets
 from tests.bad_images import encoded, mutations, undecodable
 from tests.datasets import WNIDS, encode
+from tests.test_cli import run
 
 IMAGES = datasets.draw_images()
 MANY_PIXELS = 10**8
@@ -206,9 +207,28 @@ def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
     with caplog.at_level("INFO", "dali_vit"):
         report = verify(VerifyArguments(root, quarantine=tmp_path / "aside"))
     assert report.exit_code == 2
-    assert report.refused.startswith(f"{root / 'val'} has classes without images ({WNIDS[1]}): add images")
-    assert f"what is left cannot be trained on: {report.refused}" in caplog.messages
-    assert report.to_json()["refused"] == report.refused
+    reason = f"{root / 'val'} has classes without images ({WNIDS[1]}): add images or remove the folders"
+    assert report.refused == (reason,)
+    assert f"training refuses the set: {reason}" in caplog.messages
+    assert caplog.messages[-1] == "33 images of train, val: 1 problem that would hurt training"
+
+
+@pytest.mark.timeout(60)
+def test_all_faults_of_the_classes_are_said_and_the_images_read_nevertheless(tmp_path, capsys):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    (root / "train" / "n0empty").mkdir()
+    (root / "val" / WNIDS[0]).rename(root / "val" / "n09999999")
+    next((root / "val" / "n09999999").iterdir()).write_bytes(b"")
+    code, out, _ = run("verify", str(root), "--json", capsys=capsys)
+    found = json.loads(out)
+    assert code == 2
+    assert found["refused"] == [
+        f"{root}: train/ and val/ differ in their classes, 2 missing from val/ ({WNIDS[0]}, n0empty);"
+        " 1 missing from train/ (n09999999): make them equal",
+        f"{root}/train has classes without images (n0empty): add images or remove the folders",
+    ]
+    assert found["images"] == {"train": 24, "val": 9}
+    assert found["problems"]["empty"] == 1
 
 
 def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):

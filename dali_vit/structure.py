@@ -1,0 +1,49 @@
+"""What keeps a set from being trained on before an image is read: told at once by `verify`, one by one by training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dali_vit.config import UserError
+from dali_vit.data import Dataset, load_dataset
+from dali_vit.listing import check_no_empty, check_same_classes, class_names, list_split
+from dali_vit.manifest import read_manifest
+from dali_vit.remote import is_remote
+
+__all__ = ["load_with_faults"]
+
+
+def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
+    """A set without minival, and why training refuses it: for faults of an image folder's classes, which may be many.
+
+    Of such a folder every class that either split has is loaded. UserError where there is nothing to be listed.
+    """
+    try:
+        return load_dataset(data, minival=0), ()
+    except UserError:
+        root = Path(data).expanduser().absolute()
+        if is_remote(data) or read_manifest(root) is not None or not (root / "train").is_dir():
+            raise
+        classes = {name: class_names(root / name) for name in ("train", "val") if (root / name).is_dir()}
+        every = sorted({name for names in classes.values() for name in names})
+        splits = {name: list_split(root / name, names, some_empty=True) for name, names in classes.items()}
+        faults: list[str] = []
+        if "val" in classes:
+            _note(faults, check_same_classes, root, classes["train"], classes["val"])
+        for name, files in splits.items():
+            counts = np.bincount(files.labels, minlength=len(classes[name]))
+            _note(faults, check_no_empty, root / name, classes[name], counts)
+        if not faults:
+            raise
+        return Dataset(root.name, root, tuple(every), splits["train"], None, splits.get("val")), tuple(faults)
+
+
+def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except UserError as error:
+        faults.append(str(error))
