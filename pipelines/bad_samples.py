@@ -82,7 +82,7 @@ class BadSamples:
         bad = indices[places]
         if len(bad) and not self._max:
             names = [self._samples.path(i) for i in bad.tolist()]
-            raise DecodeError(f"cannot read or decode {_some(names)}: replace or remove the file", names)
+            raise DecodeError(f"cannot read, decode or crop {_some(names)}: replace or remove the file", names)
         if make is self._make_on_cpu:
             self.tried[indices[:tried]] = True
         self.tried[bad] = True

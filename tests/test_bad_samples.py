@@ -158,7 +158,7 @@ def test_too_large_a_share_ends_the_run(tmp_path: Path) -> None:
 def test_one_bad_sample_is_allowed_in_a_small_set_unless_none_is(tmp_path: Path) -> None:
     files = write(tmp_path / "images", with_bad(12, {4: BAD["text"]}))
     take(loader(files, max_bad_share=0.01), 3)
-    with pytest.raises(DecodeError, match=r"cannot read or decode .*004.JPEG: replace or remove the file"):
+    with pytest.raises(DecodeError, match=r"cannot read, decode or crop .*004.JPEG: replace or remove the file"):
         take(loader(files, max_bad_share=0.0), 3)
     files = write(tmp_path / "images", with_bad(12, {4: BAD["text"], 5: BAD["half"]}))
     with pytest.raises(DecodeError, match="2 of 12 samples"):
