@@ -54,7 +54,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
     if checkpoint and start >= total and not due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
-        return checkpoint.metrics
+        return _check_finite(checkpoint.metrics, config)
 
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
     forward_flops = flops_per_image(model, config.data.resolution)
@@ -241,7 +241,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     if stopping:
         raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
     log.info("done in %s: %s", duration(time.perf_counter() - began), config.run_dir)
-    return metrics
+    return _check_finite(metrics, config)
 
 
 def _close(background: BackgroundWriter) -> None:
@@ -251,6 +251,13 @@ def _close(background: BackgroundWriter) -> None:
         raise UserError(
             f"the last checkpoint could not be written in full ({error}); make room and start again"
         ) from error
+
+
+def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]:
+    """The last evaluation; UserError where it shows that the weights are of no use, as after a rate far too high."""
+    if not all(map(math.isfinite, metrics.values())):
+        raise UserError(f"{config.run_dir}: its weights have become infinite or NaN; lower --lr, with another --name")
+    return metrics
 
 
 def _check_same_start(start: int, config: Config) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dali_vit import checkpoint, cli
+from dali_vit import cli
 from dali_vit.config import ModelConfig, from_dict, mendable
 from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, write_image_folder
 
@@ -315,18 +315,6 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     code, _, err = run(*command, "--no-resume", capsys=capsys)
     assert (code, "holds metrics of a run without a checkpoint" in err) == (2, True)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
-
-
-@pytest.mark.timeout(120)
-def test_gradients_that_stay_not_finite_stop_the_run(image_folder, tmp_path, capsys):
-    command = [*good(image_folder, tmp_path), "--name", "nan", "--steps", "60", "--log-every", "5"]
-    code, _, err = run(*command, "--lr", "1e30", "--grad-clip-norm", "None", "--checkpoint-every", "2", capsys=capsys)
-    assert code == 2
-    assert re.search(r"1[12] steps were left out, the last of them between steps \d+ and \d+: the gradient was", err)
-    assert "last good checkpoint" in err
-    assert err.count("\n") == 1
-    kept = checkpoint.newest(tmp_path / "runs" / "nan")
-    assert kept is None or all(t.isfinite().all() for t in kept.model_state().values())
 
 
 @pytest.mark.timeout(120)
