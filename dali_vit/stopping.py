@@ -20,6 +20,7 @@ import torch.distributed as dist
 from dali_vit.distributed import PATIENCE, REQUEUE, Group, collective_timeout, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
+_STANDSTILL = 2.0  # seconds that a thread which only sleeps wakes up too late, when the whole process was stopped
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
 
 
@@ -102,7 +103,8 @@ class Watchdog:
     """Ends a process that makes no progress, naming the stage it hangs in.
 
     Ranks that merely wait for a hanging one are in the stage "step": they are given half as long again, so that
-    the first to speak is the one that hangs. torch.compile may search for the fastest kernels for half an hour.
+    the first to speak is the one that hangs. torch.compile may search for the fastest kernels for half an hour. While
+    the whole process stands still (Ctrl-Z, or a scheduler that suspends jobs) it is not held against it.
     """
 
     def __init__(self, group: Group, seconds: float) -> None:
@@ -123,9 +125,14 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._seconds / 10)):
+        interval, before = min(1.0, self._seconds / 10), time.monotonic()
+        while not self._ended.wait(interval):
+            now = time.monotonic()
+            if now - before > interval + _STANDSTILL:
+                self._since += now - before
+            before = now
             patience = self._seconds * PATIENCE[self._stage]
-            stalled = time.monotonic() - self._since
+            stalled = now - self._since
             if stalled > patience:
                 sys.stderr.write(
                     f"dali-vit: rank {self._rank} hangs in the {self._stage} of step {self._step + 1} for"

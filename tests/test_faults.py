@@ -260,6 +260,19 @@ def test_a_stalled_reader_is_named_with_its_stage(tmp_path):
     assert "rank 0 hangs in the loader of step" in err
 
 
+@pytest.mark.timeout(120)
+def test_a_process_that_was_suspended_for_long_goes_on(image_folder, tmp_path):
+    """By Ctrl-Z, or by a scheduler: it did not hang."""
+    with running("-m", "dali_vit", *command(image_folder, tmp_path, "--hang-timeout", "2")) as process:
+        wait_for(lambda: logged_steps(tmp_path / "run") > 2, "step 2")
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert checkpoint.newest(tmp_path / "run").step == 60
+
+
 def test_the_watchdog_names_a_hanging_process_before_the_others_give_it_up():
     for hang_timeout in (60.0, 600.0, 1800.0):
         waits = distributed.collective_timeout(hang_timeout).total_seconds()
