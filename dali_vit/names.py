@@ -27,7 +27,7 @@ def chunks_of_names(samples: ImageList, folder: Path) -> Iterator[list[bytes]]:
         starts = names.starts[first : first + _CHUNK] + skipped
         ends = starts - skipped + names.lengths[first : first + _CHUNK]
         begin = int(starts.min())
-        text = names.buffer[begin : int(ends.max())].tobytes()  # slices of bytes take a fifth of the time of views'
+        text = names.buffer[begin : int(ends.max())].tobytes()  # slices of bytes take a third of the time of views'
         yield [text[i:j] for i, j in zip((starts - begin).tolist(), (ends - begin).tolist(), strict=True)]
 
 

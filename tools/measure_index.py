@@ -86,11 +86,13 @@ def _alone(function: Any, *arguments: Any) -> Any:
 
 
 def _start(root: Path) -> float:
-    """Seconds to a dataset whose splits are made and checked, as a run has it at its start."""
-    from dali_vit import data
+    """Seconds to a dataset whose splits are made and checked and whose names are hashed, as at a run's start."""
+    from dali_vit import data, names
 
     began = time.perf_counter()
-    data.check_images(data.load_dataset(root).split("train"))
+    train = data.load_dataset(root).split("train")
+    data.check_images(train)
+    names.fingerprint(train, root / "train")
     return time.perf_counter() - began
 
 
