@@ -1,51 +1,65 @@
-"""A run goes on only with the images it was begun with, known by their names in whatever layout they lie."""
+"""Names that are not UTF-8, which are bytes to Linux: of a folder, a class, an image."""
 
-import dataclasses
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dali_vit.config import UserError
+from dali_vit import cli
 from dali_vit.data import load_dataset
-from dali_vit.names import fingerprint
-from dali_vit.plan import plan, up_to_date
-from dali_vit.prepare import PrepareArguments, prepare
-from dali_vit.train import train
-from tests.conftest import write_image_folder
+from tests.conftest import CLASSES, TINY, environment, write_image_folder
+
+pytestmark = pytest.mark.timeout(120)
+
+NAMES = ("\udcff ü", "日本 \\n", "b'\"\udce9")  # as Python has them: \udcff is the byte 255
 
 
-def of_train(root: Path) -> str:
-    return fingerprint(load_dataset(root, minival=0.1).split("train"), root / "train")
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = write_image_folder(tmp_path / "set\udcff", train=8, val=2)
+    for split in ("train", "val"):
+        for plain, name in zip(CLASSES, NAMES, strict=False):
+            (root / split / plain).rename(root / split / name)
+            for image in (root / split / name).iterdir():
+                image.rename(image.with_name(f"\udcfc{image.name}"))
+    return root
 
 
-def test_the_fingerprint_is_of_classes_and_names_in_order_whatever_the_layout(tmp_path, monkeypatch):
-    folder = write_image_folder(tmp_path / "images")
-    expected = of_train(folder)
-    assert len(expected) == 32
-    assert of_train(prepare(PrepareArguments(folder, tmp_path / "shards"))) == expected
-    assert of_train(prepare(PrepareArguments(folder, tmp_path / "folder", to="folder"))) == expected
-    files = load_dataset(folder, minival=0.1).split("train")
-    monkeypatch.setattr("dali_vit.names._CHUNK", 7)
-    assert of_train(folder) == expected  # however many are taken at a time
-    for others in (files.subset([1, 0, *range(2, len(files))]), files.subset(range(len(files) - 1))):
-        assert fingerprint(others, folder / "train") != expected
+def run(*arguments: str | Path, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert not stopped.value.code, captured.err
+    return captured.out
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("to", ["ant/new.jpg", "dog/new.jpg"])
-def test_a_run_does_not_go_on_with_images_renamed_or_moved(tmp_path, tiny_config, cpu, to):
-    """Their number is the same, but from the changed one on the stream would hold other samples."""
-    folder = write_image_folder(tmp_path / "images")
-    prepare(PrepareArguments(folder, tmp_path / "shards"))
-    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(folder), minival=0))
-    first = plan(config, 1)
-    train(config, cpu, first)
+def test_they_are_trained_on_and_shown(folder, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    run("train", "--data", folder, "--gpus", "0", "--runs-dir", runs, "--name", "r", *TINY, capsys=capsys)
+    assert yaml.safe_load((runs / "r/config.yaml").read_text())["data"]["data"] == str(folder)
+    images = sorted(map(str, (folder / "val").glob("*/*")))
+    command = [sys.executable, "-m", "dali_vit", "predict", "--checkpoint", str(runs / "r"), "--gpus", "0", *images]
+    strict = {**environment(), "PYTHONIOENCODING": "ascii:strict"}
+    shown = subprocess.run(command, capture_output=True, env=strict, timeout=100, check=False)
+    assert shown.returncode == 0, shown.stderr.decode()
+    for name in (*NAMES, *images):
+        assert name.encode("ascii", "backslashreplace") in shown.stdout
+    told = json.loads(run("predict", "--checkpoint", runs / "r", "--gpus", "0", "--json", *images, capsys=capsys))
+    assert [prediction["image"] for prediction in told] == images
 
-    (folder / "train/ant/003.jpg").rename(folder / "train" / to)
-    with pytest.raises(UserError, match=r"--data .*: as many training images as .*tiny .* other names"):
-        plan(config, 1)
-    with pytest.raises(UserError, match="other names or classes"):
-        up_to_date(dataclasses.replace(first, train_names="other"), config)
 
-    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(tmp_path / "shards")))
-    assert plan(moved, 1).checkpoint.step == 12
+@pytest.mark.parametrize("to", ["shards", "folder"])
+def test_they_are_kept_by_prepare(to, folder, tmp_path, capsys):
+    run("prepare", folder, tmp_path / "out", "--to", to, capsys=capsys)
+    made, source = load_dataset(tmp_path / "out"), load_dataset(folder)
+    assert set(NAMES) <= set(made.classes)
+    assert made.classes == source.classes
+    assert made.counts == source.counts
+    names = {os.path.basename(made.val.path(i)) for i in range(len(made.val))}
+    assert names == {os.path.basename(source.val.path(i)) for i in range(len(source.val))}

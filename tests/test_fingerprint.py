@@ -1,0 +1,51 @@
+"""A run goes on only with the images it was begun with, known by their names in whatever layout they lie."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.names import fingerprint
+from dali_vit.plan import plan, up_to_date
+from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.train import train
+from tests.conftest import write_image_folder
+
+
+def of_train(root: Path) -> str:
+    return fingerprint(load_dataset(root, minival=0.1).split("train"), root / "train")
+
+
+def test_the_fingerprint_is_of_classes_and_names_in_order_whatever_the_layout(tmp_path, monkeypatch):
+    folder = write_image_folder(tmp_path / "images")
+    expected = of_train(folder)
+    assert len(expected) == 32
+    assert of_train(prepare(PrepareArguments(folder, tmp_path / "shards"))) == expected
+    assert of_train(prepare(PrepareArguments(folder, tmp_path / "folder", to="folder"))) == expected
+    files = load_dataset(folder, minival=0.1).split("train")
+    monkeypatch.setattr("dali_vit.names._CHUNK", 7)
+    assert of_train(folder) == expected  # however many are taken at a time
+    for others in (files.subset([1, 0, *range(2, len(files))]), files.subset(range(len(files) - 1))):
+        assert fingerprint(others, folder / "train") != expected
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("to", ["ant/new.jpg", "dog/new.jpg"])
+def test_a_run_does_not_go_on_with_images_renamed_or_moved(tmp_path, tiny_config, cpu, to):
+    """Their number is the same, but from the changed one on the stream would hold other samples."""
+    folder = write_image_folder(tmp_path / "images")
+    prepare(PrepareArguments(folder, tmp_path / "shards"))
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(folder), minival=0))
+    first = plan(config, 1)
+    train(config, cpu, first)
+
+    (folder / "train/ant/003.jpg").rename(folder / "train" / to)
+    with pytest.raises(UserError, match=r"--data .*: as many training images as .*tiny .* other names"):
+        plan(config, 1)
+    with pytest.raises(UserError, match="other names or classes"):
+        up_to_date(dataclasses.replace(first, train_names="other"), config)
+
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(tmp_path / "shards")))
+    assert plan(moved, 1).checkpoint.step == 12
