@@ -115,7 +115,7 @@ def _check_same_images(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
             " put back what was removed, under the same names, or choose another --name"
         )
-    if checkpoint.loader.get("train_names", train_names) != train_names:  # of before it was kept, none
+    if checkpoint.loader.get("train_names", train_names) != train_names:  # older checkpoints have none
         raise UserError(
             f"--data {config.data.data}: as many training images as {config.run_dir} was begun with, but other names"
             " or classes of some; put back what was moved or renamed, or choose another --name"
