@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.data import IMAGE_SUFFIXES, load_dataset
-from dali_vit.listing import left_out
+from dali_vit.data import load_dataset
+from dali_vit.listing import is_image, left_out
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -169,7 +169,7 @@ def _members(path: Path, fileobj: IO[bytes] | None = None) -> Iterator[tuple[str
         with tarfile.open(path if fileobj is None else None, "r:", fileobj=fileobj) as tar:
             for member in tar:
                 name = os.path.basename(member.name)
-                if member.isfile() and name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                if member.isfile() and is_image(name):
                     yield name, member.offset_data, member.size
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a whole tar file ({error}): download it again") from error
