@@ -27,9 +27,10 @@ import torch
 from safetensors import SafetensorError
 
 from dali_vit import big_vision, weights
-from dali_vit.config import MAX_RESOLUTION, Config, ModelConfig, UserError, check_range, from_dict, to_dict
+from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
 from dali_vit.files import replacing
 from dali_vit.model import create_model, set_timm_resolution
+from dali_vit.validation import MAX_RESOLUTION, check_range
 from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1

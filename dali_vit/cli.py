@@ -133,7 +133,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
 def _train(argv: list[str]) -> int:
     config, print_config = parse_train(argv)
     if print_config:
-        from dali_vit.config import validate
+        from dali_vit.validation import validate
         from dali_vit.variants import check_model
 
         validate(config)

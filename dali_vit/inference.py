@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
-from dali_vit.config import MAX_BATCH_SIZE, MAX_THREADS, UserError, check_range
+from dali_vit.config import UserError
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.files import replacing
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
+from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_range
 
 
 def evaluate_checkpoint(

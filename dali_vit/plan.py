@@ -9,10 +9,11 @@ import torch
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
-from dali_vit.config import Config, UserError, differences, total_steps, validate
+from dali_vit.config import Config, UserError, differences, total_steps
 from dali_vit.model import create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
+from dali_vit.validation import validate
 from dali_vit.variants import TIMM_PREFIX
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dali_vit import data as datasets
-from dali_vit.config import Config, UserError, validate
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
+from dali_vit.validation import validate
 from pipelines.order import TrainOrder
 
 __all__ = ["preview"]

@@ -7,6 +7,7 @@ import yaml
 
 from dali_vit import config as configs
 from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
+from dali_vit.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_impossible_values_name_their_flag(group, changes, message):
     config = Config()
     config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **changes)})
     with pytest.raises(UserError, match=message) as raised:
-        configs.validate(config)
+        validate(config)
     assert "\n" not in str(raised.value)
 
 

@@ -5,6 +5,7 @@ import pytest
 from dali_vit import config as configs
 from dali_vit import recipes
 from dali_vit.config import Config, UserError
+from dali_vit.validation import validate
 
 PAPER = {
     "model": "S/16",
@@ -73,7 +74,7 @@ def test_recipe_resolves_to_the_papers_row(name):
     expected = {**PAPER, **TABLE[name]}
     assert {field: resolved[field] for field in expected} == expected
     assert resolved["recipe"] == name
-    configs.validate(recipes.get(name))
+    validate(recipes.get(name))
 
 
 def test_there_is_no_recipe_outside_the_table_but_the_demo():
