@@ -16,6 +16,7 @@ from dali_vit.config import UserError
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.files import replacing
+from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
@@ -73,7 +74,8 @@ def evaluate_checkpoint(
             threads=threads or group.cores,
         )
         try:
-            return evaluate(model, batches, group.device, acceptable)
+            with no_messages_beside_ours():
+                return evaluate(model, batches, group.device, acceptable)
         finally:
             batches.close()
 
@@ -105,7 +107,7 @@ def predict(
     )
     model = opened.model.to(device)
     found: list[tuple[Path, list[dict[str, Any]]]] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), no_messages_beside_ours():
         for pixels, rows in batches:
             probabilities = model(normalize(pixels)).float().softmax(dim=1)
             values, indices = probabilities.topk(min(top, probabilities.shape[1]), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -14,10 +15,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines import probe
+from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
 
-__all__ = ["find_undecodable", "inspect_header", "one_line", "why_undecodable"]
+__all__ = ["find_undecodable", "inspect_header", "no_messages_beside_ours", "one_line", "why_undecodable"]
 
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
@@ -92,16 +94,42 @@ def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
 @contextmanager
 def _no_messages() -> Iterator[None]:
     """Keeps from the terminal what the decoders' libraries print of single images without naming them."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        with _stderr_to(nowhere):
+            yield
+    finally:
+        os.close(nowhere)
+
+
+@contextmanager
+def no_messages_beside_ours() -> Iterator[None]:
+    """Keeps them from the terminal where a DecodeError ends the block, which names the image; else they come late."""
+    kept = os.memfd_create("stderr")
+    try:
+        with _stderr_to(kept):
+            yield
+    except DecodeError:
+        os.truncate(kept, 0)
+        raise
+    finally:
+        os.lseek(kept, 0, os.SEEK_SET)
+        with open(kept, "rb") as messages, contextlib.suppress(OSError):
+            sys.stderr.write(messages.read().decode(errors="replace"))
+
+
+@contextmanager
+def _stderr_to(descriptor: int) -> Iterator[None]:
+    """Of libraries, too, which know nothing of `sys.stderr`."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        os.dup2(descriptor, 2)
         yield
     finally:
+        sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
 
 
 def why_undecodable(data: bytes) -> tuple[str, str]:

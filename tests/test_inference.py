@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig, UserError
+from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.model import create_model
 from tests.test_cli import run
 
@@ -218,6 +220,28 @@ def test_predict_table_names_the_colour(data, tmp_path, capsys):
     assert code == 0, err
     lines = out.splitlines()
     assert [line.split()[-1] for line in lines] == [pictures[0], "sapphire", pictures[1], "ruby"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_what_cannot_be_decoded_is_named_in_one_line(command, data, tmp_path, capfd):
+    """By us alone: the decoder says that something is wrong, too, but not with which image."""
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    torn = data / "val/c/torn.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(torn)
+    os.truncate(torn, torn.stat().st_size // 2)
+    what = {"predict": [str(torn)], "eval": ["--data", str(data)]}[command]
+    code, out, err = run(command, *what, "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
+    assert (code, out) == (2, "")
+    assert err == f"dali-vit: cannot read, decode or crop {torn}: replace or remove the file\n"
+
+
+def test_other_messages_come_late_but_whole(capfd):
+    with no_messages_beside_ours():
+        os.write(2, b"one of a library\n")
+        assert capfd.readouterr().err == ""
+        os.write(2, b"another\n")
+    assert capfd.readouterr().err == "one of a library\nanother\n"
 
 
 @pytest.mark.timeout(120)
