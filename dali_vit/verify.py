@@ -276,7 +276,7 @@ def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
     sizes: Counter[str] = Counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / _LIST, "a", encoding="utf-8", errors="surrogateescape") as file:
+        with open(folder / _LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
             for path, problem in moved.items():
                 target = folder / os.path.relpath(path, root)
                 target.parent.mkdir(parents=True, exist_ok=True)
