@@ -42,7 +42,7 @@ def how_to_compile(config: Config, group: Group) -> tuple[str, str]:
 def compile_fault(device: torch.device) -> str | None:
     """What keeps torch.compile from working on a device, in one line, such as a missing C compiler; None if nothing.
 
-    A sum is compiled: a second, or ten for the first time on a machine.
+    A sum is compiled: a second, or for the first time on a machine half a minute on the CPU.
     """
     atexit.unregister(_limit_compile_workers)
     try:

@@ -16,6 +16,10 @@ from pathlib import Path
 # two cores that others used, too, a test of 9 s once took two minutes and more: probably they spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Else torch.compile's first use on a machine builds programs to see which of the processor's vector instructions work:
+# 15 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 import numpy as np
 import pytest
 from PIL import Image
