@@ -165,14 +165,10 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
     entry = manifest.splits[split]
     index = root / f"{split}.index.npz"
     again = "copy the set again, or prepare it again"
-    for shard in entry.shards:
-        path = root / shard.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path} cannot be found ({error.strerror}): {again}") from error
-        if size != shard.bytes:
-            raise UserError(f"{path} has {size} bytes, not the {shard.bytes} of the manifest: {again}")
+    faults = [fault for shard in entry.shards if (fault := _fault(root / shard.file, shard.bytes))]
+    if faults:
+        more = f" (unusable shards: {len(faults)} of {len(entry.shards)})" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{more}: {again}")
     try:
         if file_sha256(index) != entry.index_sha256:
             raise UserError(f"{index} is not the file that prepare wrote: {again}")
@@ -185,6 +181,15 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
     names = FileList(columns["name"], np.cumsum(lengths, dtype=np.int64) - lengths, lengths, labels)
     shards = tuple(str(root / shard.file) for shard in entry.shards)
     return ShardList(shards, names, columns["shard"], columns["offset"], columns["length"], labels)
+
+
+def _fault(path: Path, size: int) -> str | None:
+    """Why a shard cannot be the one of so many bytes that the manifest has."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be found ({error.strerror})"
+    return None if found == size else f"{path} has {found} bytes, not the {size} of the manifest"
 
 
 def file_sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.manifest import MANIFEST
+from dali_vit.manifest import MANIFEST, read_manifest, write_manifest
 from dali_vit.prepare import PrepareArguments, prepare
 from tests import datasets
 from tests.datasets import IMAGES, NUM_TRAIN, VAL_IMAGES, WNIDS, contents, prepare_fails, tree, write_source
@@ -252,6 +252,17 @@ def test_what_the_manifest_says_must_be_there(tmp_path):
         load_dataset(target)
     (target / MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"dataset.json is of version None"):
+        load_dataset(target)
+
+
+def test_shards_that_did_not_arrive_are_counted(tmp_path):
+    target = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set"))
+    manifest = read_manifest(target)
+    (there,) = manifest.splits["train"].shards
+    missing = [replace(there, file=f"train/shard-{i:06d}.tar") for i in (1, 2)]
+    train = replace(manifest.splits["train"], shards=(there, *missing))
+    write_manifest(target, replace(manifest, splits=manifest.splits | {"train": train}))
+    with pytest.raises(UserError, match=r"000001.tar cannot be found .*\(unusable shards: 2 of 3\): copy the set"):
         load_dataset(target)
 
 
