@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -33,6 +34,7 @@ PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 # NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.
 _NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|failed to extend /dev/shm")
+_NOT_REACHED = re.compile("Gloo connectFullMesh failed")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 T = TypeVar("T")
@@ -200,7 +202,7 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
 
 @contextmanager
 def _naming_mistakes(processes: int) -> Iterator[None]:
-    """Turns what NCCL says of the user's mistakes into UserErrors; some of it comes with the first gradients."""
+    """Turns what NCCL and gloo say of the user's mistakes into UserErrors; some comes with the first gradients."""
     try:
         yield
     except dist.DistBackendError as error:
@@ -210,6 +212,13 @@ def _naming_mistakes(processes: int) -> Iterator[None]:
             raise LocalUserError(
                 "/dev/shm is too small for the GPUs of this machine to exchange gradients through (NCCL): give it more,"
                 " for a container with `docker run --shm-size=1g`"
+            ) from error
+        raise
+    except RuntimeError as error:
+        if _NOT_REACHED.search(str(error)):  # gloo listens where the machine's name leads, or on loopback alone
+            raise LocalUserError(
+                f"{platform.node()}: the other machines' processes are not reached from here; set GLOO_SOCKET_IFNAME on"
+                " each machine to its network interface towards the others"
             ) from error
         raise
 

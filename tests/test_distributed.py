@@ -242,6 +242,28 @@ def test_a_process_that_fails_alone_does_not_wait_for_the_others(worker, destroy
     assert destroyed == [1]
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused", LocalUserError),
+        ("something else", RuntimeError),
+    ],
+)
+def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, monkeypatch):
+    """As by gloo where no server knows its name."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    message = "set GLOO_SOCKET_IFNAME on" if expected is LocalUserError else "something else"
+    with pytest.raises(expected, match=message), distributed.connect(0):
+        raise AssertionError
+
+
 def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
     with pytest.raises(torch.distributed.DistBackendError, match="unhandled"):
         worker(0, 2, visible=1, failing="NCCL error: unhandled system error")
