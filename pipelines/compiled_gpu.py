@@ -1,6 +1,7 @@
 """`kernels.randaugment_gpu` as an operator of a DALI graph: all of RandAugment in one node instead of 340.
 
-DALI calls a Python function with a batch that stays on the device; the function queues kernels on DALI's own stream.
+DALI calls a Python function with a batch that stays where it lies on the device; the function queues kernels on DALI's
+own stream and hands their result over likewise.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ import atexit
 import functools
 import logging
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import nvidia.dali.python_function_plugin  # noqa: F401  (registers the operator of _BatchFunction)
 import torch
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, ops, pipeline_def
 from nvidia.dali import pipeline as dali_pipeline
 from nvidia.dali.data_node import DataNode
-from torch import Tensor
+
+from pipelines.handover import shut_down
 
 __all__ = ["available", "rand_augment", "try_out"]
 
@@ -71,63 +72,60 @@ def try_out(size: int, device_id: int | None) -> None:
     def graph() -> DataNode:
         images, uniforms = fn.external_source(lambda: (black, invert), num_outputs=2, layout=["HWC", ""])
         images = images if device_id is None else images.gpu()
-        return rand_augment(images, uniforms, np.zeros(44, np.float32), size=size, layers=1)
+        return rand_augment(images, uniforms, np.zeros(44, np.float32))
 
     if device_id is not None:
         torch.cuda.set_device(device_id)  # a new thread is on the first GPU, where it would make a context of its own
     pipeline = graph()
-    for _ in range(3):
-        (output,) = pipeline.run()
-        if not (output.as_cpu().as_array() == 255).all():
-            raise RuntimeError("black inverted is not white")
+    try:
+        for _ in range(3):
+            (output,) = pipeline.run()
+            if not (output.as_cpu().as_array() == 255).all():
+                raise RuntimeError("black inverted is not white")
+    finally:
+        shut_down([pipeline])
 
 
-def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray, *, size: int, layers: int) -> DataNode:
-    """RandAugment of images uint8 [size, size, 3]; uniforms and settings as `kernels.randaugment` takes them.
+def rand_augment(images: DataNode, uniforms: DataNode, settings: np.ndarray) -> DataNode:
+    """RandAugment of images uint8 [S, S, 3]; uniforms and settings as `kernels.randaugment` takes them.
 
     The images are on a GPU; on the CPU they may be where Triton's interpreter is on (TRITON_INTERPRET=1).
     """
+    augment = _RandAugment(settings)
     if images.device == "gpu":
-        uniforms = uniforms.gpu()
-    return fn.dl_tensor_python_function(
-        images,
-        uniforms,
-        function=_Function(settings, size, layers),
-        batch_processing=True,
-        synchronize_stream=False,  # the kernels are queued on DALI's own
-        output_layouts="HWC",
-    )
+        return _BatchFunction(augment.on_gpu, "gpu", output_layouts="HWC")(images, uniforms.gpu())
+    return _BatchFunction(augment.on_cpu, "cpu", output_layouts="HWC")(images, uniforms)
 
 
-class _Function:
-    """What DALI calls with a batch, for images of one size and one policy."""
+class _BatchFunction(ops.python_op_factory("_JaxFunction", "_JaxFunction", "_JaxFunction", generated=False)):  # type: ignore[misc]
+    """An operator that calls a function with whole batches, which are handed over and taken back without a copy.
 
-    def __init__(self, settings: np.ndarray, size: int, layers: int) -> None:
+    DALI has it for its plugin for JAX, with which it has nothing to do itself. `fn.dl_tensor_python_function` hands
+    images over one by one and copies the results likewise, all the while keeping every other thread from Python.
+    """
+
+    def __init__(self, function: Any, device: str, **arguments: Any) -> None:
+        self.function = function  # DALI knows it by its address alone
+        super().__init__(device=device, function_id=id(function), **arguments)
+
+
+class _RandAugment:
+    """What DALI calls with a batch, for one policy: objects with `__dlpack__` come, a DLPack capsule goes."""
+
+    def __init__(self, settings: np.ndarray) -> None:
         self._settings = torch.from_numpy(settings.astype(np.float32))
-        self._size, self._layers = size, layers
 
-    def __call__(self, images: Sequence[Any], uniforms: Sequence[Any]) -> list[Any]:
-        """The batch, a list of DLPack capsules of uint8 [S, S, 3], augmented."""
-        tensors = [torch.from_dlpack(capsule) for capsule in images]
-        with _stream_of_dali(tensors[0].device):
-            self._settings = self._settings.to(tensors[0].device, non_blocking=True)
-            draws = [torch.from_dlpack(capsule) for capsule in uniforms]
-            augmented = _apply(tensors, draws, self._settings, size=self._size, layers=self._layers)
-            return [torch.utils.dlpack.to_dlpack(image) for image in augmented.unbind()]
+    def on_gpu(self, stream: int, images: Any, uniforms: Any) -> tuple[Any]:
+        device = torch.device("cuda", images.__dlpack_device__()[1])
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
+            self._settings = self._settings.to(device, non_blocking=True)
+            return self._run(images.__dlpack__(stream=stream), uniforms.__dlpack__(stream=stream))
 
+    def on_cpu(self, images: Any, uniforms: Any) -> tuple[Any]:
+        return self._run(images.__dlpack__(stream=None), uniforms.__dlpack__(stream=None))
 
-def _stream_of_dali(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return nullcontext()
-    from nvidia.dali.python_function_plugin import current_dali_stream
+    def _run(self, images: Any, uniforms: Any) -> tuple[Any]:
+        from pipelines.kernels.randaugment_gpu import rand_augment as run
 
-    return torch.cuda.stream(torch.cuda.ExternalStream(current_dali_stream(), device))
-
-
-def _apply(images: list[Tensor], uniforms: list[Tensor], settings: Tensor, *, size: int, layers: int) -> Tensor:
-    from pipelines.kernels.randaugment_gpu import rand_augment as run
-
-    addresses = torch.tensor([[t.data_ptr() for t in images], [t.data_ptr() for t in uniforms]])  # int64 [2, N]
-    if settings.is_cuda:
-        addresses = addresses.pin_memory().to(settings.device, non_blocking=True)
-    return run(addresses[0], addresses[1], settings, size=size, layers=layers)
+        augmented = run(torch.from_dlpack(images), torch.from_dlpack(uniforms), self._settings)
+        return (torch.utils.dlpack.to_dlpack(augmented),)

@@ -81,7 +81,7 @@ def rand_augment(
     if layers == 0:
         return images
     if is_compiled(images.device, image_size) if compiled is None else compiled:
-        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers)
+        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size)
     branches = _branches(image_size, magnitude, contrast)
     chosen, indices, draws = _draw(u, layers, image_size, branches)
     for layer in range(layers):
@@ -111,7 +111,7 @@ def apply_op(
     if is_compiled(images.device, image_size) if compiled is None else compiled:
         draw = [(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center]
         u = types.Constant(np.array(draw, np.float32))
-        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size, layers=1)
+        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size)
     variant = (name, -1 if negative else 1)
     branch = next(b for b in _branches(image_size, magnitude, contrast) if variant in b.variants)
     pixel = np.floor(np.array(center, np.float32) * np.float32(image_size))
@@ -130,10 +130,10 @@ def _check(magnitude: float, contrast: str) -> None:
         raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
 
 
-def _compiled(images: DataNode, u: DataNode, settings: np.ndarray, size: int, layers: int) -> DataNode:
+def _compiled(images: DataNode, u: DataNode, settings: np.ndarray, size: int) -> DataNode:
     if images.device == "cpu":
         return loops.rand_augment(images, u, settings, size=size)
-    return loops_gpu.rand_augment(images, u, settings, size=size, layers=layers)
+    return loops_gpu.rand_augment(images, u, settings)
 
 
 def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:

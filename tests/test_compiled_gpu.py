@@ -59,7 +59,7 @@ def test_they_compile_for_every_gpu(capability: int, tmp_path: Path, monkeypatch
     from pipelines.kernels import randaugment_gpu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    inputs = {"images": "*i64", "uniforms": "*i64", "settings": "*fp32", "tables": "*u8"}
+    inputs = {"images": "*u8", "uniforms": "*fp32", "settings": "*fp32", "tables": "*u8"}
     kernels: list[tuple[Any, dict[str, str]]] = [
         (randaugment_gpu.make_tables, inputs),
         (randaugment_gpu.write_pixels, {**inputs, "out": "*u8"}),
@@ -67,7 +67,7 @@ def test_they_compile_for_every_gpu(capability: int, tmp_path: Path, monkeypatch
     for kernel, arguments in kernels:
         source = ASTSource(
             kernel,
-            signature={**arguments, "layer": "i32", "SIZE": "constexpr", "BLOCK": "constexpr"},
+            signature={**arguments, "layer": "i32", "layers": "i32", "SIZE": "constexpr", "BLOCK": "constexpr"},
             constexprs={"SIZE": 224, "BLOCK": randaugment_gpu.BLOCK},
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=randaugment_gpu.OPTIONS)

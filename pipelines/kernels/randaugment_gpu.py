@@ -24,11 +24,8 @@ _GEOMETRIC = tl.constexpr(sum(1 << op for op in (3, 10, 11, 12, 13)))
 # Values that a program works on at a time: four for each thread, which then keeps 50 registers and spills none (sm_90).
 # The interpreter on the CPU takes as long for 10 as for 10,000.
 BLOCK = 1 << 14 if triton.knobs.runtime.interpret else 1 << 10
-# One variant for every layer, and for batches of odd sizes, where the addresses of uniforms begin unaligned.
-_SPECIALIZE: dict[str, Any] = {
-    "do_not_specialize": ["layer"],
-    "do_not_specialize_on_alignment": ["images", "uniforms"],
-}
+# One variant for every layer and number of layers.
+_SPECIALIZE: dict[str, Any] = {"do_not_specialize": ["layer", "layers"]}
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 8}
 
 
@@ -51,14 +48,14 @@ def _luminance(image, pixel, is_inside):
 
 
 @triton.jit(**_SPECIALIZE)
-def make_tables(images, uniforms, settings, tables, layer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def make_tables(images, uniforms, settings, tables, layer, layers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The table of one channel of one image, uint8 [N, 3, 256], where its operation has one; grid [N, 3].
 
-    images, uniforms: addresses of each image, uint8 [SIZE, SIZE, 3], and of its uniforms, float32 [layers * 4].
+    images: uint8 [N, SIZE, SIZE, 3]; uniforms: float32 [N, layers * 4].
     """
     number, channel = tl.program_id(0), tl.program_id(1)
-    image = tl.load(images + number).to(tl.pointer_type(tl.uint8))
-    draw = tl.load(uniforms + number).to(tl.pointer_type(tl.float32)) + 4 * layer
+    image = images + number.to(tl.int64) * (3 * SIZE * SIZE)
+    draw = uniforms + 4 * (number * layers + layer)
     op = (tl.load(draw) * 16).to(tl.int32)
     if ((_BY_TABLE >> op) & 1) == 0:
         return
@@ -112,11 +109,11 @@ def make_tables(images, uniforms, settings, tables, layer, SIZE: tl.constexpr, B
 
 
 @triton.jit(**_SPECIALIZE)
-def write_pixels(images, uniforms, settings, tables, out, layer, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK values of one image of out, uint8 [N, SIZE, SIZE, 3]; grid [blocks of an image, N]; see `make_tables`."""
     number = tl.program_id(1)
-    image = tl.load(images + number).to(tl.pointer_type(tl.uint8))
-    draw = tl.load(uniforms + number).to(tl.pointer_type(tl.float32)) + 4 * layer
+    image = images + number.to(tl.int64) * (3 * SIZE * SIZE)
+    draw = uniforms + 4 * (number * layers + layer)
     op, sign = (tl.load(draw) * 16).to(tl.int32), (tl.load(draw + 1) * 2).to(tl.int32)
     factor = tl.load(settings)
 
@@ -166,21 +163,21 @@ def write_pixels(images, uniforms, settings, tables, out, layer, SIZE: tl.conste
     tl.store(out + number.to(tl.int64) * (3 * SIZE * SIZE) + place, result.to(tl.uint8), mask=is_inside)
 
 
-def rand_augment(images: Tensor, uniforms: Tensor, settings: Tensor, *, size: int, layers: int) -> Tensor:
-    """One operation for each four uniforms, in turn, of N images: uint8 [N, size, size, 3] on the device, new.
+def rand_augment(images: Tensor, uniforms: Tensor, settings: Tensor) -> Tensor:
+    """One operation for each four uniforms, in turn, of images uint8 [N, S, S, 3]; new ones of the same shape.
 
-    images, uniforms: addresses of each image, uint8 [size, size, 3], and of its uniforms, float32 [layers * 4], both
-    int64 [N] on the device like what they point to; settings: float32 [44] on the device, as `randaugment` takes
-    them. Runs on torch's current stream; layers is at least 1.
+    uniforms: float32 [N, layers * 4], of one layer at least; settings: float32 [44], as `randaugment` takes them. All
+    are dense and on one device. Runs on torch's current stream.
     """
-    count, length = len(images), 3 * size * size
+    count, size = images.shape[:2]
+    layers, length = uniforms.shape[1] // 4, 3 * size * size
     tables = torch.empty(count, 3, 256, dtype=torch.uint8, device=images.device)
-    out = torch.empty(count, size, size, 3, dtype=torch.uint8, device=images.device)
     for layer in range(layers):
+        out = torch.empty_like(images)
         arguments = (images, uniforms, settings, tables)
-        make_tables[(count, 3)](*arguments, layer, SIZE=size, BLOCK=BLOCK, **OPTIONS)
-        write_pixels[(triton.cdiv(length, BLOCK), count)](*arguments, out, layer, SIZE=size, BLOCK=BLOCK, **OPTIONS)
-        if layer + 1 < layers:
-            previous, out = out, torch.empty_like(out)
-            images = previous.data_ptr() + length * torch.arange(count, device=images.device)
-    return out
+        make_tables[(count, 3)](*arguments, layer, layers, SIZE=size, BLOCK=BLOCK, **OPTIONS)
+        write_pixels[(triton.cdiv(length, BLOCK), count)](
+            *arguments, out, layer, layers, SIZE=size, BLOCK=BLOCK, **OPTIONS
+        )
+        images = out
+    return images

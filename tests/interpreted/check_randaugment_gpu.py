@@ -20,20 +20,8 @@ from tests.parity.conftest import references
 LEVELS = references("randaug")
 
 
-def addresses(rows: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([row.data_ptr() for row in rows])
-
-
 def on_gpu(images: np.ndarray, uniforms: np.ndarray, settings: np.ndarray) -> np.ndarray:
-    pixels, draws = torch.from_numpy(images), torch.from_numpy(uniforms)
-    out = randaugment_gpu.rand_augment(
-        addresses(pixels),
-        addresses(draws),
-        torch.from_numpy(settings),
-        size=images.shape[1],
-        layers=uniforms.shape[1] // 4,
-    )
-    return out.numpy()
+    return randaugment_gpu.rand_augment(*map(torch.from_numpy, (images, uniforms, settings))).numpy()
 
 
 def on_cpu(images: np.ndarray, uniforms: np.ndarray, settings: np.ndarray) -> np.ndarray:
@@ -114,7 +102,7 @@ def test_the_node_of_the_graph() -> None:
         node, u = fn.external_source(
             lambda i: (images[i % batches], uniforms[i % batches]), num_outputs=2, layout=["HWC", ""]
         )
-        return compiled_gpu.rand_augment(node, u, settings, size=64, layers=2)
+        return compiled_gpu.rand_augment(node, u, settings)
 
     pipeline = graph()
     for i in range(batches):
@@ -142,7 +130,7 @@ def test_it_is_tried_out_while_a_graph_is_being_defined(monkeypatch: pytest.Monk
         return found[0]
 
     assert runs()
-    monkeypatch.setattr(compiled_gpu, "_apply", lambda images, *_, **__: torch.stack(images) + 254)
+    monkeypatch.setattr(randaugment_gpu, "rand_augment", lambda images, *_: images + 254)
     assert not runs()
 
 
@@ -154,7 +142,7 @@ def test_a_pipeline_that_works_ahead_can_be_dropped() -> None:
     @pipeline_def(batch_size=8, num_threads=2, device_id=None, enable_conditionals=True)
     def graph() -> Any:
         node, u = fn.external_source(lambda: (images, uniforms), num_outputs=2, layout=["HWC", ""])
-        return compiled_gpu.rand_augment(node, u, settings, size=32, layers=2)
+        return compiled_gpu.rand_augment(node, u, settings)
 
     for i in range(20):
         pipeline = graph()
