@@ -25,7 +25,6 @@ __all__ = [
     "decode",
     "decode_window",
     "image_size",
-    "refuse_too_large",
     "sample_window_tensorflow",
     "sample_window_torchvision",
 ]
@@ -92,20 +91,29 @@ def image_size(encoded: DataNode) -> DataNode:
     return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.FLOAT)[0:2]
 
 
-def refuse_too_large(encoded: DataNode, size: DataNode) -> DataNode:
-    """The encoded image, unchanged; an image of more than MAX_PIXELS makes the pipeline fail before it is decoded."""
+def _refuse_too_large(encoded: DataNode, size: DataNode, device: str) -> DataNode:
+    """The encoded image, unchanged; one of more than MAX_PIXELS makes the pipeline fail before it is decoded."""
     too_large = size[0] * size[1] > MAX_PIXELS
-    # Reshaping copies nothing, and refuses a shape that is not that of the bytes. Cost: 1 us an image.
-    return fn.reshape(encoded, rel_shape=fn.stack(too_large + 1.0))
+    if device == "cpu":
+        # Reshaping copies nothing, and refuses a shape that is not that of the bytes. Cost: 1 us an image.
+        return fn.reshape(encoded, rel_shape=fn.stack(too_large + 1.0))
+    # What shares memory with its input belongs to no stream: after decoding, DALI's thread would wait until the GPU is
+    # done with it, instead of parsing the next batch.
+    length = fn.cast(encoded.shape() * (too_large + 1), dtype=types.INT32)
+    return fn.slice(encoded, start=[0], shape=length, axes=[0], out_of_bounds_policy="error")
 
 
-def decode(encoded: DataNode, *, device: str, decoder: Decoder) -> DataNode:
-    """Whole images, uint8 [H, W, 3] RGB on the device."""
-    return fn.decoders.image(encoded, **_options(decoder, device))
+def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) -> DataNode:
+    """Whole images, uint8 [H, W, 3] RGB on the device; size is `image_size`'s.
+
+    Of an image of more than MAX_PIXELS the pipeline fails.
+    """
+    return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
 def decode_window(
     encoded: DataNode,
+    image: DataNode,
     start: DataNode,
     window: DataNode,
     mirror: DataNode | None,
@@ -118,14 +126,17 @@ def decode_window(
 ) -> DataNode:
     """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
 
-    start is (top, left) and window (height, width), float32 [2] on the CPU. Where mirror (a boolean scalar on
+    image is the size of the whole, start is (top, left) and window (height, width), float32 [2] on the CPU. Of an image
+    of more than MAX_PIXELS the pipeline fails before it is decoded. Where mirror (a boolean scalar on
     the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it. The resize is
     compiled (see `compiled`) where `compiled` is true or, if that is None, where it can be.
     """
     cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
     if decoder.region == "full":
-        images = fn.slice(decode(encoded, device=device, decoder=decoder), start, window, **cut)
+        images = fn.slice(decode(encoded, image, device=device, decoder=decoder), start, window, **cut)
     else:
+        # The decoder refuses a window outside of the image.
+        start = start + (image[0] * image[1] > MAX_PIXELS) * 1e9
         images = fn.decoders.image_slice(encoded, start, window, **cut, **_options(decoder, device))
     if device == "cpu" and (loops.available() if compiled is None else compiled):
         return loops.resize(images, mirror, size=size, antialias=antialias)

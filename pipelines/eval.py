@@ -22,8 +22,7 @@ MAX_ASPECT_RATIO = 100
 @pipeline_def
 def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: str) -> Any:
     encoded, labels = read(source)
-    encoded = crop.refuse_too_large(encoded, crop.image_size(encoded))
-    images = crop.decode(encoded, device=device, decoder=decoder)
+    images = crop.decode(encoded, crop.image_size(encoded), device=device, decoder=decoder)
     shorter = round(image_size * 256 / 224)
     images = fn.resize(
         images,

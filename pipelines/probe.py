@@ -40,8 +40,7 @@ def check_memory(error: RuntimeError) -> None:
 @pipeline_def
 def _decode_graph(source: EvalSource, decoder: Decoder, device: str) -> Any:
     encoded, labels = read(source)
-    encoded = crop.refuse_too_large(encoded, crop.image_size(encoded))
-    return crop.decode(encoded, device=device, decoder=decoder)[0, 0], labels
+    return crop.decode(encoded, crop.image_size(encoded), device=device, decoder=decoder)[0, 0], labels
 
 
 def decode_pipeline(

@@ -66,6 +66,8 @@ class Drawn(NamedTuple):
     encoded: DataNode
     """Image files, uint8 [n]."""
     labels: DataNode
+    size: DataNode
+    """(height, width) of the image, float32 [2] in pixels."""
     start: DataNode
     """(top, left) of the window, float32 [2] in pixels."""
     window: DataNode
@@ -80,13 +82,12 @@ def draw(source: TrainSource, augment: Augment) -> Drawn:
     """The part of the training graph that the CPU does on either device; within a pipeline definition."""
     encoded, labels, *uniforms = read(source)
     size = crop.image_size(encoded)
-    encoded = crop.refuse_too_large(encoded, size)
     ranges: dict[str, Any] = {"area_range": augment.area_range}
     if augment.ratio_range is not None:
         ranges["ratio_range"] = augment.ratio_range
     start, window = crop.SAMPLERS[augment.crop](size, tuple(uniforms[:3]), **ranges)
     mirror = uniforms[3] < 0.5 if augment.flip else None
-    return Drawn(encoded, labels, start, window, mirror, uniforms[-1])
+    return Drawn(encoded, labels, size, start, window, mirror, uniforms[-1])
 
 
 @pipeline_def
@@ -94,6 +95,7 @@ def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder
     drawn = draw(source, augment)
     images = crop.decode_window(
         drawn.encoded,
+        drawn.size,
         drawn.start,
         drawn.window,
         drawn.mirror,

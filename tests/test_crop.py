@@ -152,8 +152,8 @@ def decode(data: bytes, window: tuple[int, int, int, int], **options: Any) -> li
     @pipeline_def(batch_size=2, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph() -> object:
         sources = ([encoded] * 2, [start] * 2, [extent] * 2, [np.bool_(False), np.bool_(True)])
-        inputs = fn.external_source(lambda _: sources, num_outputs=4)
-        return crop.decode_window(*inputs, **(defaults | options))
+        file, *rest = fn.external_source(lambda _: sources, num_outputs=4)
+        return crop.decode_window(file, crop.image_size(file), *rest, **(defaults | options))
 
     pipeline: Pipeline = graph()
     return list(pipeline.run()[0].as_array())

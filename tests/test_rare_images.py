@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
+from pipelines import crop
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
@@ -32,6 +34,33 @@ def test_a_bomb_takes_no_memory(kind: str, tmp_path: Path) -> None:
         list(batches)
     assert error.value.paths == [files.path(3)]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_more_pixels_than_allowed_are_refused_before_decoding(
+    whole: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a graph for a GPU the part that is the CPU's: the bytes go on as they are, or the pipeline fails."""
+    image = np.frombuffer(encoded((30, 20)), np.uint8)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph() -> Any:
+        file, start, window = fn.external_source(
+            lambda: ([image], [np.zeros(2, np.float32)], [np.full(2, 8, np.float32)]), num_outputs=3
+        )
+        size = crop.image_size(file)
+        if whole:
+            return crop._refuse_too_large(file, size, device)
+        options: dict[str, Any] = {"size": 8, "antialias": True, "decoder": Decoder()}
+        return crop.decode_window(file, size, start, window, None, device="cpu", **options)
+
+    monkeypatch.setattr(crop, "MAX_PIXELS", 600)
+    (output,) = graph().run()
+    assert not whole or np.array_equal(output.as_array()[0], image)
+    monkeypatch.setattr(crop, "MAX_PIXELS", 599)
+    with pytest.raises(RuntimeError):
+        graph().run()
 
 
 def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
