@@ -61,7 +61,9 @@ def fastest_attention(model: nn.Module, images: int, group: Group) -> Attention:
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
         return _TORCHS_CHOICE
-    times = gather_objects(measure(shape, group.device) if group.is_main else None)[0]
+    # On every rank: torch's first use of attention in a process puts an order of its own above the one asked for, which
+    # must not be while the step is traced.
+    times = gather_objects(measure(shape, group.device))[0]
     if not times:
         log.warning("none of %s runs here: attention is torch's plain one", ", ".join(BACKENDS))
         return _TORCHS_CHOICE

@@ -22,6 +22,10 @@ NOBODY_READS = (errno.EPIPE, errno.EIO)
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# CUDA, likewise: by default 8 queues take the kernels of all streams, of which DALI's decoder alone has one a thread. A
+# training step's kernel would wait behind a decoder's in the same queue. 32 is the most there are.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
 
 def run(main: Callable[[], object]) -> NoReturn:
     """Runs a program and ends the process with its exit code; 1 and a traceback where it raises anything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,30 @@ class TrainStep(nn.Module):
         return mixup_cross_entropy(logits, labels, lam, self.label_smoothing, partner_labels)
 
 
+class RunAhead:
+    """Keeps the host at most two steps ahead of a GPU, which always has a whole step left to do.
+
+    Further ahead it would stand in launches that the GPU has no room for, some of them with Python's lock, which
+    RandAugment's node needs; and each step ahead holds a batch.
+    """
+
+    MOST = 2  # steps
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def step_is_queued(self) -> None:
+        """Call it after each step; waits for the end of an earlier one where the host is too far ahead."""
+        if not self._on_gpu:
+            return
+        end = torch.cuda.Event(blocking=True)  # the thread sleeps
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > self.MOST:
+            self._ends.popleft().synchronize()
+
+
 def build_update(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> tuple[Update, str]:
@@ -69,7 +94,8 @@ def build_update(
     words.
 
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
-    nothing waits for them. The loss is this process's, the norm that of all; it is NaN where the step was left out.
+    nothing waits for them, but for the step before last (`RunAhead`). The loss is this process's, the norm that of all;
+    it is NaN where the step was left out.
     Collective. Raises UserError where compilation is asked for and does not work here.
     """
     on_gpu = group.device.type == "cuda"
@@ -98,6 +124,7 @@ def build_update(
         compiled += f"; gradients of {parts} parts added up"
     replays = mode in WITH_CUDA_GRAPHS
     passes = forward_and_backward(step, parts, replicas)
+    ahead = RunAhead(group.device)
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:
         # From pinned memory, so that the copy waits for nothing.
@@ -110,9 +137,11 @@ def build_update(
         # The next replay of a CUDA graph writes where this one's loss lies.
         loss = loss.detach().clone() if replays else loss.detach()
         mean = loss if shared is None else shared.take_mean()
-        return loss, optimizer_step(optimizer, config.optim.grad_clip_norm, mean, config.optim.spike_threshold)
+        norm = optimizer_step(optimizer, config.optim.grad_clip_norm, mean, config.optim.spike_threshold)
+        ahead.step_is_queued()
+        return loss, norm
 
     return name_lack_of_memory(update, config, group), compiled
 
 
-__all__ = ["DDP_OPTIONS", "TrainStep", "build_update"]
+__all__ = ["DDP_OPTIONS", "RunAhead", "TrainStep", "build_update"]

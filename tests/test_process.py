@@ -38,6 +38,17 @@ def test_openmp_waits_in_the_benchmarks_as_it_does_in_training(program: str) -> 
     assert "GOMP_SPINCOUNT = '10000'" in ended.stderr
 
 
+def test_streams_have_queues_of_their_own_unless_the_user_says_otherwise() -> None:
+    program = "import os, dali_vit.process; print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])"
+    for given, expected in ((None, "32"), ("1", "1")):
+        variables = environment()
+        variables.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+        if given:
+            variables["CUDA_DEVICE_MAX_CONNECTIONS"] = given
+        command = [sys.executable, "-c", program]
+        assert subprocess.check_output(command, env=variables, text=True, timeout=50).strip() == expected
+
+
 @pytest.mark.parametrize(("exits", "code"), [("0", 0), ("2", 2), ("75", 75), ("", 0), ("None", 0), ("'text'", 1)])
 def test_the_code_is_that_of_main(exits: str, code: int) -> None:
     process = end(f"cli.main = lambda: sys.exit({exits})")
