@@ -74,7 +74,7 @@ class Split:
 
     @property
     def mean_bytes(self) -> float:
-        return self.bytes / self.count
+        return self.bytes / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True)

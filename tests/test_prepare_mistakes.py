@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+import dali_vit.prepare as prepare_module
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST, read_manifest, write_manifest
@@ -253,6 +254,54 @@ def test_what_the_manifest_says_must_be_there(tmp_path):
     (target / MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"dataset.json is of version None"):
         load_dataset(target)
+
+
+@pytest.mark.parametrize("valid", [True, False])
+@pytest.mark.parametrize("place", ["source", "around the source", "other", "file"])
+def test_a_folder_that_happens_to_be_called_partial_is_left_alone(place, valid, tmp_path):
+    """Whether the source can be prepared or not."""
+    partial = tmp_path / "set.partial"
+    source = {"source": partial, "around the source": partial / "images"}.get(place, tmp_path / "source")
+    if valid:
+        source = write_source("folder", source).source
+    else:
+        (source / "stuff").mkdir(parents=True)
+        (source / "stuff" / "a.txt").write_text("mine")
+    if place == "other":
+        partial.mkdir()
+        (partial / "notes.txt").write_text("mine")
+    elif place == "file":
+        partial.write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"set.partial is in the way, and not by prepare: rename it, or choose another"):
+        prepare(PrepareArguments(source, tmp_path / "set"))
+    assert tree(tmp_path) == before
+
+
+def test_what_is_put_beside_the_work_stays(tmp_path):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    note = tmp_path / "set.partial" / "notes.txt"
+    begun = prepare_module.open_source
+
+    def put(*given):
+        note.write_text("mine")
+        return begun(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "open_source", put)
+        prepare(arguments)
+    assert [path.name for path in note.parent.iterdir()] == ["notes.txt"]
+    assert load_dataset(tmp_path / "set").counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+
+
+def test_a_target_may_be_a_link_to_an_empty_folder(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").symlink_to("disk")
+    prepare(replace(arguments, target=tmp_path / "set"))
+    assert (tmp_path / "set").is_symlink()
+    assert load_dataset(tmp_path / "set").counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_shards_that_did_not_arrive_are_counted(tmp_path):

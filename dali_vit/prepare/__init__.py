@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,8 @@ from pipelines.shards import ShardList
 __all__ = ["PrepareArguments", "prepare"]
 
 _log = logging.getLogger(__name__)
+
+_FOLDERS = (".state", ".set")  # of TARGET.partial, beside the file `lock`
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def prepare(arguments: PrepareArguments) -> Path:
     """
     _check(arguments)
     target = arguments.target.expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()  # the folder that the link names is made, not one in the link's place
     partial = target.with_name(target.name + ".partial")
     existing = read_manifest(target) if target.is_dir() else None
     if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -107,7 +111,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
                 " another TARGET, or remove it to prepare it again"
             )
         _log.info("%s is there already, made of this source with these settings", target)
-        shutil.rmtree(partial)
+        _remove(partial)
         return
     workers = arguments.workers or cpu_count()
     jobs = {
@@ -132,7 +136,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, settings.recorded()))
     os.sync()
     folder.rename(target)
-    shutil.rmtree(partial)
+    _remove(partial)
     _log.info("%s: %s classes, ready for --data", target, f"{len(source.classes):,}")
 
 
@@ -159,7 +163,12 @@ def _check(arguments: PrepareArguments) -> None:
 
 @contextmanager
 def _exclusive(partial: Path) -> Iterator[None]:
-    """Holds TARGET.partial against another prepare; the kernel lets go of it even if this process is killed."""
+    """Holds TARGET.partial against another prepare; the kernel lets go of it even if this process is killed.
+
+    UserError for one that no prepare has made.
+    """
+    if partial.exists() and not (partial.is_dir() and {path.name for path in partial.iterdir()} <= {*_FOLDERS, "lock"}):
+        raise UserError(f"{partial} is in the way, and not by prepare: rename it, or choose another TARGET")
     (partial / ".state").mkdir(parents=True, exist_ok=True)
     (partial / ".set").mkdir(exist_ok=True)
     with open(partial / "lock", "w") as lock:
@@ -170,8 +179,20 @@ def _exclusive(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not any((partial / ".state").glob("*")):  # nothing done that another run could go on with
-                shutil.rmtree(partial, ignore_errors=True)
+            # Nothing done that another run could go on with.
+            if partial.exists() and not any((partial / ".state").glob("*")):
+                with suppress(OSError):
+                    _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """Removes TARGET.partial, but nothing in it that is not prepare's."""
+    for name in _FOLDERS:
+        if (partial / name).is_dir():
+            shutil.rmtree(partial / name)
+    (partial / "lock").unlink(missing_ok=True)
+    if not any(partial.iterdir()):
+        partial.rmdir()
 
 
 def _claim(state: Path, plan: str) -> None:
