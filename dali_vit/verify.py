@@ -260,7 +260,8 @@ def _check_quarantine(dataset: Dataset, quarantine: Path | None) -> None:
     if quarantine is None:
         return
     folder = quarantine.expanduser().absolute()
-    inside = next((name for name in ("train", "val") if dataset.root / name in (folder, *folder.parents)), None)
+    resolved, root = folder.resolve(), dataset.root
+    inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
     if inside:
         raise UserError(f"--quarantine {quarantine} lies in {inside}/ of the set: choose a folder outside of it")
     if folder.exists() and not folder.is_dir():
@@ -284,14 +285,36 @@ def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
                     raise UserError(
                         f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
                     )
-                sizes[problem.split] += os.path.getsize(path)
-                shutil.move(path, target)
-                file.write(f"{path}\t{problem.kind}\t{problem.detail}\n")
+                sizes[problem.split] += _size(path)
+                _move(path, target)
+                file.write("\t".join(map(_one_field, (path, problem.kind, problem.detail))) + "\n")
     except OSError as error:
         raise UserError(f"--quarantine {folder}: {error.strerror or error}; mend that and run verify again") from error
     finally:
         _lower_counts(root, moved, sizes)
     return sum(problem.hurts for problem in problems)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; 0 of a link that leads nowhere."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _move(path: str, target: Path) -> None:
+    """Moves a file; a link by itself, so that it leads to where it did."""
+    if os.path.islink(path):
+        os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
+        os.unlink(path)
+    else:
+        shutil.move(path, target)
+
+
+def _one_field(text: str) -> str:
+    """Without what parts fields and lines, as names of files may have it."""
+    return text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
 
 
 def _refused(path: str | Path) -> tuple[str, ...]:

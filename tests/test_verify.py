@@ -20,7 +20,7 @@ from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
 from tests import datasets
 from tests.bad_images import encoded, mutations, undecodable
-from tests.datasets import WNIDS, encode
+from tests.datasets import NUM_TRAIN, VAL_IMAGES, WNIDS, encode, write_source
 from tests.test_cli import run
 
 IMAGES = datasets.draw_images()
@@ -200,6 +200,44 @@ def test_quarantine_moves_what_hurts_and_lists_it(tmp_path):
 
 
 @pytest.mark.timeout(60)
+def test_quarantine_takes_links_and_odd_names(tmp_path):
+    """A link leads from there to where it did, even if to nowhere; a name may have what parts the list's fields."""
+    root, aside = tmp_path / "set", tmp_path / "aside" / "deeper"
+    write_source("folder", root)
+    folder = root / "train" / WNIDS[0]
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "bad.jpg").write_bytes(b"no image")
+    (folder / "link.jpg").symlink_to("../../../pool/bad.jpg")
+    (folder / "gone.jpg").symlink_to("../../../pool/gone.jpg")
+    (folder / "a\tb\nc.jpg").write_bytes(b"no image")
+    report = verify(VerifyArguments(root, quarantine=aside))
+    assert (report.quarantined, report.exit_code) == (3, 0)
+    moved = aside / "train" / WNIDS[0]
+    assert sorted(path.name for path in moved.iterdir()) == ["a\tb\nc.jpg", "gone.jpg", "link.jpg"]
+    assert (moved / "link.jpg").read_bytes() == (tmp_path / "pool" / "bad.jpg").read_bytes() == b"no image"
+    assert (moved / "gone.jpg").is_symlink()
+    lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert sorted((line[0].removeprefix(f"{folder}/"), line[1]) for line in lines) == [
+        (r"a\tb\nc.jpg", "not an image"),
+        ("gone.jpg", "unreadable"),
+        ("link.jpg", "not an image"),
+    ]
+    assert not list(folder.glob("*.jpg"))
+
+
+@pytest.mark.timeout(60)
+def test_a_prepared_folder_of_which_a_split_is_moved_whole(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))
+    for path in (target / "val").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:100])
+    report = verify(VerifyArguments(target, quarantine=tmp_path / "aside"))
+    assert (report.quarantined, report.exit_code) == (VAL_IMAGES, 0)
+    assert load_dataset(target, minival=0).counts == {"train": NUM_TRAIN}
+    assert json.loads((target / MANIFEST).read_text())["splits"]["val"]["mean_bytes"] == 0
+
+
+@pytest.mark.timeout(60)
 def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
     root = datasets.write_folder(tmp_path / "set", IMAGES)
     for path in (root / "val" / WNIDS[1]).iterdir():
@@ -326,6 +364,7 @@ def test_one_problem_is_a_problem(tmp_path, caplog):
 def test_mistakes_are_named_with_their_remedy(tmp_path):
     root = datasets.write_folder(tmp_path / "set", IMAGES)
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(root)
     arguments = VerifyArguments(root)
     for changed, word in [
         (replace(arguments, path=tmp_path / "absent"), "absent: no such folder"),
@@ -334,6 +373,7 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
         (replace(arguments, max_megapixels=float("inf")), "--max-megapixels inf: must be above 0 and finite"),
         (replace(arguments, workers=0), "--workers 0: must be above 0"),
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
+        (replace(arguments, quarantine=tmp_path / "link" / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "file"), "is a file"),
     ]:
         with pytest.raises(UserError) as error:
