@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from dali_vit import big_vision, weights
 from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
-from dali_vit.files import replacing
+from dali_vit.files import at_home, replacing
 from dali_vit.model import create_model, set_timm_resolution
 from dali_vit.validation import MAX_RESOLUTION, check_range
 from dali_vit.variants import TIMM_PREFIX
@@ -246,7 +246,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     built for images of that size, its position embeddings resampled. UserError names what cannot be read,
     PermissionError what may not.
     """
-    path = Path(path)
+    path = at_home(path)
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
     if resolution is not None:

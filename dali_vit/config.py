@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
+from dali_vit.files import at_home
+
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
 """How the training step is compiled: torch.compile's modes, beside auto and off."""
 
@@ -196,7 +198,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return self.run.runs_dir / (self.run.name or self.run.recipe)
+        return at_home(self.run.runs_dir) / (self.run.name or self.run.recipe)
 
 
 _GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}

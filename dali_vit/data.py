@@ -20,6 +20,7 @@ import numpy as np
 from dali_vit.config import Config, UserError
 from dali_vit.demo import demo_folder
 from dali_vit.distributed import Group
+from dali_vit.files import at_home
 from dali_vit.listing import (
     IMAGE_SUFFIXES,
     IO_THREADS,
@@ -110,7 +111,7 @@ def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None =
     if is_remote(data):
         needed = {None: ("train", "val"), "val": ("val",)}.get(split, ("train",))
         data = fetch(str(data), needed)
-    root = demo_folder() if str(data) == "demo" else Path(data).expanduser().absolute()
+    root = demo_folder() if str(data) == "demo" else at_home(data).absolute()
     name = "demo" if str(data) == "demo" else root.name
     folder = "val" if split == "val" else "train"
     manifest = read_manifest(root)
@@ -163,7 +164,7 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
     Folders named by numbers alone, as in ImageNet-V2 (`0` to `999`), are class indices themselves unless the
     classes bear those names. Classes may be missing. Raises UserError for a folder that is no class.
     """
-    root = Path(path).expanduser().absolute()
+    root = at_home(path).absolute()
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give one that holds <class>/* or, as ImageNet-V2, 0/* to 999/*")
     names = class_names(root)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dali_vit import checkpoint, weights
 from dali_vit.config import UserError
-from dali_vit.model import PlainViT
+from dali_vit.files import at_home, make_parent
+from dali_vit.model import PlainViT, no_such_images
 from dali_vit.variants import TIMM_PREFIX, resolve_variant
 
 __all__ = ["export"]
@@ -39,6 +40,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     `resolution` resamples the position embeddings. A model with an MLP head becomes one without a classifier, and
     the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists.
     """
+    target = at_home(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target}: exists; choose another folder or remove it")
     opened = checkpoint.open_model(source, resolution)
@@ -54,7 +56,10 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
         arguments = {"img_size": opened.resolution} if fixed else {}
     num_classes = 0 if classifier else int(opened.model.num_classes)  # type: ignore[arg-type]
     stock = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **arguments)
-    stock.load_state_dict(state)  # what timm's own model does not take is not written
+    try:
+        stock.load_state_dict(state)  # what timm's own model does not take is not written
+    except RuntimeError as error:
+        raise no_such_images(opened.config, opened.resolution, error) from error
 
     config = _config(stock, architecture, arguments, num_classes, opened)
     files = {"model.safetensors": state} | ({_CLASSIFIER: classifier} if classifier else {})
@@ -129,14 +134,22 @@ def _config(
 
 
 def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
-    """Writes the folder under another name and renames it, so that it is there as a whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Writes the folder under another name and renames it, so that it is there as a whole or not at all.
+
+    An empty folder that is there already, which may be the one that the user is in, is filled, config.json coming last.
+    """
+    make_parent(target)
+    name = f".{target.name}.{os.getpid()}.tmp"
+    temporary = target / name if target.is_dir() else target.with_name(name)
     try:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for name, tensors in files.items():
             weights.write(temporary / name, tensors, {"format": "pt"})
-        temporary.rename(target)
+        if target.is_dir():
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(target / file.name)
+        else:
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ from dali_vit import data as datasets
 from dali_vit.config import UserError
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
-from dali_vit.files import replacing
+from dali_vit.files import at_home, make_parent, replacing
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
@@ -81,7 +81,7 @@ def evaluate_checkpoint(
 
     metrics = {f"{split}/{name}": value for name, value in run(files).items()}
     if real is not None:
-        acceptable = torch.from_numpy(datasets.load_real_labels(real, files, num_classes=_num_outputs(opened)))
+        acceptable = torch.from_numpy(datasets.load_real_labels(at_home(real), files, num_classes=_num_outputs(opened)))
         result = run(datasets.with_labels(files, np.arange(len(files))), acceptable)
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
@@ -91,6 +91,7 @@ def predict(
     path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5, resolution: int | None = None
 ) -> list[tuple[Path, list[dict[str, Any]]]]:
     """For each image file its `top` likeliest classes: `class`, `index` and `probability` in [0, 1]."""
+    images = [at_home(image) for image in images]
     for image in images:
         if not image.is_file():
             raise UserError(f"{image}: no such image file")
@@ -121,6 +122,7 @@ def predict(
 
 def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     """Converts big_vision's .npz to .safetensors or back; returns one line that says what was written."""
+    target = at_home(target)
     if target.exists():
         raise UserError(f"{target}: exists; choose another name or remove it")
     if target.suffix not in (".safetensors", ".npz"):
@@ -130,7 +132,7 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     except UserError as error:
         raise UserError(str(error).removeprefix("--checkpoint ")) from error
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(target)
         if target.suffix == ".npz":
             big_vision.save_npz(target, big_vision.to_big_vision(opened.model), opened.resolution)
         else:

@@ -264,10 +264,19 @@ def set_timm_resolution(config: ModelConfig, model: nn.Module, resolution: int) 
         )
     try:
         if about["fixed_input_size"]:
-            resize(img_size=(resolution, resolution))
+            # Swin's windows would grow with the image, but not in a model that is made for such images.
+            windows: Any = getattr(model, "_ref_window_sizes", None)
+            resize(img_size=(resolution, resolution), **({} if windows is None else {"window_size": windows}))
         flops_per_image(model, resolution)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise no_such_images(config, resolution, error) from error
+    made = create_model(config, num_classes=model.num_classes, resolution=resolution)  # type: ignore[arg-type]
+    if _shapes(made) != _shapes(model):
+        raise UserError(f"--resolution {resolution}: {config.model} has other parameters at that size; leave it out")
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def no_such_images(config: ModelConfig, resolution: int, error: Exception) -> UserError:

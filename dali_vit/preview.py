@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
-from dali_vit.files import replacing
+from dali_vit.files import at_home, make_parent, replacing
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
-from dali_vit.validation import validate
+from dali_vit.validation import MAX_STEPS, check_range, validate
+from dali_vit.variants import check_model
 from pipelines.order import TrainOrder
 
 __all__ = ["preview"]
@@ -33,6 +34,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     kind of device; above each is the image it was made of, below it the class. Returns one line to print.
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
+    out = at_home(out)
     _check(config, out, step, count)
     assert config.data.data is not None
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
@@ -54,7 +56,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     title = f"{dataset.name}: step {step}, seed {config.run.seed}, {config.data.crop} crop, {aug}, before Mixup"
     grid = _grid(originals, pixels, names, title)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(out)
         with replacing(out) as temporary:
             grid.save(temporary, "PNG")
     except OSError as error:
@@ -70,10 +72,9 @@ def _check(config: Config, out: Path, step: int, count: int) -> None:
         raise UserError(f"--out {out}: the name must end in .png")
     if out.exists():
         raise UserError(f"--out {out}: exists; choose another name or remove it")
-    if step < 0:
-        raise UserError(f"--at-step {step}: must not be negative")
-    if count < 1:
-        raise UserError(f"--images {count}: must be at least 1")
+    check_range("--at-step", step, 0, MAX_STEPS)
+    check_range("--images", count, 1)
+    check_model(config.model, config.data.resolution)
 
 
 def _open(samples: datasets.ImageList, index: int) -> Image.Image | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
+from dali_vit.files import at_home
 from dali_vit.listing import check_no_empty, check_same_classes, class_names, list_split
 from dali_vit.manifest import read_manifest
 from dali_vit.remote import is_remote
@@ -25,7 +26,7 @@ def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
     try:
         return load_dataset(data, minival=0), ()
     except UserError:
-        root = Path(data).expanduser().absolute()
+        root = at_home(data).absolute()
         if is_remote(data) or read_manifest(root) is not None or not (root / "train").is_dir():
             raise
         classes = {name: class_names(root / name) for name in ("train", "val") if (root / name).is_dir()}

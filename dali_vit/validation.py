@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, OptimConfig, UserError
 
-__all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_THREADS", "check_range", "validate"]
+__all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_STEPS", "MAX_THREADS", "check_range", "validate"]
 
 # Past what any machine can do, so that slips of the finger end here and not in the operating system's refusals.
 MAX_THREADS = 1024
@@ -106,6 +106,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--max-hours {run.max_hours:g}: must be above 0")
     if run.seed >= 2**63:
         raise UserError(f"--seed {run.seed}: must be below 2^63")
+    if run.name == "":
+        raise UserError("--name: empty; give a name, or leave it out for the recipe's")
     name = run.name or run.recipe
     if Path(name).name != name or name == "..":
         raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")

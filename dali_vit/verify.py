@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.data import Dataset
 from dali_vit.environment import cpu_count
+from dali_vit.files import at_home
 from dali_vit.inspection import find_undecodable, inspect_header, one_line, why_undecodable
 from dali_vit.listing import LeftOut, left_out
 from dali_vit.manifest import file_sha256, read_manifest, write_manifest
@@ -153,7 +154,7 @@ def verify(arguments: VerifyArguments) -> Report:
         if any(isinstance(samples, ShardList) for samples in splits.values()):
             _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
-            moved = _quarantine(dataset.root, arguments.quarantine.expanduser().absolute(), problems)
+            moved = _quarantine(dataset.root, at_home(arguments.quarantine).absolute(), problems)
     if moved:
         refused = _refused(arguments.path)
     report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks, refused)
@@ -259,7 +260,7 @@ def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:
 def _check_quarantine(dataset: Dataset, quarantine: Path | None) -> None:
     if quarantine is None:
         return
-    folder = quarantine.expanduser().absolute()
+    folder = at_home(quarantine).absolute()
     resolved, root = folder.resolve(), dataset.root
     inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
     if inside:

@@ -62,6 +62,7 @@ def test_steps_take_the_place_of_epochs():
         ("run", {"name": ".."}, r"--name \.\.: a run's name is one folder"),
         ("run", {"name": 300 * "n"}, "--name n+...: longer than the 255 bytes"),
         ("run", {"name": os.fsdecode(b"\xff")}, "--name .: not UTF-8"),
+        ("run", {"name": ""}, "--name: empty"),
         ("run", {"runs_dir": Path(os.fsdecode(b"runs\xe9"))}, "--runs-dir runs.,.*: not UTF-8"),
         ("run", {"seed": -1}, "--seed -1"),
         ("run", {"seed": 10**23}, "--seed 10+: must be below 2"),
@@ -98,3 +99,10 @@ def test_differences_leave_out_what_does_not_change_the_weights():
         optim=dataclasses.replace(old.optim, lr=2e-3),
     )
     assert configs.differences(old, new) == ["lr: 0.001 -> 0.002"]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    """Which no shell puts in its place within `--runs-dir=~/runs`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Config(run=RunConfig(runs_dir=Path("~/runs"), name="a")).run_dir == Path("/home/me/runs/a")
+    assert Config(run=RunConfig(runs_dir=Path("~nobody-knows/runs"), name="a")).run_dir == Path("~nobody-knows/runs/a")

@@ -39,6 +39,25 @@ def loaded(folder: Path, **options: Any) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
 
 
+@pytest.mark.parametrize("out", [".", "link", "~/weights", "new"])
+def test_out_may_be_any_name_of_an_empty_folder(out, tmp_path, monkeypatch, capsys):
+    """The one that the user is in stays the same folder."""
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folder if out == "." else tmp_path)
+    inode = folder.stat().st_ino
+    code, _, err = run("export", "--checkpoint", str(source), "--out", out, capsys=capsys)
+    assert code == 0, err
+    made = {"~/weights": tmp_path / "home" / "weights", "new": tmp_path / "new"}.get(out, folder)
+    files = ["classifier.safetensors", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in made.iterdir()) == files
+    assert folder.stat().st_ino == inode
+    assert (tmp_path / "link").is_symlink()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["gap", "tok"])
 @pytest.mark.parametrize("posemb", ["sincos2d", "learn"])

@@ -184,6 +184,26 @@ def test_another_resolution_of_a_timm_model_is_made_as_timm_makes_it(name, tmp_p
     assert torch.equal(opened.model(images), model(images))
 
 
+@torch.no_grad()
+@pytest.mark.timeout(120)
+def test_windows_stay_what_they_are_at_another_resolution(tmp_path, capsys):
+    """Swin's: of a file of weights as of a checkpoint."""
+    config = ModelConfig(model="timm:swin_tiny_patch4_window7_224")
+    model = create_model(config, num_classes=3, resolution=224, seed=1).eval()
+    checkpoint.save_model(tmp_path / "a.safetensors", model.state_dict(), config, 224, ("a", "b", "c"), None)
+    for command in (
+        ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")],
+        ["export", "--checkpoint", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "c")],
+    ):
+        code, _, err = run(*command, "--resolution", "256", capsys=capsys)
+        assert code == 0, err
+    images = torch.rand(1, 3, 256, 256) * 2 - 1
+    logits = [checkpoint.open_model(tmp_path / name, 256).model(images) for name in ("a.safetensors", "b.safetensors")]
+    assert torch.equal(logits[0], logits[1])
+    table = load_file(tmp_path / "c" / "model.safetensors")["layers.0.blocks.0.attn.relative_position_bias_table"]
+    assert torch.equal(table, model.state_dict()["layers.0.blocks.0.attn.relative_position_bias_table"])
+
+
 @pytest.mark.parametrize(
     ("name", "resolution", "message"),
     [

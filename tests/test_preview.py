@@ -116,6 +116,8 @@ def test_mistakes_are_named(image_folder, tmp_path, capsys):
         (tmp_path / "grid.jpg", [], "must end in .png"),
         (good, ["--at-step", "-1"], "--at-step -1"),
         (good, ["--images", "0"], "--images 0"),
+        (good, ["--at-step", str(10**11)], "--at-step 100000000000: must be from 0 to"),
+        (good, ["--resolution", "33"], "--resolution 33: not divisible by the patch"),
         (good, ["--randaug-magnitude", "11"], "--randaug-magnitude 11"),
         (good, ["--data", str(tmp_path / "absent")], "no such folder"),
         (tmp_path / "there.png" / "below.png", [], "cannot write there"),

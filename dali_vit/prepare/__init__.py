@@ -25,6 +25,7 @@ import tyro
 
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count
+from dali_vit.files import at_home
 from dali_vit.listing import IO_THREADS
 from dali_vit.manifest import Manifest, read_manifest, write_manifest
 from dali_vit.prepare.receipts import read_receipt, write_receipt
@@ -79,7 +80,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     what the user can mend.
     """
     _check(arguments)
-    target = arguments.target.expanduser().absolute()
+    target = at_home(arguments.target).absolute()
     if target.is_symlink():
         target = target.resolve()  # the folder that the link names is made, not one in the link's place
     partial = target.with_name(target.name + ".partial")
@@ -99,7 +100,8 @@ def prepare(arguments: PrepareArguments) -> Path:
 
 def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing: Manifest | None) -> None:
     state, folder = partial / ".state", partial / ".set"
-    source = open_source(arguments.source.expanduser().absolute(), arguments.source_format, arguments.val_labels, state)
+    labels = arguments.val_labels and at_home(arguments.val_labels)
+    source = open_source(at_home(arguments.source).absolute(), arguments.source_format, labels, state)
     settings = Settings(
         arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
     )
@@ -154,9 +156,9 @@ def _check(arguments: PrepareArguments) -> None:
             f"--quality {arguments.quality}: images keep their bytes unless they are resized; "
             "give --shorter-side too, or leave --quality out"
         )
-    if not arguments.source.expanduser().is_dir():
+    if not at_home(arguments.source).is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds the tars, records or images")
-    source, target = (path.expanduser().resolve() for path in (arguments.source, arguments.target))
+    source, target = (at_home(path).resolve() for path in (arguments.source, arguments.target))
     if source == target or source in target.parents:
         raise UserError(f"{arguments.target} lies within {arguments.source}: choose a TARGET outside of it")
 
