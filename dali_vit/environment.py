@@ -203,6 +203,10 @@ def git_commit() -> str | None:
         return None
 
 
+def _one_line(value: str) -> str:
+    return value.replace("\n", "\\n").replace("\r", "\\r")  # of the command, a path
+
+
 def describe_environment() -> str:
     """The environment as `name: value` lines, for env.txt."""
     lines = {
@@ -217,4 +221,4 @@ def describe_environment() -> str:
         "platform": platform.platform(),
         "host": platform.node(),
     }
-    return "".join(f"{name}: {value}\n" for name, value in lines.items())
+    return "".join(f"{name}: {_one_line(value)}\n" for name, value in lines.items())

@@ -219,7 +219,7 @@ def _drop_lines_past(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue  # a line cut short by a crash
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

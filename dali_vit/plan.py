@@ -13,6 +13,7 @@ from dali_vit.config import Config, UserError, differences, total_steps
 from dali_vit.model import create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
+from dali_vit.runfolder import check_own
 from dali_vit.validation import validate
 from dali_vit.variants import TIMM_PREFIX
 
@@ -51,6 +52,8 @@ def plan(config: Config, world_size: int) -> Plan:
             f"{config.run_dir}: holds metrics of a run without a checkpoint; choose another --name, remove the folder,"
             " or drop --no-resume to begin the run again"
         )
+    else:
+        check_own(config)
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     train_files = dataset.split("train")
     datasets.allow_open_files(train_files, batch_size // world_size)

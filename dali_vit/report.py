@@ -137,11 +137,11 @@ def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, flo
 
 
 def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
-    parts = []
+    parts = []  # none where nothing was evaluated
     for split in sorted({name.split("/")[0] for name in metrics}):
         values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
         parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {values['loss']:.4f}")
-    return f"step {step:>{len(str(total))}}/{total} | " + " | ".join(parts)
+    return " | ".join([f"step {step:>{len(str(total))}}/{total}", *parts])
 
 
 def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 
 from dali_vit.config import Config, UserError, to_yaml
@@ -25,17 +27,52 @@ log = logging.getLogger(__name__)
 PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
 
 
-def write_run_files(config: Config) -> None:
-    """Writes config.yaml and env.txt; UserError where the folder, or that of the checkpoints, cannot be written to."""
+def check_own(config: Config) -> None:
+    """UserError for a folder that holds files by the names of a run's, and is none."""
+    marks = ("checkpoints", "metrics.jsonl")
+    if any((config.run_dir / name).exists() for name in marks) or _is_config(config.run_dir / "config.yaml"):
+        return
+    other = next((name for name in ("config.yaml", "env.txt") if (config.run_dir / name).exists()), None)
+    if other:
+        raise UserError(f"{config.run_dir}: holds a {other} that is not a run's; choose another --name")
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return {"data", "model", "optim", "run"} <= set(yaml.safe_load(path.read_bytes()))
+    except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError):
+        return False
+
+
+def write_run_files(config: Config, *, anew: bool = False) -> None:
+    """Writes config.yaml and env.txt; UserError where the folder, or that of the checkpoints, cannot be written to.
+
+    anew: the run begins from scratch, and what a run before it has logged there is set aside under other names.
+    """
     checkpoints = config.run_dir / "checkpoints"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):  # else it shows after hours
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints))
+        if anew:
+            _set_aside(config.run_dir)
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
             (config.run_dir / name).write_bytes(text.encode(errors="surrogateescape"))  # as names are bytes
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Renames metrics.jsonl and what belongs to it to metrics.jsonl.1 and so on, if anything was logged."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists() or not metrics.stat().st_size:
+        return
+    names = ("config.yaml", "env.txt", "metrics.jsonl")
+    number = next(n for n in itertools.count(1) if not any((run_dir / f"{name}.{n}").exists() for name in names))
+    for name in names:
+        if (run_dir / name).exists():
+            (run_dir / name).rename(run_dir / f"{name}.{number}")
+    log.info("begins from scratch, as there is no checkpoint; %s.%d is what was logged before", metrics, number)
 
 
 def _unwritable(config: Config, error: OSError) -> str:

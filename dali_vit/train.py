@@ -73,7 +73,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     bad_samples = _bad_samples(checkpoint.loader["ranks"]) if checkpoint else []
     loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
-    together(lambda: write_run_files(config) if group.is_main else None)
+    together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
     writer = None
     if group.is_main:
         writer = MetricLog(config.run_dir, start)

@@ -316,6 +316,27 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     assert (code, "holds metrics of a run without a checkpoint" in err) == (2, True)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
+    # Without the flag it is, and what was logged is set aside.
+    code, out, err = run(*command, capsys=capsys)
+    assert code == 0, err
+    assert f"{run_dir / 'metrics.jsonl'}.1 is what was logged before" in out
+    for name in ("config.yaml", "env.txt", "metrics.jsonl"):
+        assert (run_dir / f"{name}.1").read_bytes() == before[run_dir / name]
+        assert (run_dir / name).exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "env.txt"])
+def test_a_folder_that_is_no_run_is_left_alone(name, image_folder, tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / name).write_text("mine: 1\n")
+    flags = ("--data", str(image_folder), "--name", "r", "--runs-dir", str(tmp_path), "--gpus", "0", *TINY)
+    code, _, err = run("train", *flags, "--steps", "4", capsys=capsys)
+    assert (code, err) == (
+        2,
+        f"dali-vit: {tmp_path / 'r'}: holds a {name} that is not a run's; choose another --name\n",
+    )
+    assert [path.read_text() for path in (tmp_path / "r").iterdir()] == ["mine: 1\n"]
+
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("steps", "recorded"), [(16, {10, 11}), (3, {1, 2}), (1, {0})])

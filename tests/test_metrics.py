@@ -40,6 +40,12 @@ def test_what_was_logged_up_to_the_checkpoint_stays_and_what_comes_again_goes(tm
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
 
 
+def test_lines_that_are_none_of_ours_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[1, 2]\n{"step"\n3\n{"step": 2}\n')
+    attempt(tmp_path, 1, range(2, 3), 1.0)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
 def test_of_an_attempt_without_a_checkpoint_nothing_stays(tmp_path: Path) -> None:
     attempt(tmp_path, 0, range(1, 6), 1.0)
     attempt(tmp_path, 0, range(1, 4), 2.0)

@@ -110,7 +110,7 @@ def sweep_table(trials: list[Trial], best: Trial) -> str:
 
 def check_json(path: Path | None) -> None:
     """UserError, before anything is measured, if a file of results could not be written."""
-    if path is not None and not os.access(path.parent, os.W_OK):
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
