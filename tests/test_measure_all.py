@@ -247,6 +247,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         (["--out", "{file}/below"], "--out {file}/below: cannot be made (Not a directory)"),
         (["--out", "{folder}", "--only", "nothing"], "--only nothing: no such measurement; there are jpegs, compare-1"),
         (["--out", "{folder}", "--count", "0"], "--count 0: must be at least 1"),
+        (["--out", "{folder}", "--minutes", "nan"], "--minutes nan: must be above 0"),
         (["--out", "{folder}", "--gpus", "99"], "--gpus 99: 0 visible on this machine"),
         (["--out", "{damaged}"], "{damaged}/measured.json: cannot be read"),
     ],

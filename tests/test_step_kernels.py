@@ -237,7 +237,15 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
     ("tool", "gpus", "flags", "message"),
     [
         (measure_kernels, 0, ["--size", "0"], "measure_kernels.py: --size: must be at least 1"),
-        (measure_index, 0, ["--images", "0"], "measure_index.py: --images 0: must be from 1 to"),
+        (
+            measure_index,
+            0,
+            ["--images", "9", "--classes", "2"],
+            "measure_index.py: --batch-size 64: must be from 1 to 9",
+        ),
+        (measure_index, 0, ["--images", "99"], "measure_index.py: --images 99: must be from 1,000 to"),
+        (measure_index, 0, ["--classes", "0"], "measure_index.py: --classes 0: must be at least 1"),
+        (measure_index, 0, ["--json", "."], "measure_index.py: --json .: cannot be written"),
         (measure_kernels, 0, ["--gpu"], "measure_kernels.py: --gpu: no GPU is visible here"),
         (measure_ddp, 0, ["--gpus", "3"], "measure_ddp.py: --gpus 3: 0 visible on this machine"),
         (measure_ddp, 1, ["--processes", "1"], "measure_ddp.py: --processes 1: at least 2 have gradients to exchange"),

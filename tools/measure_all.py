@@ -200,6 +200,8 @@ def _main() -> int:
     arguments = parser.parse_args()
     if arguments.count is not None and arguments.count < 1:
         raise UserError(f"--count {arguments.count}: must be at least 1")
+    if not arguments.minutes > 0:
+        raise UserError(f"--minutes {arguments.minutes:g}: must be above 0")
     out = arguments.out
     gpus = distributed.resolve_gpus(arguments.gpus)
     measurements = plan(gpus, arguments.data or out / "jpegs", out, arguments.count)

@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark import report
 from PIL import Image
+
+from dali_vit.config import UserError
+from dali_vit.validation import check_range
 
 _SOURCES = 40  # a file of ext4 takes 65,000 links
 
@@ -39,10 +43,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    for images in arguments.images:
-        if not 1 <= images <= 60_000 * _SOURCES:
-            print(f"measure_index.py: --images {images}: must be from 1 to {60_000 * _SOURCES:,}", file=sys.stderr)
-            sys.exit(2)
+    try:
+        check_range("--classes", arguments.classes, 1)
+        check_range("--steps", arguments.steps, 1)
+        for images in arguments.images:
+            check_range("--images", images, arguments.classes, 60_000 * _SOURCES)
+        check_range("--batch-size", arguments.batch_size, 1, min(arguments.images))
+        report.check_json(arguments.json)
+    except UserError as error:
+        print(f"measure_index.py: {error}", file=sys.stderr)
+        sys.exit(2)
     results = []
     for images in arguments.images:
         try:

@@ -36,6 +36,7 @@ from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, Us
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
 from dali_vit.model import create_model, flops_per_image
+from dali_vit.validation import check_range
 
 NUM_CLASSES = 1000
 
@@ -69,6 +70,7 @@ def _main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)
+    check_range("--batch-size", arguments.batch_size, 1)
     settings = dict(parse_setting(text) for text in arguments.inductor)
 
     recipe = recipes.get("s16-90ep")
