@@ -325,6 +325,16 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
         assert (run_dir / name).exists()
 
 
+@pytest.mark.parametrize("left", ["", "data:\n  dat"])
+def test_a_folder_whose_config_was_cut_short_is_a_runs(left, image_folder, tmp_path, capsys):
+    """A disk was full when it began."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text(left)
+    flags = ("--data", str(image_folder), "--name", "r", "--runs-dir", str(tmp_path), "--gpus", "0", *TINY)
+    code, _, err = run("train", *flags, "--steps", "4", capsys=capsys)
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "env.txt"])
 def test_a_folder_that_is_no_run_is_left_alone(name, image_folder, tmp_path, capsys):
     (tmp_path / "r").mkdir()
