@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from pipelines import crop
@@ -46,9 +46,8 @@ def test_more_pixels_than_allowed_are_refused_before_decoding(
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def graph() -> Any:
-        file, start, window = fn.external_source(
-            lambda: ([image], [np.zeros(2, np.float32)], [np.full(2, 8, np.float32)]), num_outputs=3
-        )
+        file = fn.external_source(lambda: [image])
+        start, window = types.Constant(np.zeros(2, np.float32)), types.Constant(np.full(2, 8, np.float32))
         size = crop.image_size(file)
         if whole:
             return crop._refuse_too_large(file, size, device)
