@@ -11,12 +11,10 @@ is complete. An evaluation's metrics are added to checkpoint.json afterwards. No
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import pickle
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,13 +26,13 @@ from safetensors import SafetensorError
 
 from dali_vit import big_vision, weights
 from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
-from dali_vit.files import at_home, replacing
+from dali_vit.files import at_home, file_sha256, flush, replacing
 from dali_vit.model import create_model, set_timm_resolution
+from dali_vit.step_folders import prune, step_folder, step_folders
 from dali_vit.validation import MAX_RESOLUTION, check_range
 from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1
-BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ def save(
 
     OSError, with nothing half-written left behind and the older checkpoints untouched, where the disk refuses.
     """
-    final = _step_folder(run_dir, step)
+    final = step_folder(run_dir, step)
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
@@ -130,18 +128,18 @@ def _write(
         "classes": list(classes),
         "loader": dict(loader_state),
         "metrics": {},
-        "sha256": {name: _sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
+        "sha256": {name: file_sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
     }
     (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
-        _flush(file)
-    _flush(temporary)
+        flush(file)
+    flush(temporary)
     if final.exists():  # the same step, written before an interruption: replace it by a whole one
         os.replace(final, folder / f".tmp-old-{final.name}")
     os.replace(temporary, final)
-    _flush(folder)
+    flush(folder)
     shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
-    _prune(folder, config.run.keep_checkpoints, final)
+    prune(folder, config.run.keep_checkpoints, final)
     return final
 
 
@@ -150,7 +148,7 @@ def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep:
 
     Removes what is no longer to be kept then. Does nothing where the checkpoint could not be written.
     """
-    folder = _step_folder(run_dir, step)
+    folder = step_folder(run_dir, step)
     file = folder / "checkpoint.json"
     if not file.exists():
         return
@@ -159,9 +157,9 @@ def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep:
     record["loader"]["evaluation_due"] = False
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        _flush(temporary)
-    _flush(folder)
-    _prune(folder.parent, keep, folder)
+        flush(temporary)
+    flush(folder)
+    prune(folder.parent, keep, folder)
 
 
 def save_model(
@@ -190,7 +188,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
     None where the run has no checkpoint; UserError where it has some and all are damaged. PermissionError where one may
     not be read, and OtherVersion, as going on from an older one would be to lose it.
     """
-    folders = _step_folders(run_dir / "checkpoints")
+    folders = step_folders(run_dir / "checkpoints")
     for folder in reversed(folders):
         try:
             return read(folder)
@@ -203,12 +201,6 @@ def newest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def last_step(run_dir: Path) -> int | None:
-    """The step of a run's last checkpoint by name, which may be damaged; None where there is none."""
-    folders = _step_folders(run_dir / "checkpoints")
-    return int(folders[-1].name.removeprefix("step_")) if folders else None
-
-
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in a step_* folder; UserError where it is damaged, OtherVersion where another version wrote it.
 
@@ -219,7 +211,7 @@ def read(folder: Path) -> Checkpoint:
         if record["format"] != FORMAT:
             raise OtherVersion(f"{folder}: checkpoint format {record['format']}, this version reads {FORMAT}")
         for name, digest in record["sha256"].items():
-            if _sha256(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 raise UserError(f"{folder / name}: damaged (its checksum differs); use an older checkpoint")
         try:
             config = from_dict(record["config"])
@@ -317,47 +309,3 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors", checkpoint
-
-
-def _step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:09d}"
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name))
-
-
-def _prune(folder: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one."""
-    # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
-    folders = [f for f in _step_folders(folder) if f.name <= written.name]
-    scores: dict[Path, float] = {}
-    for step_folder in folders:
-        try:
-            metrics = json.loads((step_folder / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
-        except (OSError, ValueError, KeyError):
-            continue  # damaged: it is no candidate for the best, and goes when its turn comes
-        score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
-        if score is not None:
-            scores[step_folder] = score
-    best = max(scores, key=lambda f: (scores[f], f.name)) if scores else None
-    for step_folder in folders[:-keep]:
-        if step_folder != best:
-            shutil.rmtree(step_folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Makes a file, or a folder's list of names, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +20,15 @@ from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
 
-__all__ = ["find_undecodable", "inspect_header", "no_messages_beside_ours", "one_line", "why_undecodable"]
+__all__ = [
+    "KINDS",
+    "Problem",
+    "find_undecodable",
+    "inspect_header",
+    "no_messages_beside_ours",
+    "one_line",
+    "why_undecodable",
+]
 
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
@@ -30,6 +39,40 @@ _FORMATS = {
     ".bmp": "BMP",
     ".jp2": "JPEG2000",
 }
+
+
+KINDS = {
+    "unreadable": "cannot be read",
+    "empty": "has no bytes",
+    "not an image": "is of no format that DALI decodes",
+    "truncated": "ends too early",
+    "damaged": "cannot be decoded",
+    "too large": "has more pixels than --max-megapixels",
+    "too long": "is so long and thin that an evaluation refuses it",
+    "duplicate": "is in val, too, byte for byte",
+    "checksum": "is not the shard that prepare wrote",
+    "CMYK": "is decoded to RGB",
+    "other format": "is decoded as what it is",
+}
+"""Everything that is reported, and what it means."""
+
+_HARMLESS = ("CMYK", "other format")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one image or shard."""
+
+    kind: str
+    """One of KINDS."""
+    split: str
+    path: str
+    detail: str
+
+    @property
+    def hurts(self) -> bool:
+        """Whether training or its evaluation is the worse for it."""
+        return self.kind not in _HARMLESS
 
 
 class _InMemory:

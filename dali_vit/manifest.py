@@ -17,13 +17,13 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from dali_vit.config import UserError
+from dali_vit.files import file_sha256
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
@@ -32,7 +32,6 @@ __all__ = [
     "Manifest",
     "Shard",
     "Split",
-    "file_sha256",
     "is_made_up",
     "load_shards",
     "made_up_name",
@@ -190,12 +189,3 @@ def _fault(path: Path, size: int) -> str | None:
     except OSError as error:
         return f"{path} cannot be found ({error.strerror})"
     return None if found == size else f"{path} has {found} bytes, not the {size} of the manifest"
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file's bytes, in hexadecimal."""
-    digest = sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from dali_vit.model import create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.runfolder import check_own
+from dali_vit.step_folders import last_step
 from dali_vit.validation import validate
 from dali_vit.variants import TIMM_PREFIX
 
@@ -83,7 +84,7 @@ def up_to_date(planned: Plan, config: Config) -> Plan:
 
     To be called once no other process can. Raises UserError as `plan` does.
     """
-    last, known = checkpoints.last_step(config.run_dir), planned.checkpoint
+    last, known = last_step(config.run_dir), planned.checkpoint
     if last is None or (known is not None and last <= known.step):
         return planned
     checkpoint = checkpoints.newest(config.run_dir)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.environment import cache_folder
-from dali_vit.manifest import MANIFEST, Manifest, file_sha256, read_manifest
+from dali_vit.files import file_sha256
+from dali_vit.manifest import MANIFEST, Manifest, read_manifest
 
 __all__ = ["fetch", "is_remote"]
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,11 +22,12 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.data import Dataset
 from dali_vit.environment import cpu_count
-from dali_vit.files import at_home
-from dali_vit.inspection import find_undecodable, inspect_header, one_line, why_undecodable
+from dali_vit.files import at_home, file_sha256
+from dali_vit.inspection import KINDS, Problem, find_undecodable, inspect_header, one_line, why_undecodable
 from dali_vit.listing import LeftOut, left_out
-from dali_vit.manifest import file_sha256, read_manifest, write_manifest
+from dali_vit.manifest import read_manifest
 from dali_vit.prepare.sources import read_sample
+from dali_vit.quarantine import LIST, check_quarantine, move_aside
 from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
@@ -37,25 +36,8 @@ __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "verify"]
 
 _log = logging.getLogger(__name__)
 
-KINDS = {
-    "unreadable": "cannot be read",
-    "empty": "has no bytes",
-    "not an image": "is of no format that DALI decodes",
-    "truncated": "ends too early",
-    "damaged": "cannot be decoded",
-    "too large": "has more pixels than --max-megapixels",
-    "too long": "is so long and thin that an evaluation refuses it",
-    "duplicate": "is in val, too, byte for byte",
-    "checksum": "is not the shard that prepare wrote",
-    "CMYK": "is decoded to RGB",
-    "other format": "is decoded as what it is",
-}
-"""Everything that is reported, and what it means."""
-
-_HARMLESS = ("CMYK", "other format")
 _CHUNK = 256  # images that are decoded together, while the next are read
 _SHOWN = 20  # problems of a kind in the log
-_LIST = "quarantined.tsv"
 
 
 @dataclass(frozen=True)
@@ -72,22 +54,6 @@ class VerifyArguments:
     """Threads; default: the machine's cores."""
     json: bool = False
     """Print one JSON object instead of a summary."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with one image or shard."""
-
-    kind: str
-    """One of KINDS."""
-    split: str
-    path: str
-    detail: str
-
-    @property
-    def hurts(self) -> bool:
-        """Whether training or its evaluation is the worse for it."""
-        return self.kind not in _HARMLESS
 
 
 @dataclass(frozen=True)
@@ -130,7 +96,8 @@ def verify(arguments: VerifyArguments) -> Report:
     if arguments.workers is not None and arguments.workers <= 0:
         raise UserError(f"--workers {arguments.workers}: must be above 0")
     dataset, refused = load_with_faults(arguments.path)
-    _check_quarantine(dataset, arguments.quarantine)
+    if arguments.quarantine is not None:
+        check_quarantine(dataset.root, arguments.quarantine)
     splits = {name: s for name, s in (("train", dataset.train), ("val", dataset.val)) if s is not None}
     workers = arguments.workers or cpu_count()
     found: dict[str, list[tuple[int, Problem]]] = {}
@@ -154,7 +121,7 @@ def verify(arguments: VerifyArguments) -> Report:
         if any(isinstance(samples, ShardList) for samples in splits.values()):
             _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
-            moved = _quarantine(dataset.root, at_home(arguments.quarantine).absolute(), problems)
+            moved = move_aside(dataset.root, at_home(arguments.quarantine).absolute(), problems)
     if moved:
         refused = _refused(arguments.path)
     report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks, refused)
@@ -257,84 +224,11 @@ def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:
     ]
 
 
-def _check_quarantine(dataset: Dataset, quarantine: Path | None) -> None:
-    if quarantine is None:
-        return
-    folder = at_home(quarantine).absolute()
-    resolved, root = folder.resolve(), dataset.root
-    inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
-    if inside:
-        raise UserError(f"--quarantine {quarantine} lies in {inside}/ of the set: choose a folder outside of it")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--quarantine {quarantine} is a file: give a folder")
-
-
-def _quarantine(root: Path, folder: Path, problems: list[Problem]) -> int:
-    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many
-    problems went with them."""
-    moved: dict[str, Problem] = {problem.path: problem for problem in problems if problem.hurts}
-    if not moved:
-        return 0
-    sizes: Counter[str] = Counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / _LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
-            for path, problem in moved.items():
-                target = folder / os.path.relpath(path, root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
-                    raise UserError(
-                        f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
-                    )
-                sizes[problem.split] += _size(path)
-                _move(path, target)
-                file.write("\t".join(map(_one_field, (path, problem.kind, problem.detail))) + "\n")
-    except OSError as error:
-        raise UserError(f"--quarantine {folder}: {error.strerror or error}; mend that and run verify again") from error
-    finally:
-        _lower_counts(root, moved, sizes)
-    return sum(problem.hurts for problem in problems)
-
-
-def _size(path: str) -> int:
-    """Bytes of a file; 0 of a link that leads nowhere."""
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0
-
-
-def _move(path: str, target: Path) -> None:
-    """Moves a file; a link by itself, so that it leads to where it did."""
-    if os.path.islink(path):
-        os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
-        os.unlink(path)
-    else:
-        shutil.move(path, target)
-
-
-def _one_field(text: str) -> str:
-    """Without what parts fields and lines, as names of files may have it."""
-    return text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
-
-
 def _refused(path: str | Path) -> tuple[str, ...]:
     try:
         return load_with_faults(path)[1]
     except UserError as error:  # nothing is left to be listed
         return (str(error),)
-
-
-def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
-    """Takes images that are gone out of the manifest of a prepared folder."""
-    manifest = read_manifest(root)
-    if manifest is not None:
-        gone = Counter(problem.split for path, problem in moved.items() if not os.path.exists(path))
-        splits = {
-            name: replace(split, count=split.count - gone[name], bytes=split.bytes - sizes[name])
-            for name, split in manifest.splits.items()
-        }
-        write_manifest(root, replace(manifest, splits=splits))
 
 
 def _summarise(report: Report, quarantine: Path | None) -> None:
@@ -351,7 +245,7 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
         _log.info("%s", files)
     if report.quarantined:
         moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
-        _log.info("%s moved to %s and listed in %s there", moved, quarantine, _LIST)
+        _log.info("%s moved to %s and listed in %s there", moved, quarantine, LIST)
     for reason in report.refused:
         _log.info("training refuses the set: %s", reason)
     hurt = sum(problem.hurts for problem in report.problems) - report.quarantined + len(report.refused)

@@ -65,6 +65,16 @@ def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pyte
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
+def test_every_rank_tries_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to choose, but because torch's first use of attention in a process must not come later."""
+    tried = []
+    monkeypatch.setattr(attention, "measure", lambda shape, device: tried.append(shape) or {"cudnn": 2.0})
+    monkeypatch.setattr(attention, "gather_objects", lambda value: [{"flash": 1.0}, value])
+    found = fastest_attention(vit(), 64, Group(1, 2, 1, 2, torch.device("cuda", 1)))
+    assert tried == [Shape(64, 196, 3, 64)]
+    assert found.kernel == "flash"  # as on rank 0
+
+
 def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

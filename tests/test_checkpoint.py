@@ -17,6 +17,7 @@ import dali_vit.train
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
 from dali_vit.data import DecodeError
+from dali_vit.files import file_sha256
 from dali_vit.model import create_model
 from dali_vit.plan import plan, up_to_date
 from dali_vit.train import train
@@ -242,7 +243,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     with (folder / "trainer.pt").open("wb") as file:
         torch.save({"optimizer": Bomb(target), "rng": []}, file)
     record = json.loads((folder / "checkpoint.json").read_text())
-    record["sha256"]["trainer.pt"] = checkpoint._sha256(folder / "trainer.pt")
+    record["sha256"]["trainer.pt"] = file_sha256(folder / "trainer.pt")
     (folder / "checkpoint.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"trainer\.pt: refused"):
         checkpoint.read(folder).trainer_state()

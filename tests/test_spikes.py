@@ -19,6 +19,7 @@ import dali_vit.train
 from dali_vit import checkpoint, cli
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
+from dali_vit.files import file_sha256
 from dali_vit.mixup import mixup_cross_entropy, sample_lambda
 from dali_vit.plan import plan
 from dali_vit.spikes import MEMORY, WARM_UP, is_spike
@@ -223,7 +224,7 @@ def test_a_checkpoint_from_before_there_were_statistics_is_gone_on_from(tiny_con
     assert state["optimizer"]["param_groups"][0].pop("losses_seen")[0] == 10
     torch.save(state, folder / "trainer.pt")
     record = json.loads((folder / "checkpoint.json").read_text())
-    record["sha256"]["trainer.pt"] = checkpoint._sha256(folder / "trainer.pt")
+    record["sha256"]["trainer.pt"] = file_sha256(folder / "trainer.pt")
     record["config"]["optim"].pop("spike_threshold")
     (folder / "checkpoint.json").write_text(json.dumps(record))
 

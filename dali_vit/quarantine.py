@@ -1,0 +1,92 @@
+"""Where `verify` moves images that hurt training: from an image folder to another of the same layout, with a list."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dali_vit.config import UserError
+from dali_vit.files import at_home
+from dali_vit.inspection import Problem
+from dali_vit.manifest import read_manifest, write_manifest
+
+__all__ = ["LIST", "check_quarantine", "move_aside"]
+
+LIST = "quarantined.tsv"
+"""File in the quarantine folder, a line a problem: path before, kind, detail."""
+
+
+def check_quarantine(root: Path, quarantine: Path) -> None:
+    """UserError for a folder that nothing of the set at `root` can be moved to."""
+    folder = at_home(quarantine).absolute()
+    resolved = folder.resolve()
+    inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
+    if inside:
+        raise UserError(f"--quarantine {quarantine} lies in {inside}/ of the set: choose a folder outside of it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--quarantine {quarantine} is a file: give a folder")
+
+
+def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
+    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many
+    problems went with them."""
+    moved: dict[str, Problem] = {problem.path: problem for problem in problems if problem.hurts}
+    if not moved:
+        return 0
+    sizes: Counter[str] = Counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
+            for path, problem in moved.items():
+                target = folder / os.path.relpath(path, root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    raise UserError(
+                        f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
+                    )
+                sizes[problem.split] += _size(path)
+                _move(path, target)
+                file.write("\t".join(map(_one_field, (path, problem.kind, problem.detail))) + "\n")
+    except OSError as error:
+        raise UserError(f"--quarantine {folder}: {error.strerror or error}; mend that and run verify again") from error
+    finally:
+        _lower_counts(root, moved, sizes)
+    return sum(problem.hurts for problem in problems)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; 0 of a link that leads nowhere."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _move(path: str, target: Path) -> None:
+    """Moves a file; a link by itself, so that it leads to where it did."""
+    if os.path.islink(path):
+        os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
+        os.unlink(path)
+    else:
+        shutil.move(path, target)
+
+
+def _one_field(text: str) -> str:
+    """Without what parts fields and lines, as names of files may have it."""
+    return text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+
+
+def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
+    """Takes images that are gone out of the manifest of a prepared folder."""
+    manifest = read_manifest(root)
+    if manifest is not None:
+        gone = Counter(problem.split for path, problem in moved.items() if not os.path.exists(path))
+        splits = {
+            name: replace(split, count=split.count - gone[name], bytes=split.bytes - sizes[name])
+            for name, split in manifest.splits.items()
+        }
+        write_manifest(root, replace(manifest, splits=splits))

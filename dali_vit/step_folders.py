@@ -1,0 +1,48 @@
+"""Which checkpoints of a run there are, by the names of their folders, and which of them stay."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+__all__ = ["last_step", "prune", "step_folder", "step_folders"]
+
+BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:09d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name))
+
+
+def prune(folder: Path, keep: int, written: Path) -> None:
+    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one."""
+    # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
+    folders = [f for f in step_folders(folder) if f.name <= written.name]
+    scores: dict[Path, float] = {}
+    for step_folder in folders:
+        try:
+            metrics = json.loads((step_folder / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged: it is no candidate for the best, and goes when its turn comes
+        score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
+        if score is not None:
+            scores[step_folder] = score
+    best = max(scores, key=lambda f: (scores[f], f.name)) if scores else None
+    for step_folder in folders[:-keep]:
+        if step_folder != best:
+            shutil.rmtree(step_folder, ignore_errors=True)
+
+
+def last_step(run_dir: Path) -> int | None:
+    """The step of a run's last checkpoint by name, which may be damaged; None where there is none."""
+    folders = step_folders(run_dir / "checkpoints")
+    return int(folders[-1].name.removeprefix("step_")) if folders else None
