@@ -6,6 +6,7 @@ that an update never waits for the GPU and can be captured in a CUDA graph (`set
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -148,9 +149,9 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
         for group in self.param_groups:
             moments = self._moments(group)
             if moments:
-                beta1 = group["betas"][0]
                 # The kernel multiplies by beta1. A step that is left out changes nothing, so neither does this.
-                scale = torch.full((), torch.tensor(beta1).bfloat16().item() / beta1, device=moments[0].device)
+                beta1 = group["betas"][0]
+                scale = torch.full((), _to_bfloat16(beta1) / beta1, device=moments[0].device)
                 if hasattr(self, "found_inf"):
                     scale = torch.where(self.found_inf.bool(), 1.0, scale)
                 torch._foreach_mul_(moments, scale)
@@ -164,6 +165,11 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
     def _moments(self, group: dict[str, Any]) -> list[Tensor]:
         """First moments; before the first step there are none."""
         return [self.state[p]["exp_avg"] for p in group["params"] if p in self.state]
+
+
+@functools.cache
+def _to_bfloat16(value: float) -> float:
+    return torch.tensor(value).bfloat16().item()
 
 
 __all__ = [
