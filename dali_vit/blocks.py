@@ -1,4 +1,4 @@
-"""timm's transformer block, put so that the kernels torch.compile makes of them move fewer bytes.
+"""timm's transformer block, put so that the kernels torch.compile makes of them move fewer bytes and compute less.
 
 About half of what a compiled step reads and writes are activations, in kernels that the compiler makes. Here timm's
 sums are in an order that saves a tenth of the whole (BENCHMARKS.md has the counts). Only a model in training mode that
@@ -7,6 +7,7 @@ is being compiled computes them so; otherwise everything is timm's own, to the b
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+_TWICE_U, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of u = sqrt(2 / pi) (x + 0.044715 x^3), in GELU
+
 
 class LeanBlock(Block):
-    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout and no scales of branches."""
+    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout or scales of branches; GELU by tanh."""
 
     norm1: nn.LayerNorm
     attn: Attention
@@ -37,7 +40,7 @@ class LeanBlock(Block):
         return _linear(self.attn.proj, scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return _linear(self.mlp.fc2, self.mlp.act(_linear(self.mlp.fc1, x)))
+        return _linear(self.mlp.fc2, _Gelu.apply(_linear(self.mlp.fc1, x)))
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -87,6 +90,34 @@ class _Cast(Function):
         images, tokens, width = dx.shape
         # as_strided makes the compiler write its input first; a view would be seen through.
         return dx.as_strided((images * tokens, width), (width, 1)).view(dx.shape), None
+
+
+class _Gelu(Function):
+    """GELU in the approximation with tanh, as the sigmoid that it is: (1 + tanh(u)) / 2 = sigmoid(2 u).
+
+    CUDA's tanh branches and takes so many instructions that the kernels around it, which should be as fast as memory,
+    are not; the sigmoid is an exponential and a division. Computed in float32 at least, as torch's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        wide, share = _Gelu._share(x)
+        y = wide * share
+        # In torch 2.11 a conversion to the same type, at the end of a Function that is compiled, loses the gradient.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        wide, share = _Gelu._share(x)
+        slope = _TWICE_U + 3 * _TWICE_U * _CUBIC * wide * wide  # of 2 u
+        return (dy * (share + wide * share * (1 - share) * slope)).to(x.dtype)
+
+    @staticmethod
+    def _share(x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide, torch.sigmoid(_TWICE_U * (wide + _CUBIC * wide * wide * wide))
 
 
 class _SplitHeads(Function):

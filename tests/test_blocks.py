@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import gelu, layer_norm, linear
 
 from dali_vit import blocks
 from dali_vit.blocks import LeanBlock
@@ -53,6 +53,26 @@ def test_layer_norm_computes_in_float32_whatever_the_tokens_are(dtype):
     result = blocks._LayerNorm.apply(x, weight, bias, 1e-6)
     torch.testing.assert_close(result, layer_norm(x.float(), [WIDTH], weight, bias, 1e-6), rtol=1e-5, atol=1e-5)
     assert [gradient.dtype for gradient in gradients(result, x, weight, bias)] == [dtype, torch.float32, torch.float32]
+
+
+def test_gelu_is_torchs_in_float64():
+    x = torch.linspace(-60, 60, 100_001, dtype=torch.float64).requires_grad_()
+    expected, result = gelu(x, approximate="tanh"), blocks._Gelu.apply(x)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*(gradients(y, x)[0] for y in (result, expected)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_is_computed_in_float32_and_next_to_as_exact_as_torchs(dtype):
+    single = (8 * draw(100_000)).detach().to(dtype).requires_grad_()
+    exact = single.detach().double().requires_grad_()
+    wanted, torchs, ours = gelu(exact, approximate="tanh"), gelu(single, approximate="tanh"), blocks._Gelu.apply(single)
+    assert ours.dtype == dtype
+    results = zip(*([y, *gradients(y, x)] for y, x in ((wanted, exact), (torchs, single), (ours, single))), strict=True)
+    for want, torch_gives, we_give in results:
+        error, usual = ((given.double() - want).norm() for given in (we_give, torch_gives))
+        # Where the slope is next to 1, what is left to it cancels out, to 2e-6, as it does to 1e-6 with tanh.
+        assert error < max(1.1 * usual, 5e-7 * want.norm())
 
 
 def test_the_gradient_of_a_bias_is_the_sum_over_all_tokens():
