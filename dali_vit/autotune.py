@@ -35,9 +35,19 @@ MAX_SECONDS = 60.0
 _SECONDS_PER_SETTING = 1.5
 _GAIN = 1.02  # rates of windows as short as these differ by as much by themselves
 
+# Shares of the hardware decoder to try, round by round, from the best so far. The best of all is where that decoder and
+# CUDA's end at once, which differs between GPUs and with the number of cores; to either side of it the rate falls.
+_HW_LOADS: Sequence[dict[float, tuple[float, ...]]] = (
+    {0.65: (0.35, 0.85)},
+    {0.65: (0.5, 0.75), 0.35: (0.5, 0.2), 0.85: (0.75, 1.0)},
+    {0.2: (0.1, 0.0)},
+)
 
 Work = Callable[[Tensor], object]
 """What is done with a batch's images, uint8 [N, S, S, 3], while the next ones are loaded."""
+
+Alternatives = Callable[[LoaderSettings], Sequence[LoaderSettings]]
+"""What to compare with settings, which differs from them in one."""
 
 
 def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, model: nn.Module) -> LoaderSettings:
@@ -127,10 +137,8 @@ def search(
     bad_samples: set[int] = set()
     rates = {defaults: _rate(dataset, config, group, defaults, bad_samples, work)}
     best = defaults
-    for alternatives in _alternatives(defaults, vary_threads=config.run.threads is None, group=group):
-        base = best
-        for change in alternatives:
-            settings = replace(base, **change(base))
+    for alternatives in _alternatives(vary_threads=config.run.threads is None, group=group):
+        for settings in alternatives(best):
             if settings in rates:
                 continue
             if gather_objects(time.monotonic() > deadline)[0]:
@@ -141,22 +149,20 @@ def search(
     return rates
 
 
-def _alternatives(defaults: LoaderSettings, *, vary_threads: bool, group: Group) -> Iterator[Sequence[Any]]:
-    if vary_threads:
-        half = defaults.threads // 2
-        yield [_set(threads=n) for n in (defaults.threads + half, half) if 0 < n != defaults.threads]
+def _alternatives(*, vary_threads: bool, group: Group) -> Iterator[Alternatives]:
+    """For one setting after the other, those to be compared with the best so far."""
     if group.device.type == "cuda":
-        yield [_set_decoder(region="full")]
-        yield [_set_decoder(hw_decoder_load=load) for load in (0.8, 0.9, 1.0, 0.5, 0.0)]
-    yield [_set(prefetch=n) for n in (3, 4)]  # never 1: training would wait for every batch
-
-
-def _set(**values: Any) -> Any:
-    return lambda settings: values
-
-
-def _set_decoder(**values: Any) -> Any:
-    return lambda settings: {"decoder": replace(settings.decoder, **values)}
+        for loads in _HW_LOADS:
+            yield lambda best, loads=loads: [  # type: ignore[misc]
+                replace(best, decoder=replace(best.decoder, hw_decoder_load=load))
+                for load in loads.get(best.decoder.hw_decoder_load, ())
+            ]
+        yield lambda best: [replace(best, decoder=replace(best.decoder, region="full"))]
+    if vary_threads:
+        yield lambda best: [
+            replace(best, threads=n) for n in (best.threads + best.threads // 2, best.threads // 2) if n > 0
+        ]
+    yield lambda best: [replace(best, prefetch=n) for n in (3, 4)]  # never 1: training would wait for every batch
 
 
 def _rate(

@@ -64,12 +64,28 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> list[Lo
 def test_a_search_combines_what_is_best_of_each_setting(
     dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = pretend(monkeypatch, {"threads 12": 10, "hw_decoder_load 0.9": 20, "prefetch 3": 5})
+    asked = pretend(monkeypatch, {"threads 12": 10, "hw_decoder_load 0.85": 20, "prefetch 3": 5})
     rates = autotune.search(dataset, config, CUDA, LoaderSettings(8), deadline=float("inf"))
-    best = LoaderSettings(12, 3, Decoder(hw_decoder_load=0.9))
+    best = LoaderSettings(12, 3, Decoder(hw_decoder_load=0.85))
     assert max(rates, key=rates.__getitem__) == best
     assert rates[best] == 135
-    assert len(asked) == len(set(asked)) == len(rates) == 11  # 1 + 2 threads, 1 region, 5 loads, 2 prefetches
+    assert len(asked) == len(set(asked)) == len(rates) == 10  # 1 + 4 loads, 1 region, 2 threads, 2 prefetches
+
+
+@pytest.mark.parametrize("peak", [0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.75, 0.85, 1.0])
+def test_the_share_of_the_hardware_decoder_is_found_wherever_its_peak_is(
+    peak: float, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, *_: Any) -> float:
+        asked.append(settings.decoder.hw_decoder_load)
+        return 100 - 100 * abs(settings.decoder.hw_decoder_load - peak)
+
+    monkeypatch.setattr(autotune, "_rate", rate)
+    rates = autotune.search(dataset, config, CUDA, LoaderSettings(8), deadline=float("inf"))
+    assert max(rates, key=rates.__getitem__).decoder.hw_decoder_load == peak
+    assert len(set(asked)) <= 7  # of 4 to 5 s each, within the minute that is left for all
 
 
 def test_threads_that_the_user_chose_stay(

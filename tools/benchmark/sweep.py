@@ -127,7 +127,7 @@ def _changes(baseline: Settings, *, on_gpu: bool) -> list[list[Callable[[Setting
     ]
     if on_gpu:
         changes += [
-            [decoder(hw_decoder_load=load) for load in (0.0, 0.25, 0.5, 0.65, 0.8, 0.9, 1.0)],
+            [decoder(hw_decoder_load=load) for load in (0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.85, 1.0)],
             # What DALI's ImageNet examples preallocate: the largest sides of its images.
             [decoder(preallocate_width_hint=w, preallocate_height_hint=h) for w, h in ((0, 0), (5980, 6430))],
             [decoder(hybrid_huffman_threshold=pixels) for pixels in (10_000, 100_000, 1_000_000, 10_000_000)],
