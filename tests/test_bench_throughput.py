@@ -183,6 +183,7 @@ def test_two_processes(image_folder, tmp_path):
         (["--mode", "everything"], ["--mode", "everything"]),
         (["--secnods", "3"], ["--secnods"]),
         (["--seconds", "0"], ["--seconds 0"]),
+        (["--step-stream", "own"], ["--step-stream own: needs a GPU"]),
         (["--seconds", "nan"], ["--seconds nan"]),
         (["--profile", "-1"], ["--profile -1"]),
         (["--batch-size", "0"], ["--batch-size 0"]),

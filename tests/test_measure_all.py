@@ -201,7 +201,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     compared = {"config": {"run": {"gpus": 0}}, "compare": {"ratio": 2.5, "loaders": loaders}}
     results = {
         "step-1024": {"default": {"images_per_sec": 11_900.0}, "off": {"images_per_sec": 3_000.0}},
-        "step-1024-autotune": {"max-autotune": {"images_per_sec": 12_000.0}},
+        "step-1024-max-autotune": {"max-autotune": {"images_per_sec": 12_000.0}},
         "step-128": {"default": {"images_per_sec": 8_999.0}},
         "joint-128": joint(7_927.0, 1),
         "node": joint(63_000.0, 2),

@@ -64,6 +64,8 @@ class Options:
     """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
     autotune: Literal["auto", "on", "off"] = "auto"
     """Search for the loader's fastest settings first, about a minute, unless it is known; auto: on GPUs."""
+    step_stream: Literal["default", "own", "high-priority"] = "default"
+    """CUDA stream that the step is queued on, to compare: training's, which is the default one, or one of its own."""
     grad_accum_steps: int = 1
     """Parts in which each GPU takes its share of a batch, for those whose memory does not hold it at once."""
     seed: int = 0
@@ -190,6 +192,7 @@ def _launch(processes: int, argv: list[str]) -> int:
 
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds. Collective."""
+    set_step_stream(options.step_stream, group)
     planned = plan.plan(config, group.world_size)
     dataset, seconds = planned.dataset, options.seconds
     environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
@@ -278,6 +281,19 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     if options.json is not None and group.is_main:
         report.write_json(options.json, result)
     return result
+
+
+def set_step_stream(name: str, group: distributed.Group) -> None:
+    """Makes this thread queue everything on another stream of the GPU from now on, unless `default` is asked for.
+
+    What a library puts on the default stream waits for the step only if that is there, too; and where a stream of high
+    priority has work left, blocks of the loader's kernels are not begun.
+    """
+    if name == "default":
+        return
+    if group.device.type != "cuda":
+        raise UserError(f"--step-stream {name}: needs a GPU")
+    torch.cuda.set_stream(torch.cuda.Stream(group.device, priority=-1 if name == "high-priority" else 0))
 
 
 if __name__ == "__main__":

@@ -75,9 +75,9 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
     def profiled(name: str) -> tuple[str, ...]:
         return "--randaug-cost", "--profile", "5", "--profile-dir", str(out / f"{name}-trace")
 
-    quick, slow = ("default", "reduce-overhead", "off"), ("max-autotune-no-cudagraphs", "max-autotune")
     for batch in (128, 1024):
-        add(f"step-{batch}", 10, "measure_step.py", "--batch-size", batch, "--compile", *quick)
+        quick = ("--compile", "default", "reduce-overhead", "off")
+        add(f"step-{batch}", 10, "measure_step.py", "--batch-size", batch, *quick)
     for batch in (128, 1024):
         add(f"joint-{batch}", 10, *bench, 1, "--batch-size", batch, *profiled(f"joint-{batch}"))
     add("input", 5, "measure_input.py", "--data", data)
@@ -92,8 +92,12 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         add(f"step-{batch}-bfloat16", 10, *one, "--residual", "bfloat16")
         add(f"step-{batch}-combo", 15, *one, "--inductor", "combo_kernels=True")
         add(f"step-{batch}-descent", 15, *one, "--inductor", "coordinate_descent_tuning=True")
-    for batch in (1024, 128):
-        add(f"step-{batch}-autotune", 20, "measure_step.py", "--batch-size", batch, "--compile", *slow)
+        add(f"step-{batch}-pdl", 10, *one, "--inductor", "triton.enable_pdl=True")
+    for stream in ("own", "high-priority"):
+        add(f"joint-1024-{stream}", 10, *bench, 1, "--batch-size", 1024, "--step-stream", stream)
+    for mode in ("max-autotune-no-cudagraphs", "max-autotune"):  # each by itself, as they take minutes
+        for batch in (1024, 128):
+            add(f"step-{batch}-{mode}", 20, "measure_step.py", "--batch-size", batch, "--compile", mode)
     add("compare", 10, *bench, 1, "--mode", "loader", "--compare", "--batch-size", 256)
     return measurements
 

@@ -36,7 +36,7 @@ def test_a_search_beside_the_model(tiny_config: Config, monkeypatch: pytest.Monk
         rates = autotune.search(dataset, config, group, defaults, float("inf"), work)
     assert min(rates.values()) > 0, "no setting fails"
     assert {settings.decoder.region for settings in rates} == {"window", "full"}
-    assert {settings.decoder.hw_decoder_load for settings in rates} == {0.0, 0.5, 0.65, 0.8, 0.9, 1.0}
+    assert {settings.decoder.hw_decoder_load for settings in rates} >= {0.35, 0.65, 0.85}
 
     found = autotune.loader_settings(dataset, config, group, model)
     assert autotune.loader_settings(dataset, config, group, model) == found

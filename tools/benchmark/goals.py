@@ -47,17 +47,21 @@ def rows(results: Results) -> list[Row]:
     """The goals of which something was measured, and what follows from it."""
     found: list[Row] = []
     for batch, least in ((1024, 12_000), (128, 9_000)):
-        ways = _ways(results, f"step-{batch}", f"step-{batch}-autotune")
+        step = f"step-{batch}"
+        ways = _ways(results, step, f"{step}-max-autotune-no-cudagraphs", f"{step}-max-autotune")
         found += _step(ways, f"step alone, batch {batch}", least)
         for name, what in (
             ("timm", "timm's blocks"),
             ("bfloat16", "bfloat16 residual stream"),
             ("combo", "Inductor's combined kernels"),
             ("descent", "Inductor's coordinate descent"),
+            ("pdl", "kernels that begin before the one before ends"),
         ):
             found += _step(_ways(results, f"step-{batch}-{name}"), f"step alone, batch {batch}, {what}")
     for name, what in (
         *(("joint-1024", "batch 1024"), ("joint-128", "batch 128"), ("node", "all GPUs")),
+        ("joint-1024-own", "batch 1024, a stream of its own"),
+        ("joint-1024-high-priority", "batch 1024, a stream of high priority"),
         ("joint-cpu", "Ti/16 on the CPU"),
     ):
         if name in results:
