@@ -80,11 +80,10 @@ def _main() -> None:
         "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
         "config": {name: getattr(arguments, name) for name in ("model", "depth", "residual", "batch_size")},
     }
+    models = {name: create_model(config, num_classes=1000, resolution=224) for name in ("timm's blocks", "lean blocks")}
+    modes.use_timm_blocks(models["timm's blocks"])
     print(f"{'MB an image':<18} {'forward':>10} {'backward':>10} {'both':>10} {'generated kernels':>20}")
-    for name in ("timm's blocks", "lean blocks"):
-        model = create_model(config, num_classes=1000, resolution=224)
-        if name == "timm's blocks":
-            modes.use_timm_blocks(model)
+    for name, model in models.items():
         forward, backward = count_bytes(model, arguments.batch_size)
         counts = [forward["all"], backward["all"], forward["all"] + backward["all"]]
         counts.append(forward["generated"] + backward["generated"])
