@@ -109,7 +109,7 @@ class Window:
 
     def __init__(self, group: Group) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=group.device)  # loss, norm, steps taken
-        self._world_size = group.world_size
+        self._rank, self._world_size = group.rank, group.world_size
         self._steps = self._bad_samples = 0
         self.skipped = 0
         """Steps left out, up to the last reading."""
@@ -125,21 +125,25 @@ class Window:
         self._last = taken
         self._steps += 1
 
-    def read(self, bad_samples: int) -> tuple[float, float]:
-        """Means over the ranks and the steps taken, NaN where none was; empties the window. Collective.
+    def read(self, bad_samples: int, waited: float) -> tuple[float, float, float]:
+        """Means over the ranks and the steps taken, NaN where none was, and the longest wait; empties the window.
 
         bad_samples: how many this rank has found so far. That any has found more comes along, as to gather which they
-        are takes two messages to all ranks and stalls a GPU.
+        are takes two messages to all ranks and stalls a GPU. waited: seconds that this rank has waited for data; the
+        others wait for the slowest one as long, but in the exchange of gradients, where it does not show. Collective.
         """
-        sums = torch.cat([self._sums, self._sums.new_tensor([bad_samples])])
-        loss, grad_norm, taken, found = (sum_over_ranks(sums) / self._world_size).tolist()
-        total = round(found * self._world_size)
-        self.more_bad_samples, self._bad_samples = total != self._bad_samples, total
+        waits = [waited if rank == self._rank else 0.0 for rank in range(self._world_size)]
+        sums = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([bad_samples, *waits])]))
+        loss, grad_norm, taken, found, *waits = sums.tolist()
+        taken /= self._world_size
+        self.more_bad_samples, self._bad_samples = round(found) != self._bad_samples, round(found)
         self.skipped += self._steps - round(taken)
         self.healthy = bool(self._last)
         self._sums.zero_()
         self._steps = 0
-        return (loss / taken, grad_norm / taken) if taken else (math.nan, math.nan)
+        if not taken:
+            return math.nan, math.nan, max(waits)
+        return loss / self._world_size / taken, grad_norm / self._world_size / taken, max(waits)
 
 
 class MetricLog:

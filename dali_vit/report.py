@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -74,14 +75,15 @@ def speed(
 ) -> dict[str, float]:
     """The `perf/` and `memory/` scalars of a window of steps.
 
-    train_flops: FLOP of forward and backward per image. MFU and memory are given on GPUs only.
+    waited: seconds for data, of the rank that waited longest; train_flops: FLOP of forward and backward per image. MFU
+    and memory are given on GPUs only.
     """
     rate = steps * batch_size / seconds
     scalars = {
         "perf/images_per_sec": rate,
         "perf/images_per_sec_per_gpu": rate / group.world_size,
         "perf/step_ms": 1e3 * seconds / steps,
-        "perf/data_wait_pct": 100 * waited / seconds,
+        "perf/data_wait_pct": 100 * min(waited / seconds, 1.0),  # ranks do not look at the clock at once
     }
     peak = peak_flops(group.device)
     if peak is not None:
@@ -109,6 +111,25 @@ class StarvationWarning:
                 " --randaug-layers would help; tools/bench_throughput.py --sweep finds out",
                 data_wait_pct,
             )
+
+
+class TimeLeft:
+    """Seconds to the end of a run, by the mean of all steps but those of the first log line, which torch.compile slows.
+
+    Evaluations and checkpoints are among them, as they are to come.
+    """
+
+    def __init__(self, total: int, start: int) -> None:
+        self._total, self._step, self._time = total, start, time.perf_counter()
+        self._first = True
+
+    def after(self, done: int) -> float:
+        """Call it once a log line."""
+        now = time.perf_counter()
+        left = (self._total - done) * (now - self._time) / (done - self._step)
+        if self._first:
+            self._first, self._step, self._time = False, done, now
+        return left
 
 
 @contextmanager

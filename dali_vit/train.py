@@ -165,6 +165,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     writer.scalars(start, metrics)
         stop.start_clock()
         timer, window, began = StepTimer(group.device), Window(group), time.perf_counter()
+        time_left = report.TimeLeft(total, start)
         for step in steps:
             watchdog.enter("loader", step)
             with timer.waiting():
@@ -186,7 +187,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             if not saving and done % config.run.log_every:
                 continue
             count, seconds, waited = timer.read()
-            loss_mean, grad_norm_mean = window.read(len(loader.bad_samples))
+            loss_mean, grad_norm_mean, waited = window.read(len(loader.bad_samples), waited)
             _check_skipped(window, range(done - count, done), total, config, background)
             if window.more_bad_samples:
                 bad_samples = _bad_samples(gather_objects(loader.state_dict()))
@@ -203,8 +204,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 )
                 scalars |= {"train/skipped_steps": window.skipped, "data/bad_samples": len(bad_samples)}
                 writer.scalars(done, scalars)
-                eta = (total - done) * (time.perf_counter() - began) / (done - start)
-                log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, eta))
+                log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, time_left.after(done)))
                 starving.check(scalars["perf/data_wait_pct"])
             scalars = {}
             # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.

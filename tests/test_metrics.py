@@ -12,7 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dali_vit.metrics import MetricLog, StepTimer, peak_flops
+from dali_vit import metrics, report
+from dali_vit.distributed import Group
+from dali_vit.metrics import MetricLog, StepTimer, Window, peak_flops
 from dali_vit.train import _is_evaluated
 
 
@@ -102,3 +104,35 @@ def test_evaluations_come_when_a_multiple_is_reached(every: float) -> None:
 def test_the_peak_is_that_of_the_gpu_by_its_whole_name(monkeypatch, name, teraflops) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == (teraflops and teraflops * 1e12)
+
+
+def test_a_window_knows_the_longest_wait_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rank 1 that waits for data; rank 0 waits for it in the exchange of gradients."""
+    cpu = torch.device("cpu")
+    windows = [Window(Group(rank, 2, rank, 2, cpu)) for rank in range(2)]
+    for loss, window in zip((1.0, 2.0), windows, strict=True):
+        for _ in range(3):
+            window.add(torch.tensor(loss), torch.tensor(2 * loss))
+    messages: list[torch.Tensor] = []
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda tensor: messages.append(tensor) or tensor)
+    windows[1].read(5, 0.9)
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda tensor: tensor + messages[0])
+    assert windows[0].read(2, 0.1) == (1.5, 3.0, 0.9)
+    assert (windows[0].skipped, windows[0].healthy, windows[0].more_bad_samples) == (0, True, True)
+    group = Group(0, 2, 0, 2, cpu)
+    assert report.speed(3, 1.0, 0.9, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 90
+    assert report.speed(3, 1.0, 1.1, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 100
+
+
+def test_the_time_left_forgets_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 seconds of compilation, then a step a second."""
+    now = 100.0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    left = report.TimeLeft(total=110, start=10)
+    now += 60
+    assert left.after(20) == 540
+    found = []
+    for done in (30, 40, 110):
+        now = 160.0 + done - 20
+        found.append(left.after(done))
+    assert found == [80, 70, 0]

@@ -62,7 +62,7 @@ def test_nothing_in_a_step_reads_a_value_back(optim: OptimConfig, parts: int) ->
             window.add(*update(images, labels, 0.4 + 0.1 * step, 1e-3))
     assert reads.found == []
     with reads:
-        window.read(0)
+        window.read(0, 0.0)
     assert reads.found  # a log line does, and is seen
 
 
