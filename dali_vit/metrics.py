@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -155,6 +156,8 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._report_thread = threading.excepthook
+        threading.excepthook = self._unless_of_events
         # Of a run that begins again from scratch not even the sample images of step 0 stay.
         self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else 0)
         path = run_dir / "metrics.jsonl"
@@ -193,6 +196,12 @@ class MetricLog:
     def close(self) -> None:
         self._to_tensorboard(SummaryWriter.close)
         self._lines.close()
+        threading.excepthook = self._report_thread
+
+    def _unless_of_events(self, failed: threading.ExceptHookArgs) -> None:
+        """Reports what ended a thread, but for the disk's refusal of events: their writer raises it here once more."""
+        if not (isinstance(failed.exc_value, OSError) and getattr(failed.thread, "exception", None)):
+            self._report_thread(failed)
 
     def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
         if self._events is None:

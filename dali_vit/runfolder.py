@@ -53,8 +53,10 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
     checkpoints = config.run_dir / "checkpoints"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoints.exists() and not os.access(checkpoints, os.W_OK | os.X_OK):  # else it shows after hours
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints))
+        for folder in (config.run_dir, checkpoints):  # else it shows after hours
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(code, os.strerror(code), str(folder))
         if anew:
             _set_aside(config.run_dir)
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, runfolder
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
@@ -75,6 +76,7 @@ def test_a_run_goes_on_without_its_log(image_folder, small_disk):
         out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "takes no lines" not in out
+    assert "Traceback" not in err
     logged = [m["step"] for m in read_metrics(run_dir) if "train/loss" in m]
     assert logged == sorted(set(logged))
     assert set(range(1, 13)) <= set(logged)
@@ -151,6 +153,39 @@ def test_events_that_cannot_be_written_are_given_up_with_one_warning(tmp_path, m
         "TensorBoard's events are written no more (No space left on device); training goes on"
     ]
     assert [m["train/loss"] for m in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("error", "reported"), [(OSError(28, "No space left on device"), False), (ValueError(), True)])
+def test_the_thread_that_writes_events_does_not_say_itself_that_a_disk_is_full(error, reported, tmp_path, monkeypatch):
+    seen: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    before = threading.excepthook
+    log = MetricLog(tmp_path, 0)
+    writer = log._events.file_writer.event_writer._async_writer
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(writer._writer, "write", refuse)
+    log.scalars(1, {"train/loss": 1.0})
+    writer._worker.join(20)
+    assert not writer._worker.is_alive()
+    assert [type(failed.exc_value) for failed in seen] == ([type(error)] if reported else [])
+    if not reported:
+        log.close()
+        assert threading.excepthook == before
+
+
+def test_a_run_folder_that_may_not_be_written_to_is_named_with_the_flag(tiny_config, monkeypatch):
+    run_dir = tiny_config.run_dir
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("data:\n")
+    monkeypatch.setattr(runfolder.os, "access", lambda path, mode: path != run_dir)  # root may write everywhere
+    with pytest.raises(UserError) as raised:
+        runfolder.write_run_files(tiny_config)
+    runs = tiny_config.run.runs_dir
+    assert str(raised.value) == f"--runs-dir {runs}: cannot write {run_dir} (Permission denied)"
+    assert (run_dir / "config.yaml").read_text() == "data:\n"
 
 
 def test_convert_on_a_full_disk_is_said_in_one_line(tmp_path, small_disk, capsys):
