@@ -11,6 +11,7 @@ is complete. An evaluation's metrics are added to checkpoint.json afterwards. No
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -100,11 +101,20 @@ def save(
     try:
         return _write(folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save does not say so.
-        full = not isinstance(error, OSError) and shutil.disk_usage(folder).free < 2**16
+        reason = _refusal(error, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = "no space left on the disk" if full else str(error).splitlines()[0]
         raise OSError(f"{final}: {reason}") from error
+
+
+def _refusal(error: Exception, folder: Path) -> str:
+    """Why a checkpoint could not be written. torch and safetensors do not say it in these words."""
+    if isinstance(error, OSError):
+        return str(error)
+    if shutil.disk_usage(folder).free < 2**16:
+        return "no space left on the disk"
+    if os.strerror(errno.ENOSPC) in str(error) or "unexpected pos" in str(error):  # torch counts what was written
+        return "no space left on the disk, or a quota or limit is reached"
+    return str(error).splitlines()[0]
 
 
 def _write(
@@ -188,17 +198,22 @@ def newest(run_dir: Path) -> Checkpoint | None:
     None where the run has no checkpoint; UserError where it has some and all are damaged. PermissionError where one may
     not be read, and OtherVersion, as going on from an older one would be to lose it.
     """
-    folders = step_folders(run_dir / "checkpoints")
-    for folder in reversed(folders):
-        try:
-            return read(folder)
-        except OtherVersion:
-            raise
-        except UserError as error:
-            log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
-    if folders:
-        raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move the folder away to start over")
-    return None
+    while True:
+        folders = step_folders(run_dir / "checkpoints")
+        for folder in reversed(folders):
+            try:
+                return read(folder)
+            except OtherVersion:
+                raise
+            except UserError as error:
+                if not os.path.lexists(folder):
+                    break  # the run that goes on meanwhile has removed it, and written newer ones
+                log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
+        else:
+            if folders:
+                every = f"{run_dir / 'checkpoints'}: every checkpoint is damaged"
+                raise UserError(f"{every}; move the folder away to start over")
+            return None
 
 
 def read(folder: Path) -> Checkpoint:
@@ -248,14 +263,9 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
             return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
         except ValueError as error:
             raise UserError(str(error)) from error
-    file, made_by = _model_file(path)
+    file, made_by, state, metadata = _read_model_file(path)
     try:
-        state, metadata = weights.read(file)
         description = json.loads(metadata["dali_vit"])
-    except PermissionError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: not written by dali-vit (no description of the model inside)") from error
     config = from_dict({"model": description["model"]}).model
@@ -289,6 +299,20 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
 def load_model(path: str | Path) -> torch.nn.Module:
     """The model alone, as `open_model` gives it: eval mode, float32, [N, 3, H, W] in [-1, 1] to logits."""
     return open_model(path).model
+
+
+def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, torch.Tensor], dict[str, str]]:
+    """What `_model_file` says of a path, and the weights and metadata in that file."""
+    while True:
+        file, made_by = _model_file(path)
+        try:
+            return file, made_by, *weights.read(file)
+        except PermissionError:
+            raise
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if made_by is not None and not os.path.lexists(file):
+                continue  # the run that goes on meanwhile has removed it, and written a newer one
+            raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
 
 
 def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:

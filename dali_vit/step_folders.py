@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["last_step", "prune", "step_folder", "step_folders"]
@@ -38,8 +40,13 @@ def prune(folder: Path, keep: int, written: Path) -> None:
             scores[step_folder] = score
     best = max(scores, key=lambda f: (scores[f], f.name)) if scores else None
     for step_folder in folders[:-keep]:
-        if step_folder != best:
-            shutil.rmtree(step_folder, ignore_errors=True)
+        if step_folder == best or step_folder.is_symlink():
+            continue
+        # By another name first: who reads the run meanwhile finds it whole or not at all.
+        going = folder / f".tmp-old-{step_folder.name}"
+        with suppress(OSError):
+            os.replace(step_folder, going)
+            shutil.rmtree(going)
 
 
 def last_step(run_dir: Path) -> int | None:

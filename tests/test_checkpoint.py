@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import dali_vit.train
 from dali_vit import checkpoint
@@ -151,6 +152,74 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.newest(tmp_path)
     assert path.parent.is_dir()
+
+
+def test_one_that_its_run_removes_while_it_is_read_is_not_taken_for_damaged(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1)
+    read = checkpoint.read
+
+    def read_too_late(folder: Path) -> checkpoint.Checkpoint:
+        if folder.name == "step_000000001":
+            keep_one = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, keep_checkpoints=1))
+            save(tmp_path, 2, config=keep_one)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "read", read_too_late)
+    assert checkpoint.newest(tmp_path).step == 2
+    assert caplog.text == ""
+    assert os.listdir(tmp_path / "checkpoints") == ["step_000000002"]
+
+
+def test_one_that_its_run_removes_before_its_weights_are_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    read = checkpoint.weights.read
+
+    def read_too_late(file: Path) -> Any:
+        if file.parent.name == "step_000000001":
+            keep_one = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, keep_checkpoints=1))
+            save(tmp_path, 2, config=keep_one)
+        return read(file)
+
+    monkeypatch.setattr(checkpoint.weights, "read", read_too_late)
+    assert checkpoint.open_model(tmp_path).step == 2
+
+
+def test_a_link_among_the_checkpoints_is_never_removed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    save(elsewhere, 1)
+    link = tmp_path / "run/checkpoints/step_000000001"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere / "checkpoints" / link.name)
+    for step in (2, 3, 4):
+        save(tmp_path / "run", step)
+    assert sorted(os.listdir(link.parent)) == ["step_000000001", "step_000000003", "step_000000004"]
+    assert checkpoint.read(link).step == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(27, "File too large"), "[Errno 27] File too large"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 202176 vs 202068\nmore"),
+            "no space left on the disk, or a quota or limit is reached",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "no space left on the disk, or a quota or limit is reached",
+        ),
+        (RuntimeError("something else\nmore"), "something else"),
+    ],
+)
+def test_a_refusal_to_write_is_said_in_the_users_words(error, reason, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_model", refuse)
+    with pytest.raises(OSError, match="step_000000001: ") as raised:
+        save(tmp_path, 1)
+    assert str(raised.value).endswith(f"step_000000001: {reason}")
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
