@@ -90,6 +90,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         log.info("%s", summary)
         writer.text("config", to_yaml(config))
         writer.text("summary", summary)
+        writer.text("environment", (config.run_dir / "env.txt").read_text(encoding="utf-8", errors="surrogateescape"))
     background = BackgroundWriter()
 
     def save(step: int, evaluation_due: bool) -> None:
