@@ -170,8 +170,13 @@ def check_root(root: Path, folder: str) -> None:
 def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:
     """Raises UserError, with the names, where classes have no images; counts: of each class, int64 [classes]."""
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
-    if empty:
-        raise UserError(f"{folder} has classes without images ({some(empty)}): add images or remove the folders")
+    if not empty:
+        return
+    fault = f"{folder} has classes without images ({some(empty)})"
+    for files in left_out(folder / name for name in empty):  # nobody is to be told to remove what may be images
+        where = files.kind.replace("other", "of another")
+        raise UserError(f"{fault} but with files {where}, such as {files.example}: {LEFT_OUT[files.kind]}")
+    raise UserError(f"{fault}: add images or remove the folders")
 
 
 def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:

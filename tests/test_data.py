@@ -259,6 +259,19 @@ def test_class_folders_without_a_split(tmp_path):
     fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong into train/")
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("train/b/sub/1.jpg", ("files in a subfolder, such as", "move images into the class folder itself")),
+        ("train/b/1.gif", ("files of another suffix, such as", "save images as JPEG or PNG")),
+    ],
+)
+def test_nobody_is_told_to_remove_a_class_whose_images_are_not_seen(file, words, tmp_path):
+    make_split(tmp_path, "train", "a", 1)
+    make_files(tmp_path, file)
+    fails(lambda: load_dataset(tmp_path), "without images (b)", str(tmp_path / file), *words)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_classes_without_images(tmp_path, split):
     make_split(make_split(tmp_path, "train", "a b c d e f", 2), "val", "a b c d e f", 2)
