@@ -155,14 +155,13 @@ def test_a_file_in_place_of_the_runs_folder_is_named(image_folder, tmp_path, cap
 def test_a_folder_that_takes_no_checkpoints_ends_the_run_before_its_first_step(
     image_folder, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "runs/s16-90ep/checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused = tmp_path / "runs/s16-90ep/checkpoints"
+    refused.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != refused)  # root may write anywhere
     code, out, err = run(*good(image_folder, tmp_path), capsys=capsys)
     assert code == 2
     assert "step" not in out
-    runs = tmp_path / "runs"
-    refused = runs / "s16-90ep/checkpoints"
-    assert err == f"dali-vit: --runs-dir {runs}: cannot write {refused} (Permission denied)\n"
+    assert err == f"dali-vit: --runs-dir {tmp_path / 'runs'}: cannot write {refused} (Permission denied)\n"
 
 
 LONG = f"/tmp/{300 * 'x'}"
@@ -274,6 +273,8 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     assert [e.step for e in events.Scalars("train/loss")] == [3, 6, 9, 12]
     assert events.Scalars("val/top1")[-1].value == pytest.approx(metrics[-1]["val/top1"])
     assert "samples/train" in events.Tags()["images"]
+    texts = {f"{name}/text_summary" for name in ("config", "summary", "environment")}
+    assert texts <= set(events.Tags()["tensors"])
 
     # eval agrees with the trainer's own evaluation and counts every image once.
     code, out, err = run(
