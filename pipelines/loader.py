@@ -56,6 +56,12 @@ def _on_cpu(decoding: dict[str, Any]) -> probe.MakePipeline | None:
     return functools.partial(probe.decode_pipeline, **(decoding | {"device_id": None}))
 
 
+def _check_at_least(least: int, **arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}: it must be at least {least}")
+
+
 def _num_lanes(num_threads: int) -> int:
     """Into how many pipelines the CPU's threads part, which take the steps in turn.
 
@@ -100,6 +106,8 @@ class TrainLoader:
         bad_samples: Sequence[int] = (),
         max_bad_share: float = 0.01,
     ) -> None:
+        _check_at_least(1, image_size=image_size, num_threads=num_threads, prefetch=prefetch)
+        _check_at_least(0, start_step=start_step)
         self._samples = samples
         self._order = TrainOrder(len(samples), batch_size, rank, world_size, seed)
         allow_open_files(samples, self._order.local_batch_size)
@@ -234,6 +242,7 @@ class EvalLoader:
         bad_samples: Sequence[int] = (),
         max_bad_share: float = 0.0,
     ) -> None:
+        _check_at_least(1, image_size=image_size, num_threads=num_threads)
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
         allow_open_files(samples, batch_size)
         device_id = _device_id(device)

@@ -179,6 +179,19 @@ def test_augment_rejects(options: dict[str, Any], message: str) -> None:
         Augment(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("num_threads", 0, 1), ("image_size", -1, 1), ("prefetch", 0, 1), ("start_step", -1, 0)],
+)
+def test_loaders_reject_numbers_out_of_range(name: str, value: int, least: int, files: FileList) -> None:
+    message = f"{name} is {value}: it must be at least {least}"
+    with pytest.raises(ValueError, match=message):
+        train_loader(files, **{name: value})
+    if name in ("num_threads", "image_size"):
+        with pytest.raises(ValueError, match=message):
+            eval_loader(files, **{name: value})
+
+
 def test_loaders_reject_other_devices(files: FileList) -> None:
     with pytest.raises(ValueError, match="device is 'meta'"):
         train_loader(files, device="meta")
