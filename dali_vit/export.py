@@ -3,7 +3,8 @@
 ```
 config.json              architecture, arguments, input statistics and class names, as timm has them
 model.safetensors        the weights
-classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh
+classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh, and in its
+                         metadata `classes`, their names as JSON
 ```
 """
 
@@ -64,7 +65,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     config = _config(stock, architecture, arguments, num_classes, opened)
     files = {"model.safetensors": state} | ({_CLASSIFIER: classifier} if classifier else {})
     try:
-        _write(target, config, files)
+        _write(target, config, files, opened.classes)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--out {target}: cannot write there ({reason})") from error
@@ -133,7 +134,9 @@ def _config(
     }
 
 
-def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]]) -> None:
+def _write(
+    target: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]], classes: tuple[str, ...] | None
+) -> None:
     """Writes the folder under another name and renames it, so that it is there as a whole or not at all.
 
     An empty folder that is there already, which may be the one that the user is in, is filled, config.json coming last.
@@ -145,7 +148,8 @@ def _write(target: Path, config: dict[str, Any], files: dict[str, dict[str, Tens
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for name, tensors in files.items():
-            weights.write(temporary / name, tensors, {"format": "pt"})
+            named = {"classes": json.dumps(classes)} if name == _CLASSIFIER and classes else {}
+            weights.write(temporary / name, tensors, {"format": "pt", **named})
         if target.is_dir():
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 file.rename(target / file.name)

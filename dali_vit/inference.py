@@ -142,7 +142,8 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     parameters = num_parameters(opened.model)
-    return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters"
+    without = "; class names have no place in it" if opened.classes and target.suffix == ".npz" else ""
+    return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters{without}"
 
 
 def _num_outputs(opened: checkpoint.OpenedModel) -> int:

@@ -46,12 +46,13 @@ def summary(
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
     aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
+    on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     precision = f"bf16 autocast, {config.model.residual} residual stream"
     rows = {
         "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
         "data": f"{dataset.root}: {counts} images, {len(dataset.classes)} classes",
         "input": f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'},"
-        f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {threads} threads",
+        f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
         "compile": compiled + (", for which the first step waits" if compiled.startswith("torch.compile") else ""),

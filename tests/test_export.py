@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dali_vit import checkpoint
@@ -75,6 +76,8 @@ def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
         assert "timm's ViT has no MLP head: logits = head(tanh(pre_logits(features)))" in out
         assert "gives [N, 32] features" in out.splitlines()[0]
         parts = load_file(folder / "classifier.safetensors")
+        with safe_open(folder / "classifier.safetensors", framework="pt") as file:
+            assert json.loads(file.metadata()["classes"]) == list(CLASSES)
         hidden = torch.tanh(torch.nn.functional.linear(result, parts["pre_logits.weight"], parts["pre_logits.bias"]))
         result = torch.nn.functional.linear(hidden, parts["head.weight"], parts["head.bias"])
     else:
