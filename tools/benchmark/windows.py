@@ -32,7 +32,7 @@ class Measurement:
     worst_batch_ms: float
     """The longest step of any window on any rank."""
     wait_fraction: float
-    """Share of the time spent waiting for data, mean over the ranks."""
+    """Share of the time spent waiting for data by the rank that waited longest, for which the others wait."""
 
     @property
     def rates(self) -> np.ndarray:
@@ -81,8 +81,8 @@ def measure(step: Callable[[], object], timer: StepTimer, *, images: int, second
         for first in range(0, count * steps, steps):
             lengths.append(max(sum(durations[first : first + steps]) for durations, _ in ranks))
         worst = max(worst, *(max(durations) for durations, _ in ranks))
-        waited += sum(wait for _, wait in ranks)
-        total += sum(sum(durations) for durations, _ in ranks)
+        waited += max(wait for _, wait in ranks)
+        total += max(sum(durations) for durations, _ in ranks)
     return Measurement(tuple(lengths), steps * images, 1e3 * worst, waited / total)
 
 
