@@ -29,7 +29,7 @@ from dali_vit.arguments import (
     PreviewArguments,
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
-from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train
+from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
 
 
 def run() -> NoReturn:
@@ -45,12 +45,8 @@ def _tell(line: str) -> None:
 
 def _say(what: object) -> None:
     """Prints on stdout. UserError where that is a file on a full disk."""
-    try:
+    with stdout_may_be_full():
         print(what, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the exit from writing to it again
-        error.filename = "stdout"
-        raise mendable(error) or error from None
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

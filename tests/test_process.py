@@ -163,7 +163,7 @@ def test_a_full_disk_is_not_passed_over_in_silence(unbuffered: str) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--print-config"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["train", "--print-config"]])
 def test_a_full_disk_under_what_a_command_says_is_told_in_one_line(arguments: list[str], unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         process = end(f"sys.argv[1:] = {arguments}", stdout=full.fileno(), unbuffered=unbuffered)
