@@ -95,8 +95,8 @@ class _Cast(Function):
 class _Gelu(Function):
     """GELU in the approximation with tanh, as the sigmoid that it is: (1 + tanh(u)) / 2 = sigmoid(2 u).
 
-    CUDA's tanh branches and takes so many instructions that the kernels around it, which should be as fast as memory,
-    are not; the sigmoid is an exponential and a division. Computed in float32 at least, as torch's.
+    CUDA's tanh branches and takes many instructions, in kernels that nothing but memory should limit (BENCHMARKS.md has
+    the counts); the sigmoid is an exponential and a division. Computed in float32 at least, as torch's.
     """
 
     @staticmethod
