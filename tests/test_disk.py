@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_vit import checkpoint, runfolder
@@ -18,6 +21,7 @@ from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
 from dali_vit.model import create_model
 from tests.conftest import dali_vit, environment, read_metrics
+from tests.test_checkpoint import save
 from tests.test_faults import LAUNCH, command, logged_steps, running, wait_for
 
 
@@ -136,6 +140,32 @@ def test_a_folder_that_becomes_read_only_is_warned_of_and_costs_no_checkpoint(im
     assert remount(small_disk, "rw")
     assert dali_vit(*command(image_folder, tmp_path, steps=200)).returncode == 0
     assert checkpoint.newest(run_dir).step == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(27, "File too large"), "[Errno 27] File too large"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 202176 vs 202068\nmore"),
+            "no space left on the disk, or a quota or limit is reached",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "no space left on the disk, or a quota or limit is reached",
+        ),
+        (RuntimeError("something else\nmore"), "something else"),
+    ],
+)
+def test_a_refusal_to_write_is_said_in_the_users_words(error, reason, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_model", refuse)
+    with pytest.raises(OSError, match="step_000000001: ") as raised:
+        save(tmp_path, 1)
+    assert str(raised.value).endswith(f"step_000000001: {reason}")
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 def test_events_that_cannot_be_written_are_given_up_with_one_warning(tmp_path, monkeypatch, caplog):

@@ -141,44 +141,6 @@ def test_flips_are_fair_and_can_be_switched_off(tmp_path: Path) -> None:
         assert low <= mirrored <= high
 
 
-def test_options_of_the_augmentation_reach_the_graph(files: FileList) -> None:
-    def first(batch_size: int = 6, **options: Any) -> torch.Tensor:
-        augment = Augment(**({"randaug_layers": 0} | options))
-        return next(train_loader(files, batch_size=batch_size, augment=augment))[0]
-
-    usual = first()
-    assert torch.equal(usual, first())
-    different: list[dict[str, Any]] = [
-        {"crop": "torchvision"},
-        {"antialias": False},
-        {"flip": False},
-        {"area_range": (0.5, 1.0)},
-        {"ratio_range": (1.0, 1.0)},
-        {"randaug_layers": 1},
-    ]
-    assert [torch.equal(first(**options), usual) for options in different] == [False] * len(different)
-    augmented = first(randaug_layers=2, batch_size=NUM_FILES)
-    for options in ({"randaug_magnitude": 5}, {"randaug_contrast": "mean"}):
-        assert not torch.equal(first(randaug_layers=2, batch_size=NUM_FILES, **options), augmented)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"crop": "center"}, "crop is 'center'"),
-        ({"area_range": (0.0, 1.0)}, "area_range"),
-        ({"area_range": (0.5, 1.5)}, "area_range"),
-        ({"ratio_range": (2.0, 1.0)}, "ratio_range"),
-        ({"randaug_layers": -1}, "randaug_layers is -1"),
-        ({"randaug_magnitude": 11}, "randaug_magnitude is 11"),
-        ({"randaug_contrast": "none"}, "randaug_contrast is 'none'"),
-    ],
-)
-def test_augment_rejects(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Augment(**options)
-
-
 @pytest.mark.parametrize(
     ("name", "value", "least"),
     [("num_threads", 0, 1), ("image_size", -1, 1), ("prefetch", 0, 1), ("start_step", -1, 0)],

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from pipelines import crop
 from pipelines.order import TrainOrder
 from pipelines.readers import FileList
 from pipelines.train import Augment, numbers_drawn
-from tests.test_loader import train_loader
+from tests.test_loader import NUM_FILES, train_loader, write_images
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -49,3 +52,43 @@ def test_flip_and_operation_are_drawn_by_numbers_of_their_own(tmp_path: Path) ->
     assert len(inverted) >= 3
     for i in inverted:
         assert np.array_equal(images[i].numpy(), 255 - expected[i])
+
+
+def test_options_of_the_augmentation_reach_the_graph(tmp_path: Path) -> None:
+    files = write_images(tmp_path, NUM_FILES)
+
+    def first(batch_size: int = 6, **options: Any) -> torch.Tensor:
+        augment = Augment(**({"randaug_layers": 0} | options))
+        return next(train_loader(files, batch_size=batch_size, augment=augment))[0]
+
+    usual = first()
+    assert torch.equal(usual, first())
+    different: list[dict[str, Any]] = [
+        {"crop": "torchvision"},
+        {"antialias": False},
+        {"flip": False},
+        {"area_range": (0.5, 1.0)},
+        {"ratio_range": (1.0, 1.0)},
+        {"randaug_layers": 1},
+    ]
+    assert [torch.equal(first(**options), usual) for options in different] == [False] * len(different)
+    augmented = first(randaug_layers=2, batch_size=NUM_FILES)
+    for options in ({"randaug_magnitude": 5}, {"randaug_contrast": "mean"}):
+        assert not torch.equal(first(randaug_layers=2, batch_size=NUM_FILES, **options), augmented)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "center"}, "crop is 'center'"),
+        ({"area_range": (0.0, 1.0)}, "area_range"),
+        ({"area_range": (0.5, 1.5)}, "area_range"),
+        ({"ratio_range": (2.0, 1.0)}, "ratio_range"),
+        ({"randaug_layers": -1}, "randaug_layers is -1"),
+        ({"randaug_magnitude": 11}, "randaug_magnitude is 11"),
+        ({"randaug_contrast": "none"}, "randaug_contrast is 'none'"),
+    ],
+)
+def test_augment_rejects(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augment(**options)

@@ -1,0 +1,163 @@
+"""What is said of a folder that is no data set, and of files that are no images, before anything is trained."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_vit import data
+from dali_vit.data import check_images, load_dataset
+from pipelines.readers import FileList
+from tests.test_data import fails, make_files, make_split
+
+
+def test_missing_folder(tmp_path):
+    fails(lambda: load_dataset(tmp_path / "none"), str(tmp_path / "none"), "no such folder", "train/<class>")
+
+
+def test_file_instead_of_a_folder(tmp_path):
+    make_files(tmp_path, "x.jpg")
+    fails(lambda: load_dataset(tmp_path / "x.jpg"), "x.jpg is a file")
+
+
+def test_empty_folder(tmp_path):
+    fails(lambda: load_dataset(tmp_path), f"{tmp_path} is empty")
+    (tmp_path / "train").mkdir()
+    fails(lambda: load_dataset(tmp_path), "train has no class folders", "train/<class>/")
+    make_files(tmp_path, "train/x.jpg")
+    fails(lambda: load_dataset(tmp_path), "images but no class folders")
+
+
+def test_the_split_itself_is_given(tmp_path):
+    make_split(make_split(tmp_path, "train", "a", 1), "val", "a", 1)
+    for split in ("train", "val"):
+        fails(lambda s=split: load_dataset(tmp_path / s), "has no train/", f"give its parent, {tmp_path}")
+
+
+def test_the_folder_above_is_given(tmp_path):
+    make_split(tmp_path / "imagenet", "train", "a", 1)
+    fails(lambda: load_dataset(tmp_path), "has no train/", f"did you mean {tmp_path / 'imagenet'}?")
+
+
+def test_class_folders_without_a_split(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "dog/1.jpg")
+    fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong into train/")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("train/b/sub/1.jpg", ("files in a subfolder, such as", "move images into the class folder itself")),
+        ("train/b/1.gif", ("files of another suffix, such as", "save images as JPEG or PNG")),
+    ],
+)
+def test_nobody_is_told_to_remove_a_class_whose_images_are_not_seen(file, words, tmp_path):
+    make_split(tmp_path, "train", "a", 1)
+    make_files(tmp_path, file)
+    fails(lambda: load_dataset(tmp_path), "without images (b)", str(tmp_path / file), *words)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_classes_without_images(tmp_path, split):
+    make_split(make_split(tmp_path, "train", "a b c d e f", 2), "val", "a b c d e f", 2)
+    for name in "bcdf":
+        for path in (tmp_path / split / name).iterdir():
+            path.rename(path.with_suffix(".txt"))
+    fails(lambda: load_dataset(tmp_path), str(tmp_path / split), "(b, c, d and 1 more)")
+
+
+def test_classes_that_differ(tmp_path):
+    make_split(make_split(tmp_path, "train", "a b c d e f", 1), "val", "a z", 1)
+    message = fails(lambda: load_dataset(tmp_path), str(tmp_path), "differ in their classes")
+    assert "5 missing from val/ (b, c, d and 2 more); 1 missing from train/ (z)" in message
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    make_split(tmp_path, "train", "a b", 1)
+    scandir = os.scandir
+
+    def deny(folder):
+        if str(folder).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    fails(lambda: load_dataset(tmp_path), str(tmp_path / "train/b"), "cannot be listed (Permission denied)")
+
+
+# --- check_images
+
+
+def file_list(*paths: Path) -> FileList:
+    return FileList.from_paths([str(path) for path in paths], [0] * len(paths))
+
+
+def test_every_format_passes_the_check(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    formats = {"x.jpg": "JPEG", "x.png": "PNG", "x.webp": "WEBP", "x.bmp": "BMP", "x.tif": "TIFF", "x.ppm": "PPM"}
+    for name, image_format in formats.items():
+        image_module.new("RGB", (4, 3)).save(tmp_path / name, image_format)
+    image_module.new("RGB", (4, 3)).save(tmp_path / "png_named.jpg", "PNG")  # as one of ImageNet's
+    make_files(tmp_path, "x.jp2", content=b"\0\0\0\x0cjP  \r\n\x87\n")
+    check_images(file_list(*tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b"", "is an empty file"), (b"hello there", "is no image"), (b"GIF89a", "is a GIF, which cannot be decoded")],
+)
+def test_what_is_no_image_is_named(tmp_path, content, fault):
+    make_split(tmp_path, "train", "a b", 50)
+    make_files(tmp_path, "train/a/a_0031.jpg", content=content)
+    files = load_dataset(tmp_path, minival=0).train
+    found = "(unusable images: 1 of 100 looked at): remove it or put an image in its place"
+    fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", found)
+    make_files(tmp_path, "train/b/b_0007.jpg", "train/b/b_0008.jpg", content=content)
+    found = "(unusable images: 3 of 100 looked at): remove them or put images in their place"
+    assert "--max-bad-share" not in fails(lambda: check_images(files), "a_0031.jpg", found)
+
+
+def test_more_bad_images_than_allowed_name_the_limit(tmp_path):
+    files = load_dataset(make_split(tmp_path, "train", "a", 122), minival=0).train
+    make_files(tmp_path, "train/a/a_0003.jpg", "train/a/a_0100.jpg", content=b"")
+    check_images(files, 2 / 122)
+    assert fails(lambda: check_images(files, 0.01)) == (
+        f"{tmp_path}/train/a/a_0003.jpg is an empty file (unusable images: 2 of 122 looked at, more than "
+        "--max-bad-share 0.01 allows): remove them or put images in their place"
+    )
+    make_files(tmp_path, "train/a/a_0100.jpg")
+    fails(lambda: check_images(files, 0), "1 of 122 looked at, more than --max-bad-share 0 allows): remove it")
+    check_images(files, 0.001)  # one is allowed in any case, as in training
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to a device", "link to a folder"])
+def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path, kind):
+    """However few they are: DALI, too, would wait for a pipe's writer."""
+    files = load_dataset(make_split(tmp_path, "train", "a", 200), minival=0).train
+    odd, pipe = tmp_path / "train/a/a_0031.jpg", tmp_path / "pipe"
+    odd.unlink()
+    os.mkfifo(odd if kind == "pipe" else pipe)
+    if kind != "pipe":
+        odd.symlink_to({"link to a pipe": pipe, "link to a device": "/dev/null", "link to a folder": tmp_path}[kind])
+    for share in (None, 0.5):
+        message = fails(lambda share=share: check_images(files, share))
+        assert message == f"{odd} is not a regular file: remove it or put an image in its place"
+
+
+def test_unreadable_file_is_named(tmp_path):
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "none")
+    fails(lambda: check_images(file_list(tmp_path / "dangling.jpg")), "dangling.jpg cannot be read (No such file")
+
+
+def test_check_looks_at_256_spread_files_of_many(monkeypatch):
+    looked_at: list[str] = []
+    monkeypatch.setattr(data, "_fault", looked_at.append)
+    check_images(FileList.from_paths([str(i) for i in range(4096)], [0] * 4096))
+    assert sorted(map(int, looked_at)) == list(range(4096))
+    looked_at.clear()
+    check_images(FileList.from_paths([str(i) for i in range(100_000)], [0] * 100_000))
+    places = np.sort(np.array([int(place) for place in looked_at]))
+    assert (len(places), places[0], places[-1]) == (256, 0, 99_999)
+    assert set(np.diff(places)) == {392, 393}
