@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels is the fastest for a model on this GPU, measured when a run starts.
+"""Which attention kernel is the fastest for a model on this GPU, measured when a run starts: torch's or ours.
 
 At 196 tokens and heads of 64 they are close, and which wins depends on the chip and on torch's version.
 """
@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from dali_vit.blocks import has_lean_blocks
+from dali_vit.config import AttentionKernel, UserError
 from dali_vit.distributed import Group, gather_objects
 
 log = logging.getLogger(__name__)
@@ -26,8 +29,16 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-_GAIN = 1.03  # less is noise: the first of BACKENDS stays
+"""Those of torch; beside them there is `packed`, which is dali_vit/packed_attention.py."""
+
+_GAIN = 1.03  # less is noise: the first kernel stays
 _WARM_UP, _REPEATS = 3, 10
+_HEADS = 3072  # of all images together, at least, for a GPU to take longer than Python, which starts the kernels
+_CHECKED = 4  # images
+_RESULTS = ("output", "gradient", "gradient of the bias")
+_TOLERANCE = 1e-2  # of the packed kernels' results; what rounding to bfloat16 makes of them is a few thousandths
+
+_Run = Callable[[], tuple[Tensor, ...]]
 
 
 class Shape(NamedTuple):
@@ -43,35 +54,54 @@ class Attention(NamedTuple):
     """What attention is to run on."""
 
     context: Callable[[], AbstractContextManager[object]]
-    """Makes a context in which it does."""
+    """Makes a context in which torch's own does."""
     kernel: str
-    """One of BACKENDS, or `torch's choice`."""
+    """One of BACKENDS, `packed` or `torch's choice`."""
     words: str
     """The kernel, and the times of all."""
+    packed: type[Function] | None = None
+    """`PackedAttention`, for `blocks.use_packed_attention`, where that is the kernel."""
 
 
 _TORCHS_CHOICE = Attention(nullcontext, "torch's choice", "torch's choice")
 
 
-def fastest_attention(model: nn.Module, images: int, group: Group) -> Attention:
-    """The fastest kernel for `images` a process.
+def choose_attention(
+    wanted: AttentionKernel, model: nn.Module, images: int, group: Group, *, compiled: bool
+) -> Attention:
+    """The kernel that is wanted, or for `auto` the fastest for `images` a process; `compiled`: whether the step is.
 
-    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective, takes a second.
+    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective; takes a second, or
+    ten where Triton has to compile the packed kernels first. UserError where the one that is wanted does not run.
     """
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
+        if wanted != "auto":
+            raise UserError(f"--attention {wanted}: it is a choice for plain ViTs on GPUs alone; leave it out")
         return _TORCHS_CHOICE
+    packs = compiled and has_lean_blocks(model)
+    if wanted == "packed" and not packs:
+        raise UserError("--attention packed: needs a step that is compiled; see --compile")
+    names: list[str] = [wanted] if wanted != "auto" else [*BACKENDS, *(["packed"] if packs else [])]
     # On every rank: torch's first use of attention in a process puts an order of its own above the one asked for, which
     # must not be while the step is traced.
-    times = gather_objects(measure(shape, group.device))[0]
+    times, faults = gather_objects(measure(shape, group.device, names))[0]
+    if not times and wanted != "auto":
+        raise UserError(f"--attention {wanted}: it does not run here ({faults[wanted]}); leave it out")
     if not times:
-        log.warning("none of %s runs here: attention is torch's plain one", ", ".join(BACKENDS))
+        log.warning("none of %s runs here: attention is torch's plain one", ", ".join(names))
         return _TORCHS_CHOICE
+    if "packed" in faults and group.is_main:
+        log.warning("the packed attention is not used, as it fails here (%s)", faults["packed"])
     chosen = choose(times)
+    words = f"{chosen} ({', '.join(f'{name} {time:.2f} ms' for name, time in times.items())} a layer)"
+    if chosen == "packed":
+        from dali_vit.packed_attention import PackedAttention
+
+        return Attention(nullcontext, chosen, words, PackedAttention)
     # The others stay behind it, for what it cannot do.
     order = sorted([*BACKENDS.values(), SDPBackend.MATH], key=lambda backend: backend != BACKENDS[chosen])
-    measured = ", ".join(f"{name} {milliseconds:.2f} ms" for name, milliseconds in times.items())
-    return Attention(partial(sdpa_kernel, order, set_priority=True), chosen, f"{chosen} ({measured} a layer)")
+    return Attention(partial(sdpa_kernel, order, set_priority=True), chosen, words)
 
 
 def shape_of(model: nn.Module, images: int) -> Shape | None:
@@ -90,34 +120,89 @@ def choose(times: dict[str, float]) -> str:
     return best if times[best] * _GAIN < times[first] else first
 
 
-def measure(shape: Shape, device: torch.device) -> dict[str, float]:
-    """Milliseconds of forward and backward in bfloat16, for the kernels that run here."""
-    times = {}
-    for name, backend in BACKENDS.items():
+def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of forward and backward pass in bfloat16 of the kernels that run here, and why others do not.
+
+    The packed kernels are left out, without a reason, where they are not made for such a shape.
+    """
+    times, faults = {}, {}
+    for name in names:
         try:
-            with sdpa_kernel(backend):
-                times[name] = _milliseconds(shape, device)
-        except RuntimeError as error:  # not built for this chip, or not for these sizes
-            log.debug("attention %s: %s", name, error)
-    return times
+            if name != "packed":
+                with sdpa_kernel(BACKENDS[name]):
+                    times[name] = _milliseconds(_torchs, shape, device)
+                continue
+            from dali_vit.packed_attention import MOST_TOKENS, fits
+
+            if fits(shape.tokens, shape.head_width):
+                _check_packed(shape, device)
+                times[name] = _milliseconds(_packed, shape, device)
+            elif names == [name]:
+                faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of at most 64"
+        except Exception as error:  # not built for this chip, or not for these sizes; whatever Triton meets
+            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())
+            log.debug("attention %s: %s", name, faults[name])
+    return times, faults
 
 
-def _milliseconds(shape: Shape, device: torch.device) -> float:
-    # In memory as the model's one product of all three leaves them, and their gradient as the next one's.
-    size = (shape.images, shape.tokens, 3, shape.heads, shape.head_width)
-    qkv = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    upstream = torch.randn(shape.images, shape.tokens, shape.heads, shape.head_width, device=device).bfloat16()
-    upstream = upstream.transpose(1, 2)
+def _draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """qkv [N, T, 3 * heads * D] and the gradient of the output [N, T, heads * D], both in bfloat16."""
+    width = shape.heads * shape.head_width
+    generator = torch.Generator(device).manual_seed(0)
+    qkv, upstream = (
+        torch.randn(shape.images, shape.tokens, columns, device=device, generator=generator).bfloat16()
+        for columns in (3 * width, width)
+    )
+    return qkv, upstream
 
-    def run(times: int) -> None:
-        for _ in range(times):
-            torch.autograd.grad(scaled_dot_product_attention(q, k, v), qkv, upstream, retain_graph=True)
 
-    run(_WARM_UP)
+def _torchs(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
+    """Torch's attention and its gradient [N, T, 3, heads, D], in memory as the products around it have them."""
+    parts = qkv.view(*qkv.shape[:2], 3, shape.heads, shape.head_width).requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        out = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out, *torch.autograd.grad(out, parts, upstream.view(out.shape))
+
+    return run
+
+
+def _packed(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
+    """The packed attention, its gradient and that of the bias, which others sum up elsewhere."""
+    from dali_vit.packed_attention import PackedAttention
+
+    qkv = qkv.requires_grad_()
+    bias = torch.zeros(qkv.shape[-1], device=qkv.device, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        out = PackedAttention.apply(qkv, bias, shape.heads)
+        return out, *torch.autograd.grad(out, (qkv, bias), upstream)
+
+    return run
+
+
+def _milliseconds(made: Callable[[Tensor, Tensor, Shape], _Run], shape: Shape, device: torch.device) -> float:
+    images = max(shape.images, -(-_HEADS // shape.heads))
+    run = made(*_draw(shape._replace(images=images), device), shape)
+    for _ in range(_WARM_UP):
+        run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run(_REPEATS)
+    for _ in range(_REPEATS):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / _REPEATS
+    return start.elapsed_time(end) / _REPEATS * shape.images / images
+
+
+def _check_packed(shape: Shape, device: torch.device) -> None:
+    """RuntimeError where a few images come out otherwise than by torch's plain attention in float32."""
+    qkv, upstream = _draw(shape._replace(images=_CHECKED), device)
+    with sdpa_kernel(SDPBackend.MATH):
+        out, gradient = _torchs(qkv.float(), upstream.float(), shape)()
+    right = out.flatten(2), gradient.flatten(2), gradient.sum((0, 1)).flatten()
+    for what, ours, torchs in zip(_RESULTS, _packed(qkv, upstream, shape)(), right, strict=True):
+        error = float((ours.float() - torchs).norm() / torchs.norm())
+        if not error < _TOLERANCE:
+            raise RuntimeError(f"the {what} it gives differs from torch's by {100 * error:.1f} %")

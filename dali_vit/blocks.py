@@ -27,6 +27,7 @@ class LeanBlock(Block):
     attn: Attention
     norm2: nn.LayerNorm
     mlp: Any  # timm's Mlp, whose layers may be convolutions elsewhere
+    packed: type[Function] | None = None  # in place of torch's attention; see use_packed_attention
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
@@ -36,6 +37,10 @@ class LeanBlock(Block):
         return x + _cast(self._mlp(_norm(self.norm2, x)), x.dtype)
 
     def _attention(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            layer = self.attn.qkv
+            qkv = linear(x, layer.weight, layer.bias.detach())
+            return _linear(self.attn.proj, self.packed.apply(qkv, layer.bias, self.attn.num_heads))
         q, k, v = _SplitHeads.apply(_linear(self.attn.qkv, x), self.attn.num_heads)  # each [N, heads, T, C / heads]
         return _linear(self.attn.proj, scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -53,6 +58,18 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else _Cast.apply(x, dtype)
+
+
+def has_lean_blocks(model: nn.Module) -> bool:
+    """Whether `use_packed_attention` is for this model."""
+    return any(isinstance(layer, LeanBlock) for layer in model.modules())
+
+
+def use_packed_attention(model: nn.Module, packed: type[Function] | None) -> None:
+    """Has the blocks of a compiled model compute attention by `packed_attention.PackedAttention`; None: by torch's."""
+    for layer in model.modules():
+        if isinstance(layer, LeanBlock):
+            layer.packed = packed
 
 
 class _BiasGradient(Function):
@@ -164,4 +181,4 @@ class _LayerNorm(Function):
         return dx.to(x.dtype), dweight.sum(rows), dy.sum(rows), None
 
 
-__all__ = ["LeanBlock"]
+__all__ = ["LeanBlock", "has_lean_blocks", "use_packed_attention"]

@@ -27,6 +27,10 @@ WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """Those of the modes that record CUDA graphs."""
 
 
+AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "packed"]
+"""What computes attention in training: torch's kernels and dali_vit/packed_attention.py, beside auto."""
+
+
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the flag, file or value and the remedy."""
 
@@ -163,6 +167,8 @@ class RunConfig:
     """Search for the loader's fastest settings at the start, about a minute, kept for later runs; auto: on GPUs."""
     compile: CompileMode = operational("auto")
     """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
+    attention: AttentionKernel = operational("auto")
+    """Kernel of attention in a plain ViT's training on GPUs; auto: the fastest, measured at the start."""
     resume: bool = operational(True)
     """Go on from the newest checkpoint of a run that exists; --no-resume refuses such a run."""
     log_every: int = operational(50)

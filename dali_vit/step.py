@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
-from dali_vit.attention import fastest_attention
+from dali_vit.attention import choose_attention
+from dali_vit.blocks import use_packed_attention
 from dali_vit.compiling import how_to_compile
 from dali_vit.config import WITH_CUDA_GRAPHS, Config
 from dali_vit.distributed import Group
@@ -100,7 +101,10 @@ def build_update(
     """
     on_gpu = group.device.type == "cuda"
     parts = config.run.grad_accum_steps
-    attention = fastest_attention(model, config.optim.batch_size // group.world_size // parts, group)
+    mode, compiled = how_to_compile(config, group)
+    images = config.optim.batch_size // group.world_size // parts
+    attention = choose_attention(config.run.attention, model, images, group, compiled=mode != "off")
+    use_packed_attention(model, attention.packed)
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
@@ -113,7 +117,6 @@ def build_update(
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
             **DDP_OPTIONS | ({"static_graph": False} if parts > 1 else {}),  # it cannot leave an exchange out
         )
-    mode, compiled = how_to_compile(config, group)
     if mode != "off":
         # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,26 @@ def dali_vit(*arguments: str | Path, timeout: float = 120) -> subprocess.Complet
     """Runs `dali-vit ARGUMENTS` to its end."""
     command = [sys.executable, "-m", "dali_vit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+
+
+def run_interpreted(name: str, timeout: float) -> int:
+    """Runs a file of tests/interpreted, with Triton's interpreter on the CPU; how many of its tests passed, as all did.
+
+    It is in a process of its own because TRITON_INTERPRET=1 must be set before torch is imported.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/interpreted/{name}"]
+    tests = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        env={**environment(), "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    passed = re.search(r"^(\d+) passed(, \d+ warnings?)? in", tests.stdout, re.MULTILINE)
+    assert passed, tests.stdout + tests.stderr
+    return int(passed[1])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

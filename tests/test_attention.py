@@ -1,4 +1,4 @@
-"""The choice among torch's attention kernels, as far as a CPU goes; tests/gpu measures."""
+"""The choice among attention kernels, as far as a CPU goes; tests/gpu measures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 
 import dali_vit.step
 from dali_vit import attention
-from dali_vit.attention import Attention, Shape, choose, fastest_attention, shape_of
-from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.attention import Attention, Shape, choose, choose_attention, shape_of
+from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
@@ -47,16 +47,23 @@ def test_the_fastest_is_chosen_unless_by_a_hair(times: dict[str, float], chosen:
     assert choose(times) == chosen
 
 
-def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = []
+def measured(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], **faults: str) -> list[tuple[Shape, list[str]]]:
+    """Has kernels take so long, or fail; what is then asked to be measured."""
+    asked: list[tuple[Shape, list[str]]] = []
     monkeypatch.setattr(
-        attention, "measure", lambda shape, device: shapes.append(shape) or {"flash": 1.25, "cudnn": 1.0}
+        attention, "measure", lambda shape, device, names: asked.append((shape, names)) or (times, faults)
     )
+    return asked
+
+
+def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured(monkeypatch, {"flash": 1.25, "cudnn": 1.0})
     before = _cur_sdpa_kernel_backends(with_priority=True)
-    context, kernel, words = fastest_attention(vit(), 64, GPU)
-    assert shapes == [Shape(64, 196, 3, 64)]
+    context, kernel, words, packed = choose_attention("auto", vit(), 64, GPU, compiled=True)
+    assert asked == [(Shape(64, 196, 3, 64), ["flash", "cudnn", "efficient", "packed"])]
     assert kernel == "cudnn"
     assert words == "cudnn (flash 1.25 ms, cudnn 1.00 ms a layer)"
+    assert packed is None
     for _ in range(2):  # one for every step
         with context():
             order = _cur_sdpa_kernel_backends(with_priority=True)
@@ -65,13 +72,52 @@ def test_the_fastest_comes_first_and_the_others_stay_behind_it(monkeypatch: pyte
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
+def test_the_packed_kernels_are_tried_in_a_compiled_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured(monkeypatch, {"flash": 1.0, "packed": 0.5})
+    chosen = choose_attention("auto", vit(), 64, GPU, compiled=True)
+    assert (chosen.kernel, chosen.words) == ("packed", "packed (flash 1.00 ms, packed 0.50 ms a layer)")
+    assert chosen.packed is not None
+    assert chosen.packed.__name__ == "PackedAttention"
+    choose_attention("auto", vit(), 64, GPU, compiled=False)
+    timm = create_model(ModelConfig("timm:vit_tiny_patch16_224"), num_classes=10, resolution=224)
+    choose_attention("auto", timm, 64, GPU, compiled=True)
+    assert [names for _, names in asked] == [
+        [*attention.BACKENDS, "packed"],
+        [*attention.BACKENDS],
+        [*attention.BACKENDS],
+    ]
+
+
+def test_a_packed_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    measured(monkeypatch, {"flash": 1.0}, cudnn="not built", packed="OutOfResources: shared memory")
+    with caplog.at_level(logging.WARNING):
+        assert choose_attention("auto", vit(), 64, GPU, compiled=True).kernel == "flash"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the packed attention is not used, as it fails here (OutOfResources: shared memory)"
+    ]
+
+
+def test_a_kernel_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured(monkeypatch, {"efficient": 3.0})
+    assert choose_attention("efficient", vit(), 64, GPU, compiled=False).kernel == "efficient"
+    assert [names for _, names in asked] == [["efficient"]]
+    measured(monkeypatch, {}, cudnn="RuntimeError: not built")
+    for wanted, model, group, message in (
+        ("cudnn", vit(), GPU, "--attention cudnn: it does not run here (RuntimeError: not built); leave it out"),
+        ("packed", vit(), GPU, "--attention packed: needs a step that is compiled; see --compile"),
+        ("flash", vit(), CPU, "--attention flash: it is a choice for plain ViTs on GPUs alone; leave it out"),
+    ):
+        with pytest.raises(UserError) as raised:
+            choose_attention(wanted, model, 64, group, compiled=False)  # type: ignore[arg-type]
+        assert str(raised.value) == message
+
+
 def test_every_rank_tries_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to choose, but because torch's first use of attention in a process must not come later."""
-    tried = []
-    monkeypatch.setattr(attention, "measure", lambda shape, device: tried.append(shape) or {"cudnn": 2.0})
-    monkeypatch.setattr(attention, "gather_objects", lambda value: [{"flash": 1.0}, value])
-    found = fastest_attention(vit(), 64, Group(1, 2, 1, 2, torch.device("cuda", 1)))
-    assert tried == [Shape(64, 196, 3, 64)]
+    asked = measured(monkeypatch, {"cudnn": 2.0})
+    monkeypatch.setattr(attention, "gather_objects", lambda value: [({"flash": 1.0}, {}), value])
+    found = choose_attention("auto", vit(), 64, Group(1, 2, 1, 2, torch.device("cuda", 1)), compiled=False)
+    assert [shape for shape, _ in asked] == [Shape(64, 196, 3, 64)]
     assert found.kernel == "flash"  # as on rank 0
 
 
@@ -79,14 +125,47 @@ def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    assert fastest_attention(vit(), 64, CPU).words == "torch's choice"
+    assert choose_attention("auto", vit(), 64, CPU, compiled=True).words == "torch's choice"
     assert not caplog.records
     monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
-    context, _, words = fastest_attention(vit(), 64, GPU)
+    context, _, words, _ = choose_attention("auto", vit(), 64, GPU, compiled=False)
     assert words == "torch's choice"
     assert "none of flash, cudnn, efficient runs here" in caplog.text
     with context():
         pass
+
+
+def test_what_the_packed_kernels_are_not_made_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(attention, "_check_packed", lambda *_: None)
+    monkeypatch.setattr(attention, "_milliseconds", lambda *_: 1.0)
+    for shape in (Shape(64, 257, 6, 64), Shape(64, 196, 6, 80), Shape(64, 196, 3, 128)):
+        assert attention.measure(shape, CPU.device, ["flash", "packed"]) == ({"flash": 1.0}, {})
+        assert set(attention.measure(shape, CPU.device, ["packed"])[1]) == {"packed"}
+    for shape in (Shape(64, 256, 6, 64), Shape(64, 4, 2, 16)):
+        assert set(attention.measure(shape, CPU.device, ["packed"])[0]) == {"packed"}
+
+
+@pytest.mark.parametrize(("wrong", "what"), [(None, ""), (0, "output"), (1, "gradient"), (2, "gradient of the bias")])
+def test_packed_kernels_that_compute_something_else_are_left_out(
+    wrong: int | None, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twentieth off, where rounding to bfloat16 is a few thousandths."""
+    shape = Shape(64, 196, 3, 64)
+
+    def packed(qkv: torch.Tensor, upstream: torch.Tensor, shape: Shape) -> object:
+        out, gradient = attention._torchs(qkv, upstream, shape)()
+        results = [out.flatten(2), gradient.flatten(2), gradient.float().sum((0, 1)).flatten()]
+        if wrong is not None:
+            results[wrong] = results[wrong] * 1.05
+        return lambda: tuple(results)
+
+    monkeypatch.setattr(attention, "_packed", packed)
+    if wrong is None:
+        attention._check_packed(shape, CPU.device)
+        return
+    with pytest.raises(RuntimeError, match=f"the {what} it gives differs from torch's by 5.0 %"):
+        attention._check_packed(shape, CPU.device)
 
 
 @needs_a_compiler
@@ -100,7 +179,7 @@ def test_what_another_run_compiled_does_not_decide_on_the_kernel(
 
     def runs_flash(kernel: str, backend: SDPBackend) -> bool:
         asked_for = Attention(partial(sdpa_kernel, backend), kernel, kernel)
-        monkeypatch.setattr(dali_vit.step, "fastest_attention", lambda *_: asked_for)
+        monkeypatch.setattr(dali_vit.step, "choose_attention", lambda *_, **__: asked_for)
         torch.compiler.reset()  # like a new process
         model = create_model(config.model, num_classes=10, resolution=64)
         update, _ = dali_vit.step.build_update(config, model, create_optimizer(model, config.optim), CPU)

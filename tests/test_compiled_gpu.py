@@ -16,37 +16,15 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipelines import compiled_gpu
 from pipelines.randaugment import OPS, apply_op, rand_augment
-from tests.conftest import environment
+from tests.conftest import environment, run_interpreted
 
 pytestmark = pytest.mark.timeout(300)
 
-ROOT = Path(__file__).parents[1]
 NUM_INTERPRETED = 24
 
 
 def test_interpreted_they_give_what_the_cpu_gives() -> None:
-    """tests/interpreted, in a process where Triton runs kernels on the CPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreted/check_randaugment_gpu.py",
-    ]
-    tests = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**environment(), "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    passed = re.search(r"^(\d+) passed(, \d+ warnings)? in", tests.stdout, re.MULTILINE)
-    assert passed, tests.stdout + tests.stderr
-    assert int(passed[1]) >= NUM_INTERPRETED
+    assert run_interpreted("check_randaugment_gpu.py", timeout=280) >= NUM_INTERPRETED
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -35,9 +35,17 @@ for command in commands:
 def test_each_lean_block_moves_fewer_bytes(tmp_path: Path) -> None:
     """What an image saves in a block: the terms of the biases of qkv and of the MLP's first layer are not read again.
     Nor, with a residual stream in float32, is its gradient, twice, to be rounded, and no normalised tokens are written.
+    The packed attention saves reading the gradients of q, k and v and writing them again.
     """
-    measured = [(residual, depth) for residual in ("float32", "bfloat16") for depth in (2, 4)]
-    flags = [f"--residual {r} --depth {d} --batch-size {BATCH} --json {r}-{d}.json" for r, d in measured]
+    flags = [
+        f"--residual {residual} --depth {depth} --blocks {blocks} --batch-size {BATCH} --json {residual}-{depth}.json"
+        for residual, depth, blocks in (
+            ("float32", 2, "timm lean packed"),
+            ("float32", 4, "timm lean"),
+            ("bfloat16", 2, "timm lean"),
+            ("bfloat16", 4, "timm lean"),
+        )
+    ]
     command = [sys.executable, "-c", SCRIPT, str(TOOLS), *flags]
     subprocess.run(command, cwd=tmp_path, env=environment(), timeout=600, check=True)
     for residual in ("float32", "bfloat16"):
@@ -58,3 +66,9 @@ def test_each_lean_block_moves_fewer_bytes(tmp_path: Path) -> None:
         # Matrix products and attention are left as they are.
         outside = [values["all"] - values["generated"] for values in block.values()]
         assert outside[0] == pytest.approx(outside[1], rel=0.01)
+        if residual == "float32":
+            lean, packed = (
+                sum(two[blocks][way]["all"] for way in ("forward", "backward")) / 2 / BATCH
+                for blocks in ("lean blocks", "packed attention")
+            )
+            assert lean - packed == pytest.approx(2 * 3 * TOKENS * WIDTH * BFLOAT16, rel=0.02)

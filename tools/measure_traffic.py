@@ -4,8 +4,9 @@
     tools/measure_traffic.py --batch-size 1024
 
 No GPU is needed: nothing is run, and each kernel is taken to read and write each of its tensors once. What caches save
-on a GPU, and how near to its bandwidth a kernel comes, is not in the figures; nor are the optimiser's. The step is
-compiled with timm's blocks and with those of dali_vit/blocks.py. torch's internals are used, those of 2.11 and 2.15.
+on a GPU, and how near to its bandwidth a kernel comes, is not in the figures; nor are the optimiser's, nor what flash
+attention adds up in memory inside. The step is compiled with timm's blocks, with those of dali_vit/blocks.py, and with
+the attention of dali_vit/packed_attention.py in them. torch's internals are used, those of 2.11 and 2.15.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 from benchmark import modes, report
 from torch import Tensor, nn
 
+from dali_vit.blocks import use_packed_attention
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.environment import describe_environment
 from dali_vit.model import create_model
+from dali_vit.packed_attention import PackedAttention
 from dali_vit.step import TrainStep
 
 GPU = torch.device("cuda", 0)
@@ -42,6 +45,7 @@ H200 = SimpleNamespace(
     shared_memory_per_block_optin=232448,
     L2_cache_size=50 << 20,
 )
+BLOCKS = {"timm": "timm's blocks", "lean": "lean blocks", "packed": "packed attention"}
 _aten = torch.ops.aten
 
 
@@ -69,6 +73,7 @@ def _main() -> None:
         help="as for dali-vit train; default: %(default)s",
     )
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=BLOCKS, help="default: all")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)
@@ -80,10 +85,13 @@ def _main() -> None:
         "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
         "config": {name: getattr(arguments, name) for name in ("model", "depth", "residual", "batch_size")},
     }
-    models = {name: create_model(config, num_classes=1000, resolution=224) for name in ("timm's blocks", "lean blocks")}
-    modes.use_timm_blocks(models["timm's blocks"])
     print(f"{'MB an image':<18} {'forward':>10} {'backward':>10} {'both':>10} {'generated kernels':>20}")
-    for name, model in models.items():
+    for blocks in arguments.blocks:
+        model = create_model(config, num_classes=1000, resolution=224)
+        if blocks == "timm":
+            modes.use_timm_blocks(model)
+        use_packed_attention(model, PackedAttention if blocks == "packed" else None)
+        name = BLOCKS[blocks]
         forward, backward = count_bytes(model, arguments.batch_size)
         counts = [forward["all"], backward["all"], forward["all"] + backward["all"]]
         counts.append(forward["generated"] + backward["generated"])
@@ -97,10 +105,10 @@ def _main() -> None:
 def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
     """What the forward and the backward pass of a step on 224 x 224 pixels move: {"all", "generated"} in bytes.
 
-    `generated` leaves out matrix products and attention, which are libraries' kernels.
+    `generated` leaves out matrix products and attention.
     """
     from torch._dynamo.utils import detect_fake_mode
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx, ir
     from torch._inductor.scheduler import ExternKernelSchedulerNode
 
     counts: list[dict[str, int]] = []
@@ -113,8 +121,13 @@ def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
     def compile_to_module(lowering: Any) -> Any:
         lowering.codegen()
         total, nodes, _ = lowering.count_bytes()
-        outside = sum(4 * words for node, words in nodes if isinstance(node, ExternKernelSchedulerNode))
-        counts.append({"all": total, "generated": total - outside})
+        extern = [(node.node, 4 * words) for node, words in nodes if isinstance(node, ExternKernelSchedulerNode)]
+        # What a kernel of ours writes the compiler takes to be read by it, too.
+        written = [
+            arg for node, _ in extern if isinstance(node, ir.UserDefinedTritonKernel) for arg in node.mutable_args
+        ]
+        twice = sum(int(arg.get_numel()) * arg.get_dtype().itemsize for arg in written)
+        counts.append({"all": total - twice, "generated": total - sum(count for _, count in extern)})
         lowering.cache_key = lowering.cache_path = ""
         lowering.cache_linemap = []
         return SimpleNamespace(call=stop, __file__="")
@@ -133,7 +146,8 @@ def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
     ):
         backend = lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=compile_inner)  # noqa: E731
         try:
-            torch.compile(step, backend=backend)(*batch, torch.ones(()))
+            with pretended_driver():
+                torch.compile(step, backend=backend)(*batch, torch.ones(()))
         except Counted:
             return counts
     raise RuntimeError("the step was compiled and then run by something else than its kernels")
@@ -177,9 +191,6 @@ def move_to_gpu(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any) -> li
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
     """While it lasts, the compiler finds an H200 that it can generate code for."""
-    import triton.runtime
-    from triton.backends.compiler import GPUTarget
-
     found: dict[str, Any] = {
         "torch.cuda.is_available": True,
         "torch.cuda.current_device": 0,
@@ -187,18 +198,28 @@ def pretended_gpu() -> Iterator[None]:
         "torch.cuda.device": nullcontext(),
         "torch.cuda.get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "torch._dynamo.device_interface.CudaInterface.get_device_properties": H200,
+        "torch._dynamo.device_interface.CudaInterface.Worker.get_device_properties": H200,
         "torch._subclasses.fake_tensor.init_gpu_context": None,
         "torch._inductor.scheduler.has_triton": True,
     }
+    with ExitStack() as stack:
+        for name, value in found.items():
+            stack.enter_context(patch(name, staticmethod(lambda *_, _value=value, **__: _value)))
+        yield
+
+
+@contextmanager
+def pretended_driver() -> Iterator[None]:
+    """While it lasts, Triton takes the GPU to be an H200."""
+    import triton.runtime
+    from triton.backends.compiler import GPUTarget
+
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 10 * H200.major + H200.minor, H200.warp_size),
         get_current_device=lambda: 0,
         get_current_stream=lambda device=None: 0,
     )
-    with ExitStack() as stack:
-        for name, value in found.items():
-            stack.enter_context(patch(name, staticmethod(lambda *_, _value=value, **__: _value)))
-        stack.enter_context(patch.object(triton.runtime.driver, "_active", driver))
+    with patch.object(triton.runtime.driver, "_active", driver):
         yield
 
 
