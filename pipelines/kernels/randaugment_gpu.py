@@ -103,21 +103,25 @@ def make_tables(images, uniforms, settings, tables, layer, layers, SIZE: tl.cons
             for start in range(0, count, BLOCK):
                 pixel = start + tl.arange(0, BLOCK)
                 total += _luminance(image, pixel, pixel < count)
-            grey = (tl.sum(total, 0) // count).to(tl.float32)
+            grey = (tl.sum(total.to(tl.int64), 0) // count).to(tl.float32)
         table = _blend(grey, values.to(tl.float32), factor)
     tl.store(tables + (number * 3 + channel) * 256 + values, table.to(tl.uint8))
 
 
 @triton.jit(**_SPECIALIZE)
 def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK values of one image of out, uint8 [N, SIZE, SIZE, 3]; grid [blocks of an image, N]; see `make_tables`."""
-    number = tl.program_id(1)
+    """BLOCK values of one image of out, uint8 [N, SIZE, SIZE, 3]; grid [N * blocks of an image]; see `make_tables`.
+
+    In one dimension, as CUDA takes no more than 65,535 in the others.
+    """
+    blocks: tl.constexpr = (3 * SIZE * SIZE + BLOCK - 1) // BLOCK
+    number = tl.program_id(0) // blocks
     image = images + number.to(tl.int64) * (3 * SIZE * SIZE)
     draw = uniforms + 4 * (number * layers + layer)
     op, sign = (tl.load(draw) * 16).to(tl.int32), (tl.load(draw + 1) * 2).to(tl.int32)
     factor = tl.load(settings)
 
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     is_inside = place < 3 * SIZE * SIZE
     pixel, channel = place // 3, place % 3
     y, x = pixel // SIZE, pixel % SIZE
@@ -176,7 +180,7 @@ def rand_augment(images: Tensor, uniforms: Tensor, settings: Tensor) -> Tensor:
         out = torch.empty_like(images)
         arguments = (images, uniforms, settings, tables)
         make_tables[(count, 3)](*arguments, layer, layers, SIZE=size, BLOCK=BLOCK, **OPTIONS)
-        write_pixels[(triton.cdiv(length, BLOCK), count)](
+        write_pixels[(count * triton.cdiv(length, BLOCK),)](
             *arguments, out, layer, layers, SIZE=size, BLOCK=BLOCK, **OPTIONS
         )
         images = out

@@ -10,7 +10,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 
 from pipelines import compiled_gpu
-from pipelines.randaugment import OPS, apply_op, rand_augment
+from pipelines.randaugment import OPS, _settings, apply_op, rand_augment
 from tests.randaugment_expected import photo
 
 pytestmark = [
@@ -46,6 +46,28 @@ def test_operation_is_that_of_the_cpu(name: str, negative: bool, magnitude: int,
         assert (error == 0).all()
     else:
         assert (error <= 1).mean() >= 0.995
+
+
+def test_a_batch_of_more_images_than_a_grid_has_rows() -> None:
+    """CUDA takes 65,535 in all dimensions of a grid but the first."""
+    from pipelines.kernels import randaugment_gpu
+
+    images = torch.zeros(70_000, 8, 8, 3, dtype=torch.uint8, device="cuda")
+    invert = torch.full((70_000, 4), 2.5 / 16, device="cuda")
+    assert bool((randaugment_gpu.rand_augment(images, invert, torch.zeros(44, device="cuda")) == 255).all())
+
+
+def test_the_mean_of_an_image_whose_sum_32_bits_do_not_hold() -> None:
+    from pipelines.kernels import randaugment, randaugment_gpu
+
+    images = np.full((1, 3000, 3000, 3), 255, np.uint8)
+    images[0, :50] = 100
+    uniforms = np.full((1, 4), (OPS.index("contrast") + 0.5) / 16, np.float32)
+    settings = _settings(3000, 10, "mean")
+    expected = np.empty_like(images)
+    randaugment.rand_augment(images[0], uniforms[0], settings, expected[0])
+    found = randaugment_gpu.rand_augment(*(torch.from_numpy(array).cuda() for array in (images, uniforms, settings)))
+    np.testing.assert_array_equal(found.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("size", [64, 224, 65])
