@@ -22,13 +22,17 @@ def step_folders(folder: Path) -> list[Path]:
     """Complete checkpoint folders, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name))
+    return sorted((f for f in folder.iterdir() if re.fullmatch(r"step_\d{9,}", f.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
     """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one."""
     # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
-    folders = [f for f in step_folders(folder) if f.name <= written.name]
+    folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
     for step_folder in folders:
         try:
@@ -38,7 +42,7 @@ def prune(folder: Path, keep: int, written: Path) -> None:
         score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
         if score is not None:
             scores[step_folder] = score
-    best = max(scores, key=lambda f: (scores[f], f.name)) if scores else None
+    best = max(scores, key=lambda f: (scores[f], _step(f))) if scores else None
     for step_folder in folders[:-keep]:
         if step_folder == best or step_folder.is_symlink():
             continue
@@ -52,4 +56,4 @@ def prune(folder: Path, keep: int, written: Path) -> None:
 def last_step(run_dir: Path) -> int | None:
     """The step of a run's last checkpoint by name, which may be damaged; None where there is none."""
     folders = step_folders(run_dir / "checkpoints")
-    return int(folders[-1].name.removeprefix("step_")) if folders else None
+    return _step(folders[-1]) if folders else None

@@ -153,6 +153,15 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
     assert path.parent.is_dir()
 
 
+def test_steps_are_compared_as_numbers(tmp_path):
+    """From step 1,000,000,000 on the names of folders are longer."""
+    keep_two = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, keep_checkpoints=2))
+    for step in (999_999_998, 999_999_999, 10**9):
+        save(tmp_path, step, config=keep_two)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_1000000000", "step_999999999"]
+    assert checkpoint.newest(tmp_path).step == 10**9
+
+
 def test_one_that_its_run_removes_while_it_is_read_is_not_taken_for_damaged(tmp_path, monkeypatch, caplog):
     save(tmp_path, 1)
     read = checkpoint.read
