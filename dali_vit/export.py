@@ -1,11 +1,12 @@
 """Checkpoints as folders that timm loads by itself: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
 ```
-config.json              architecture, arguments, input statistics and class names, as timm has them
-model.safetensors        the weights
-classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh, and in its
-                         metadata `classes`, their names as JSON
+config.json                   architecture, arguments, input statistics and class names, as timm has them
+model.safetensors             the weights
+head/classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh, and in
+                              its metadata `classes`, their names as JSON
 ```
+In a folder of its own because timm before 1.0.29 fails where it finds two files of weights.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["export"]
 # Registered models that our sizes are nearest to; every argument in which one might differ is given as well.
 _SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
 _ANY_VIT = "vit_base_patch16_224"
-_CLASSIFIER = "classifier.safetensors"
+_CLASSIFIER = "head/classifier.safetensors"
 
 
 def export(source: Path, target: Path, resolution: int | None = None) -> str:
@@ -149,6 +150,7 @@ def _write(
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for name, tensors in files.items():
             named = {"classes": json.dumps(classes)} if name == _CLASSIFIER and classes else {}
+            (temporary / name).parent.mkdir(exist_ok=True)
             weights.write(temporary / name, tensors, {"format": "pt", **named})
         if target.is_dir():
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
