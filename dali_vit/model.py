@@ -170,14 +170,20 @@ def kept_bytes_per_image(model: nn.Module, resolution: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // _META_IMAGES
 
 
-def _forward_on_meta(model: nn.Module, resolution: int) -> list[Tensor]:
+def check_forward(model: nn.Module, resolution: int, images: int) -> None:
+    """Raises what a forward pass of so many images raises, in the mode that the model is in; nothing is computed."""
+    with torch.no_grad():
+        _forward_on_meta(model, resolution, images)
+
+
+def _forward_on_meta(model: nn.Module, resolution: int, images: int = _META_IMAGES) -> list[Tensor]:
     """A forward pass of which nothing is computed; what it used in place of parameters and buffers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # Without gradients FlopCounterMode fails where a module is given a view of a parameter that requires one.
     graded = torch.is_grad_enabled()
     meta = {name: t.detach().to("meta").requires_grad_(graded and t.requires_grad) for name, t in tensors.items()}
-    images = torch.empty(_META_IMAGES, 3, resolution, resolution, device="meta")
-    torch.func.functional_call(model, meta, (images,))
+    pixels = torch.empty(images, 3, resolution, resolution, device="meta")
+    torch.func.functional_call(model, meta, (pixels,))
     return list(meta.values())
 
 

@@ -10,7 +10,7 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps
-from dali_vit.model import create_model, flops_per_image, no_such_images
+from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.runfolder import check_own
@@ -69,6 +69,8 @@ def plan(config: Config, world_size: int) -> Plan:
             flops_per_image(model, config.data.resolution)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise no_such_images(config.model, config.data.resolution, error) from error
+        if share == parts:
+            _check_single_images(config, model)
     train_names = fingerprint(train_files, dataset.root / "train")
     if checkpoint is not None:
         _check_same_images(config, checkpoint, dataset, train_names)
@@ -77,6 +79,19 @@ def plan(config: Config, world_size: int) -> Plan:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
     return Plan(dataset, model, total, checkpoint, train_names)
+
+
+def _check_single_images(config: Config, model: torch.nn.Module) -> None:
+    """UserError where a model with batch norm is to train on one image at a time, which has no variance at 1 x 1."""
+    try:
+        check_forward(model.train(), config.data.resolution, images=1)
+    except ValueError as error:
+        parts = config.run.grad_accum_steps
+        flag = f"--grad-accum-steps {parts}" if parts > 1 else f"--batch-size {config.optim.batch_size}"
+        raise UserError(
+            f"{flag}: leaves a process one image at a time, of which {config.model.model}'s batch norm has no"
+            " statistics; give it two or more"
+        ) from error
 
 
 def up_to_date(planned: Plan, config: Config) -> Plan:

@@ -13,7 +13,7 @@ import torch
 import dali_vit.step
 from dali_vit import accumulation, cli, plan
 from dali_vit.accumulation import next_divisor
-from dali_vit.config import Config, LocalUserError, UserError
+from dali_vit.config import Config, LocalUserError, ModelConfig, UserError
 from dali_vit.data import LackOfMemory
 from dali_vit.distributed import Group
 from dali_vit.model import create_model, kept_bytes_per_image
@@ -78,6 +78,33 @@ def test_parts_must_divide_the_share_of_a_process(tiny_config):
     plan.plan(with_parts(tiny_config, 4), 2)
     with pytest.raises(UserError, match="--grad-accum-steps 0: must be at least 1"):
         validate(with_parts(tiny_config, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "parts", "world_size", "flag"),
+    [
+        ("timm:resnet18", 32, 8, 1, "--grad-accum-steps 8"),
+        ("timm:resnet18", 32, 4, 2, "--grad-accum-steps 4"),
+        ("timm:resnet18", 32, 1, 8, "--batch-size 8"),
+        ("timm:resnet18", 64, 8, 1, None),  # whose last layer has 2 x 2 places
+        ("timm:resnet18", 32, 4, 1, None),
+        ("mu/16", 64, 8, 1, None),
+    ],
+)
+def test_batch_norm_takes_no_single_image(name, resolution, parts, world_size, flag, tiny_config):
+    """Where it is left one place of one image, in training."""
+    config = dataclasses.replace(
+        with_parts(tiny_config, parts),
+        model=ModelConfig(name),
+        data=dataclasses.replace(tiny_config.data, resolution=resolution),
+    )
+    if flag is None:
+        plan.plan(config, world_size)
+        return
+    with pytest.raises(UserError) as raised:
+        plan.plan(config, world_size)
+    expected = f"{flag}: leaves a process one image at a time, of which {name}'s batch norm has no statistics;"
+    assert str(raised.value) == f"{expected} give it two or more"
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
