@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from dali_vit.files import at_home
+
 _WITH_JPEG_ENGINE = ((8, 0), (9, 0), (10, 0), (10, 3))  # compute capabilities of A100, H100 and H200, B200, B300
 _JPEG_ENGINE_LIBRARY = "libnvcuvid.so.1"
 
@@ -48,11 +50,11 @@ def versions() -> dict[str, str]:
 def cache_folder() -> Path:
     """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("DALI_VIT_CACHE"):
-        return Path(given).absolute()
-    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if parent.startswith("~"):  # a user without a home, as containers have
-        parent = tempfile.gettempdir()
-    return Path(parent).absolute() / "dali-vit"
+        return at_home(given).absolute()
+    parent = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if str(parent).startswith("~"):  # a user without a home, as containers have
+        parent = Path(tempfile.gettempdir())
+    return parent.absolute() / "dali-vit"
 
 
 def cpu_count() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,15 @@ def test_the_jpeg_engine(
     assert found == expected or (expected.startswith("unusable") and found.startswith(expected))
     if expected.startswith("unusable"):
         assert found.endswith("NVIDIA_DRIVER_CAPABILITIES=compute,utility,video")
+
+
+def test_a_tilde_in_the_caches_variables_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no shell puts in its place within quotes, nor a file of variables."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DALI_VIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
+    assert environment.cache_folder() == tmp_path / "xdg/dali-vit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-knows/xdg")
+    assert environment.cache_folder() == Path(tempfile.gettempdir()) / "dali-vit"
+    monkeypatch.setenv("DALI_VIT_CACHE", "~/own")
+    assert environment.cache_folder() == tmp_path / "own"
