@@ -156,6 +156,7 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
+        self._start_step = start_step
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
         # Of a run that begins again from scratch not even the sample images of step 0 stay.
@@ -189,9 +190,9 @@ class MetricLog:
         self._to_tensorboard(SummaryWriter.flush)
 
     def text(self, name: str, text: str) -> None:
-        """A block of preformatted text."""
+        """A block of preformatted text, at the step that the run goes on from."""
         text = text.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
-        self._to_tensorboard(lambda events: events.add_text(name, f"```\n{text}\n```"))
+        self._to_tensorboard(lambda events: events.add_text(name, f"```\n{text}\n```", self._start_step))
 
     def close(self) -> None:
         self._to_tensorboard(SummaryWriter.close)

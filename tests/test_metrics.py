@@ -136,3 +136,14 @@ def test_the_time_left_forgets_the_first_steps(monkeypatch: pytest.MonkeyPatch) 
         now = 160.0 + done - 20
         found.append(left.after(done))
     assert found == [80, 70, 0]
+
+
+def test_texts_of_a_run_that_goes_on_stand_at_the_step_it_goes_on_from(tmp_path: Path) -> None:
+    for start, text in ((0, "first"), (7, "second")):
+        log = MetricLog(tmp_path, start)
+        log.text("config", text)
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary")]
+    assert texts == [(0, "```\nfirst\n```"), (7, "```\nsecond\n```")]
