@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["at_home", "file_sha256", "flush", "make_parent", "replacing"]
+__all__ = ["at_home", "dead_link", "file_sha256", "flush", "make_parent", "replacing"]
 
 
 def at_home(path: str | Path) -> Path:
@@ -18,6 +19,19 @@ def at_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # of a user that nobody knows
         return Path(path)
+
+
+def dead_link(path: str | Path) -> str | None:
+    """What is to be said of a link that leads nowhere, as to a disk that is not mounted; None of anything else."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and os.path.islink(path):
+            link = f"{path} is a link to {os.readlink(path)}"
+            if error.errno == errno.ELOOP:
+                return f"{link}, which leads round in a circle: remove the link"
+            return f"{link}, which is not there: mount the disk or remove the link"
+    return None
 
 
 def make_parent(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dali_vit import index_cache
 from dali_vit.config import UserError
+from dali_vit.files import dead_link
 from dali_vit.index_cache import Listing
 from pipelines.readers import FileList
 
@@ -25,11 +26,13 @@ __all__ = [
     "check_root",
     "check_same_classes",
     "class_names",
+    "folder_name",
     "is_image",
     "left_out",
     "list_split",
     "scan",
     "some",
+    "utf8_name",
 ]
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
@@ -50,21 +53,44 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def scan(folder: Path | str, *, folders: bool) -> list[str]:
-    """Sorted names of the subfolders, or of the images, that are not hidden; UserError if it cannot be listed."""
+def utf8_name(name: str) -> str:
+    """A folder's name as class names are recorded: its bytes as UTF-8, whatever the locale has the system's names in.
+
+    Else a model trained in one locale would have other classes than its data in another.
+    """
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def folder_name(name: str) -> str:
+    """The inverse of `utf8_name`: how the folder of a class is called in a path that this process is to open."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def scan(folder: Path | str, *, folders: bool, dead_links: bool = False) -> list[str]:
+    """Sorted names of the subfolders, or of the images, that are not hidden; UserError if it cannot be listed.
+
+    dead_links: links that lead nowhere may be there and are passed over; else, as each may be a subfolder, UserError.
+    """
     try:
         with os.scandir(folder) as entries:
             if folders:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+                return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e, dead_links))
             # Symbolic links are not followed: that would be a stat for each.
             return sorted(e.name for e in entries if is_image(e.name) and not e.is_dir(follow_symlinks=False))
     except OSError as error:
         raise UserError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
 
 
+def _is_folder(entry: os.DirEntry[str], dead_links: bool) -> bool:
+    fault = dead_link(entry.path) if entry.is_symlink() else None
+    if fault and not dead_links:
+        raise UserError(fault)
+    return not fault and entry.is_dir()
+
+
 def class_names(folder: Path) -> list[str]:
-    """Sorted names of the class folders; UserError if there are none."""
-    names = scan(folder, folders=True)
+    """Sorted names of the class folders, in UTF-8; UserError if there are none."""
+    names = sorted(map(utf8_name, scan(folder, folders=True)))
     if not names:
         what = "images but no class folders" if scan(folder, folders=False) else "no class folders"
         raise UserError(f"{folder} has {what}: put the images into {folder.name}/<class>/")
@@ -73,14 +99,15 @@ def class_names(folder: Path) -> list[str]:
 
 def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
     """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none (unless allowed)."""
+    names = [folder_name(name) for name in classes]
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        paths = [os.path.join(folder, name) for name in classes]
+        paths = [os.path.join(folder, name) for name in names]
         stamps = index_cache.stamps(paths, pool)  # before the listing: a change in between shows the next time
-        listing = index_cache.load(folder, classes, stamps, IMAGE_SUFFIXES)
+        listing = index_cache.load(folder, names, stamps, IMAGE_SUFFIXES)
         if listing is None:
             listed = pool.map(lambda path: _list_class(path), paths)
             listing = _collect(classes, listed)
-            index_cache.save(folder, classes, stamps, IMAGE_SUFFIXES, listing)
+            index_cache.save(folder, names, stamps, IMAGE_SUFFIXES, listing)
     if not some_empty:
         check_no_empty(folder, classes, listing.counts)
     return _file_list(folder, listing)
@@ -101,10 +128,13 @@ class LeftOut:
 
 
 def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
-    """What `list_split` leaves out of these class folders; hidden and linked folders in them are not looked into."""
+    """What `list_split` leaves out of the folders of classes; hidden and linked folders in them are not looked into.
+
+    classes: paths that end in the names of classes.
+    """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for folder in map(str, classes):
+    for folder in (str(path.with_name(folder_name(path.name))) for path in classes):
         for parent, subfolders, files in os.walk(folder):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in sorted(name for name in files if not name.startswith(".")):
@@ -146,12 +176,16 @@ def check_root(root: Path, folder: str) -> None:
     if root.with_name(root.name + ".partial").exists():
         raise UserError(f"{root} is still being prepared, or was cut short: run prepare to its end")
     if not root.exists():
-        raise UserError(f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'")
+        absent = f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'"
+        raise UserError(dead_link(root) or absent)
     if not root.is_dir():
         raise UserError(f"{root} is a file: give the folder that holds train/<class>/* and val/<class>/*")
+    for place in (root / folder, root / "val"):  # no run is to do without val because a disk is not mounted
+        if fault := dead_link(place):
+            raise UserError(fault)
     if (root / folder).is_dir():
         return
-    subfolders = scan(root, folders=True)
+    subfolders = scan(root, folders=True, dead_links=True)
     nested = next((name for name in subfolders if (root / name / folder).is_dir()), None)
     if root.name in ("train", "val") and (root.parent / folder).is_dir():
         remedy = f"give its parent, {root.parent}"

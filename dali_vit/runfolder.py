@@ -18,6 +18,7 @@ from PIL import Image
 from dali_vit.config import Config, UserError, to_yaml
 from dali_vit.distributed import Group, together
 from dali_vit.environment import describe_environment
+from dali_vit.files import dead_link
 from dali_vit.metrics import MetricLog
 from dali_vit.report import image_grid
 
@@ -54,6 +55,8 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         for folder in (config.run_dir, checkpoints):  # else it shows after hours
+            if fault := dead_link(folder):
+                raise UserError(f"--runs-dir {config.run.runs_dir}: {fault}")
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
                 raise OSError(code, os.strerror(code), str(folder))
@@ -79,6 +82,9 @@ def _set_aside(run_dir: Path) -> None:
 
 
 def _unwritable(config: Config, error: OSError) -> str:
+    for folder in (config.run_dir, *config.run_dir.parents):
+        if fault := dead_link(folder):
+            return fault
     if config.run_dir.exists() and not config.run_dir.is_dir():
         return f"{config.run_dir.name} is a file there; choose another --name"
     return f"cannot write {error.filename or 'there'} ({error.strerror})"

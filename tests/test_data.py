@@ -1,4 +1,7 @@
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from dali_vit import data, listing
 from dali_vit.config import UserError
 from dali_vit.data import IMAGE_SUFFIXES, load_dataset
 from pipelines.readers import FileList
+from tests.conftest import environment
 
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01"
 
@@ -71,6 +75,52 @@ def test_linked_classes_and_files_count(tmp_path):
     (tmp_path / "set/train/b/2.jpg").symlink_to(tmp_path / "store/2.jpg")
     dataset = load_dataset(tmp_path / "set", minival=0)
     assert relative(dataset.train, tmp_path / "set/train") == ["a/1.jpg", "b/2.jpg"]
+
+
+NOT_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+LOAD = """
+import json, sys
+from pathlib import Path
+from dali_vit.data import load_dataset, load_eval_folder
+from dali_vit.listing import left_out
+from dali_vit.prepare import PrepareArguments, prepare
+root = Path(sys.argv[1])
+dataset = load_dataset(root, minival=0.25)
+left = left_out(root / "train" / name for name in dataset.classes)
+prepare(PrepareArguments(root, Path(sys.argv[2]), to="folder"))
+prepared = load_dataset(sys.argv[2], minival=0.25)
+print(json.dumps([
+    sys.getfilesystemencoding(),
+    dataset.classes, prepared.classes,
+    [[files.labels.tolist() for files in (d.train, d.minival, d.val)] for d in (dataset, prepared)],
+    load_eval_folder(root / "val", dataset.classes).labels.tolist(),
+    [(files.kind, files.count) for files in left],
+]))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_classes_do_not_depend_on_the_locale(tmp_path):
+    classes = ("Apfel", "Größe", "zebra", "ähm", os.fsdecode(b"\xff"))
+    for split in ("train", "val"):
+        make_files(tmp_path / "sätz" / split, *(f"{name}/ü{i}.jpg" for name in classes for i in range(2)))
+    make_files(tmp_path / "sätz", "train/Größe/x.gif")
+    found = []
+    for locale in ({"LC_ALL": "C.UTF-8"}, NOT_UTF8):
+        target = tmp_path / locale["LC_ALL"]
+        ran = subprocess.run(
+            [sys.executable, "-c", LOAD, tmp_path / "sätz", target],
+            env={**environment(), **locale},
+            capture_output=True,
+            check=True,
+        )
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    assert [encoding for encoding, *_ in found] == ["utf-8", "ascii"]
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1] == found[0][2] == sorted(classes)
+    assert found[0][4:] == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4], [["other suffix", 1]]]
+    manifests = [(tmp_path / name / "dataset.json").read_bytes() for name in ("C.UTF-8", "C")]
+    assert manifests[0] == manifests[1]
 
 
 def test_order_does_not_depend_on_the_file_systems(tmp_path, monkeypatch):

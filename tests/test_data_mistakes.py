@@ -8,6 +8,7 @@ import pytest
 
 from dali_vit import data
 from dali_vit.data import check_images, load_dataset
+from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
 from tests.test_data import fails, make_files, make_split
 
@@ -84,6 +85,36 @@ def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", deny)
     fails(lambda: load_dataset(tmp_path), str(tmp_path / "train/b"), "cannot be listed (Permission denied)")
+
+
+DEAD = "is a link to /mnt/none/x, which is not there: mount the disk or remove the link"
+
+
+@pytest.mark.parametrize("place", ["train/b", "val/b", "train", "val", "."])
+def test_a_link_that_leads_nowhere_is_no_class_the_less(place, tmp_path):
+    root = make_split(make_split(tmp_path / "set", "train", "a b", 1), "val", "a b", 1)
+    (root / place).rename(tmp_path / "away")
+    (root / place).symlink_to("/mnt/none/x")
+    for split in (None, "train") if place == "train/b" else (None, "val") if place == "val/b" else (None,):
+        assert fails(lambda split=split: load_dataset(root, split=split)) == f"{root / place} {DEAD}"
+        assert fails(lambda: load_with_faults(root)) == f"{root / place} {DEAD}"
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    make_split(tmp_path, "train", "a b", 1)
+    (tmp_path / "train/loop").symlink_to("loop")
+    told = f"{tmp_path}/train/loop is a link to loop, which leads round in a circle: remove the link"
+    assert fails(lambda: load_dataset(tmp_path)) == told
+
+
+def test_links_that_are_no_classes_may_lead_nowhere(tmp_path):
+    """Hidden ones, and those beside the split that is meant, where they are no ground to speak of another mistake."""
+    make_split(tmp_path, "train", "a", 1)
+    for name in ("train/.b", "old", "train/a/2.txt"):
+        (tmp_path / name).symlink_to("/mnt/none/x")
+    (tmp_path / "loop").symlink_to("loop")
+    assert load_dataset(tmp_path).classes == ("a",)
+    fails(lambda: load_dataset(tmp_path, split="val"), "has no val/: give a folder that holds val/<class>/*")
 
 
 # --- check_images

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,18 @@ def test_a_run_folder_that_may_not_be_written_to_is_named_with_the_flag(tiny_con
     runs = tiny_config.run.runs_dir
     assert str(raised.value) == f"--runs-dir {runs}: cannot write {run_dir} (Permission denied)"
     assert (run_dir / "config.yaml").read_text() == "data:\n"
+
+
+@pytest.mark.parametrize("link", ["runs", "runs/tiny", "runs/tiny/checkpoints"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_told_before_anything_is_trained(link, tiny_config, cpu, tmp_path):
+    runs = tmp_path / "runs"
+    config = replace(tiny_config, run=replace(tiny_config.run, runs_dir=runs))
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to("/mnt/none/x")
+    with pytest.raises(UserError) as raised, runfolder.locked(config, cpu):
+        runfolder.write_run_files(config)
+    told = f"{tmp_path / link} is a link to /mnt/none/x, which is not there: mount the disk or remove the link"
+    assert str(raised.value) == f"--runs-dir {runs}: {told}"
 
 
 def test_convert_on_a_full_disk_is_said_in_one_line(tmp_path, small_disk, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dali_vit.files import replacing
+from dali_vit.files import dead_link, replacing
 
 
 def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
@@ -52,3 +52,23 @@ def test_the_longest_name_is_possible(name: str, tmp_path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text("text")
     assert path.read_text() == "text"
+
+
+def test_links_that_lead_nowhere_are_told_with_where_they_would_lead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for name, target in [
+        ("good", "file"),
+        ("gone", "/mnt/none/x"),
+        ("within", "file/x"),
+        ("loop", "loop"),
+        ("to", "fro"),
+        ("fro", "to"),
+    ]:
+        Path(name).symlink_to(target)
+    assert [dead_link(name) for name in ("file", "good", "none", "gone/below")] == [None] * 4
+    for name, target in (("gone", "/mnt/none/x"), ("within", "file/x")):
+        told = f"{name} is a link to {target}, which is not there: mount the disk or remove the link"
+        assert dead_link(Path(name)) == told
+    for name, target in (("loop", "loop"), ("to", "fro")):
+        assert dead_link(name) == f"{name} is a link to {target}, which leads round in a circle: remove the link"

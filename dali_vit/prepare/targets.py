@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.listing import is_image
+from dali_vit.listing import folder_name, is_image
 from dali_vit.manifest import Shard, Split, save_index
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import read_sample, sample_names
@@ -178,7 +178,7 @@ def write_folder(job: Job) -> Split:
     """Writes `split/<class>/<file>`."""
     names, target = sample_names(job.samples), job.folder / job.split
     for name in job.classes:
-        (target / name).mkdir(parents=True, exist_ok=True)
+        (target / folder_name(name)).mkdir(parents=True, exist_ok=True)
     cuts = [*range(0, len(names), _FOLDER_PART), len(names)]
 
     def part(number: int) -> Part:
