@@ -30,7 +30,7 @@ from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
 from dali_vit.files import at_home, file_sha256, flush, replacing
 from dali_vit.model import create_model, set_timm_resolution
 from dali_vit.step_folders import prune, step_folder, step_folders
-from dali_vit.validation import MAX_RESOLUTION, check_range
+from dali_vit.validation import MAX_RESOLUTION, check_local, check_range
 from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1
@@ -236,7 +236,7 @@ def read(folder: Path) -> Checkpoint:
             path=folder,
             step=record["step"],
             config=config,
-            classes=tuple(record["classes"]),
+            classes=tuple(map(_as_utf8, record["classes"])),
             loader=record["loader"],
             metrics=record["metrics"],
         )
@@ -253,6 +253,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     built for images of that size, its position embeddings resampled. UserError names what cannot be read,
     PermissionError what may not.
     """
+    check_local(path, "--checkpoint")
     path = at_home(path)
     if not path.exists():
         raise UserError(f"--checkpoint {path}: no such file or folder")
@@ -269,7 +270,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: not written by dali-vit (no description of the model inside)") from error
     config = from_dict({"model": description["model"]}).model
-    classes = description["classes"]
+    classes = description["classes"] and tuple(map(_as_utf8, description["classes"]))
     native = description["resolution"]
     num_classes = len(classes) if classes else big_vision.num_classes(state)
     try:
@@ -290,10 +291,15 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         model.eval(),
         config,
         resolution or native,
-        tuple(classes) if classes else None,
+        classes or None,
         description["step"],
         made_by.config.data.minival if made_by else None,
     )
+
+
+def _as_utf8(name: str) -> str:
+    """A class's name as `listing.utf8_name` gives it; once it was recorded as a locale without UTF-8 had it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def load_model(path: str | Path) -> torch.nn.Module:

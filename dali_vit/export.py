@@ -26,6 +26,7 @@ from dali_vit import checkpoint, weights
 from dali_vit.config import UserError
 from dali_vit.files import at_home, make_parent
 from dali_vit.model import PlainViT, no_such_images
+from dali_vit.validation import check_local
 from dali_vit.variants import TIMM_PREFIX, resolve_variant
 
 __all__ = ["export"]
@@ -42,6 +43,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     `resolution` resamples the position embeddings. A model with an MLP head becomes one without a classifier, and
     the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists.
     """
+    check_local(target, "--out")
     target = at_home(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target}: exists; choose another folder or remove it")

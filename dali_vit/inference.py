@@ -20,7 +20,7 @@ from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
-from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_range
+from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 
 
 def evaluate_checkpoint(
@@ -48,6 +48,8 @@ def evaluate_checkpoint(
     if v2 and (split != "val" or minival is not None):
         flag = f"--minival {minival:g}" if split == "val" else f"--split {split}"
         raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
+    if real is not None and split != "val":
+        raise UserError(f"--real {real}: its labels are those of val; leave --split {split} out")
     opened = checkpoint.open_model(path, resolution)
     files: datasets.ImageList
     if v2:
@@ -81,8 +83,8 @@ def evaluate_checkpoint(
 
     metrics = {f"{split}/{name}": value for name, value in run(files).items()}
     if real is not None:
-        acceptable = torch.from_numpy(datasets.load_real_labels(at_home(real), files, num_classes=_num_outputs(opened)))
-        result = run(datasets.with_labels(files, np.arange(len(files))), acceptable)
+        accepted = datasets.load_real_labels(at_home(real), files, num_classes=_num_outputs(opened), split=split)
+        result = run(datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(accepted))
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
 
@@ -122,6 +124,7 @@ def predict(
 
 def convert(source: Path, target: Path, resolution: int | None = None) -> str:
     """Converts big_vision's .npz to .safetensors or back; returns one line that says what was written."""
+    check_local(target)
     target = at_home(target)
     if target.exists():
         raise UserError(f"{target}: exists; choose another name or remove it")

@@ -13,6 +13,7 @@ from dali_vit.config import UserError
 from dali_vit.files import at_home
 from dali_vit.inspection import Problem
 from dali_vit.manifest import read_manifest, write_manifest
+from dali_vit.validation import check_local
 
 __all__ = ["LIST", "check_quarantine", "move_aside"]
 
@@ -22,6 +23,7 @@ LIST = "quarantined.tsv"
 
 def check_quarantine(root: Path, quarantine: Path) -> None:
     """UserError for a folder that nothing of the set at `root` can be moved to."""
+    check_local(quarantine, "--quarantine")
     folder = at_home(quarantine).absolute()
     resolved = folder.resolve()
     inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
@@ -42,6 +44,8 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
             for path, problem in moved.items():
+                if not os.path.lexists(path):  # moved already, under another name of a class folder that is linked
+                    continue
                 target = folder / os.path.relpath(path, root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():

@@ -20,14 +20,15 @@ NUM_VAL = 50_000
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
-def load_real_labels(path: str | Path, val: Samples, *, num_classes: int) -> np.ndarray:
+def load_real_labels(path: str | Path, val: Samples, *, num_classes: int, split: str = "val") -> np.ndarray:
     """Acceptable labels of each validation image, int64 [len(val), most labels of an image], padded with -1.
 
     Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
     whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
     is left out of the score. Of ImageNet's 50,000 images the number in ILSVRC's name counts; in other sets file names
     that repeat between classes are taken in the order of the paths. Raises UserError for a file of another layout or
-    another number of images, for labels that are no class, and for images whose names do not tell which list is theirs.
+    another number of images, for labels that are no class, and for images whose names do not tell which list is theirs;
+    `split` is what these call `val`.
     """
     try:
         lists = json.loads(Path(path).read_text())
@@ -36,7 +37,7 @@ def load_real_labels(path: str | Path, val: Samples, *, num_classes: int) -> np.
     if not (isinstance(lists, list) and all(_is_label_list(labels) for labels in lists)):
         raise UserError(f"{path} is not a list of label lists, one an image: give ReaL's real.json")
     if len(lists) != len(val):
-        raise UserError(f"{path} has labels for {len(lists)} images but val has {len(val)}: give that set's file")
+        raise UserError(f"{path} has labels for {len(lists)} images but {split} has {len(val)}: give that set's file")
     largest = max((max(labels) for labels in lists if labels), default=None)
     if largest is None or largest >= num_classes:
         fault = "labels no image" if largest is None else f"has label {largest}, the model {num_classes} classes"
@@ -49,8 +50,8 @@ def load_real_labels(path: str | Path, val: Samples, *, num_classes: int) -> np.
         known = not any(map(is_made_up, names))
     if not known:
         raise UserError(
-            f"--real {path}: val has lost ILSVRC's file names (ILSVRC2012_val_00000001.JPEG), which tell the images of"
-            " its lists: give --data a set with these names"
+            f"--real {path}: {split} has lost ILSVRC's file names (ILSVRC2012_val_00000001.JPEG), which tell the images"
+            " of its lists: give --data a set with these names"
         )
     order = sorted(range(len(val)), key=names.__getitem__) if len(set(names)) == len(names) else range(len(val))
     labels = np.full((len(val), max(map(len, lists), default=0) or 1), -1, np.int64)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, OptimConfig, UserError
 
-__all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_STEPS", "MAX_THREADS", "check_range", "validate"]
+__all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_STEPS", "MAX_THREADS", "check_local", "check_range", "validate"]
 
 # Past what any machine can do, so that slips of the finger end here and not in the operating system's refusals.
 MAX_THREADS = 1024
@@ -28,6 +29,14 @@ def check_range(flag: str, value: float, low: float, high: float = math.inf) -> 
     if not low <= value <= high:
         limits = f"at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
         raise UserError(f"{flag} {value}: must be {limits}")
+
+
+def check_local(path: str | Path, flag: str = "") -> None:
+    """UserError for a URL where only files of this machine are meant: it would be the name of a folder `s3:` here."""
+    url = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", str(path), re.DOTALL)
+    if url:  # of whose slashes a Path has kept one
+        given = f"{flag} {url[1]}://{url[2]}".lstrip()
+        raise UserError(f"{given}: must be on this machine's disks; name a local path, and copy from or to the store")
 
 
 def validate(config: Config) -> None:
@@ -108,6 +117,7 @@ def validate(config: Config) -> None:
         raise UserError(f"--seed {run.seed}: must be below 2^63")
     if run.name == "":
         raise UserError("--name: empty; give a name, or leave it out for the recipe's")
+    check_local(run.runs_dir, "--runs-dir")
     name = run.name or run.recipe
     if Path(name).name != name or name == "..":
         raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")

@@ -7,7 +7,7 @@ import yaml
 
 from dali_vit import config as configs
 from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
-from dali_vit.validation import validate
+from dali_vit.validation import check_local, validate
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_steps_take_the_place_of_epochs():
         ("run", {"name": os.fsdecode(b"\xff")}, "--name .: not UTF-8"),
         ("run", {"name": ""}, "--name: empty"),
         ("run", {"runs_dir": Path(os.fsdecode(b"runs\xe9"))}, "--runs-dir runs.,.*: not UTF-8"),
+        ("run", {"runs_dir": Path("s3://bucket/runs")}, "--runs-dir s3://bucket/runs: must be on this machine's disks"),
         ("run", {"seed": -1}, "--seed -1"),
         ("run", {"seed": 10**23}, "--seed 10+: must be below 2"),
     ],
@@ -106,3 +107,19 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert Config(run=RunConfig(runs_dir=Path("~/runs"), name="a")).run_dir == Path("/home/me/runs/a")
     assert Config(run=RunConfig(runs_dir=Path("~nobody-knows/runs"), name="a")).run_dir == Path("~nobody-knows/runs/a")
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/a b", "gs://bucket", "hdfs+x://host:8020/a:b", "file:///tmp/x"])
+@pytest.mark.parametrize("flag", ["--out", ""])
+def test_a_url_is_no_local_path(given, flag):
+    shown = f"{flag} {given}".strip().replace(":///", "://")
+    with pytest.raises(UserError) as raised:
+        check_local(Path(given), flag)
+    assert str(raised.value) == (
+        f"{shown}: must be on this machine's disks; name a local path, and copy from or to the store"
+    )
+
+
+@pytest.mark.parametrize("given", ["runs", "/data/s3:/x", "./a/s3://x", "12:30/x", "a:b", "a b:/c", "~/x", ".", ""])
+def test_other_names_are_local_paths(given):
+    check_local(Path(given), "--out")

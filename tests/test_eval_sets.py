@@ -118,6 +118,13 @@ def test_real_file_of_another_layout(tmp_path, content, fault):
     fails(lambda: load_real_labels(write_json(tmp_path / "real.json", content), val, num_classes=8), "real.json", fault)
 
 
+def test_a_real_file_of_another_set_is_told_by_the_evaluated_sets_name(tmp_path):
+    files = load_eval_folder(make_files(tmp_path / "v2", "a/1.jpg", "b/1.jpg"), ["a", "b"])
+    real = write_json(tmp_path / "real.json", [[1]])
+    message = fails(lambda: load_real_labels(real, files, num_classes=8, split="v2"))
+    assert message == f"{real} has labels for 1 images but v2 has 2: give that set's file"
+
+
 def test_real_file_that_is_no_json(tmp_path):
     val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
     make_files(tmp_path, "real.json")

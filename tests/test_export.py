@@ -135,5 +135,8 @@ def test_nothing_is_overwritten_and_nothing_left_half_done(tmp_path, capsys):
         code, _, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / out), capsys=capsys)
         assert (code, err.count("\n")) == (2, 1)
         assert f"--out {tmp_path / out}: {words}" in err
+    code, _, err = run("export", "--checkpoint", str(source), "--out", "s3://bucket/x", capsys=capsys)
+    told = "--out s3://bucket/x: must be on this machine's disks; name a local path, and copy from or to the store"
+    assert (code, err) == (2, f"dali-vit: {told}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "file", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]

@@ -168,6 +168,37 @@ def test_impossible_numbers_are_refused_by_their_flag(flag, value, message, data
     assert (code, err) == (2, f"dali-vit: {flag} {value}: {message}\n")
 
 
+@pytest.mark.parametrize("split", ["train", "minival"])
+def test_real_labels_are_of_val_alone(split, data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    arguments = ("--checkpoint", str(model), "--data", str(data), "--real", "real.json", "--split", split)
+    code, _, err = run("eval", *arguments, "--gpus", "0", capsys=capsys)
+    told = f"dali-vit: --real real.json: its labels are those of val; leave --split {split} out\n"
+    assert (code, err) == (2, told)
+
+
+LOCAL = "must be on this machine's disks; name a local path, and copy from or to the store"
+
+
+def test_checkpoints_are_local(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, url = save(tmp_path / "m.safetensors", 3, ("a", "b", "c")), "s3://bucket/m.npz"
+    for arguments, flag in [
+        (("eval", "--checkpoint", url, "--data", str(data), "--gpus", "0"), "--checkpoint "),
+        (("convert", str(model), url), ""),
+        (("convert", url, "out.safetensors"), ""),
+    ]:
+        code, _, err = run(*arguments, capsys=capsys)
+        assert (code, err) == (2, f"dali-vit: {flag}{url}: {LOCAL}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "m.safetensors"]
+
+
+def test_class_names_that_were_recorded_without_utf8_are_the_same_classes(tmp_path):
+    recorded = ("a", "Größe".encode().decode("ascii", "surrogateescape"), os.fsdecode(b"\xff"))
+    model = save(tmp_path / "m.safetensors", 3, recorded)
+    assert checkpoint.open_model(model).classes == ("a", "Größe", os.fsdecode(b"\xff"))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["test_vit3", "test_resnet"])
 def test_another_resolution_of_a_timm_model_is_made_as_timm_makes_it(name, tmp_path):

@@ -5,6 +5,7 @@ import os
 import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,12 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     prepare_fails(replace(arguments, val_labels=tmp_path / "x"), "--val-labels", "only ILSVRC")
     prepare_fails(replace(arguments, source_format="tfrecord"), "no TFRecords with 'train'")
     prepare_fails(replace(arguments, source_format="ilsvrc"), "ILSVRC2012_img_train.tar")
+    for name in ("source", "target"):
+        url = {name: Path("s3://bucket/set")}
+        told = (
+            f"{name.upper()} s3://bucket/set: must be on this machine's disks; name a local path, and copy from or to"
+        )
+        prepare_fails(replace(arguments, **url), told)
     assert not list(tmp_path.glob("set*"))
 
 

@@ -226,6 +226,26 @@ def test_quarantine_takes_links_and_odd_names(tmp_path):
 
 
 @pytest.mark.timeout(60)
+def test_quarantine_takes_a_class_that_is_linked_twice(tmp_path):
+    root, aside = tmp_path / "set", tmp_path / "aside"
+    write_source("folder", root)
+    for split in ("train", "val"):
+        (root / split / "z").symlink_to(WNIDS[0])
+    bad = root / "train" / WNIDS[0] / "bad.jpg"
+    bad.write_bytes(b"no image")
+    (bad.parent / "dead.jpg").symlink_to("none.jpg")
+    report = verify(VerifyArguments(root, quarantine=aside))
+    moved = aside / "train" / WNIDS[0]
+    assert sorted(path.name for path in moved.iterdir()) == ["bad.jpg", "dead.jpg"]
+    lines = [line.split("\t")[0] for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert sorted(lines) == [str(bad), str(bad.with_name("dead.jpg"))]
+    kinds = [problem.kind for problem in report.problems if Path(problem.path).name in ("bad.jpg", "dead.jpg")]
+    assert sorted(kinds) == ["not an image", "not an image", "unreadable", "unreadable"]
+    assert report.quarantined == sum(problem.hurts for problem in report.problems)
+    assert report.exit_code == 0
+
+
+@pytest.mark.timeout(60)
 def test_a_prepared_folder_of_which_a_split_is_moved_whole(tmp_path):
     arguments = write_source("folder", tmp_path / "source")
     target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))
@@ -375,6 +395,10 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "link" / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "file"), "is a file"),
+        (
+            replace(arguments, quarantine=Path("s3://b/q")),
+            "--quarantine s3://b/q: must be on this machine's disks; name",
+        ),
     ]:
         with pytest.raises(UserError) as error:
             verify(changed)

@@ -39,6 +39,7 @@ from dali_vit.prepare.targets import (
     write_index,
     write_shards,
 )
+from dali_vit.validation import check_local
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
@@ -156,6 +157,8 @@ def _check(arguments: PrepareArguments) -> None:
             f"--quality {arguments.quality}: images keep their bytes unless they are resized; "
             "give --shorter-side too, or leave --quality out"
         )
+    check_local(arguments.source, "SOURCE")
+    check_local(arguments.target, "TARGET")
     if not at_home(arguments.source).is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds the tars, records or images")
     source, target = (at_home(path).resolve() for path in (arguments.source, arguments.target))
