@@ -32,6 +32,8 @@ class Runner:
         outputs = pipeline.run()
         if self._stream is None:
             return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        # What RandAugment's node wrote is freed on the pipeline's stream, which waits for the copy. There is one by
+        # default; with stream_policy=PER_OPERATOR it might be written to while it is read.
         # In the current stream the copies, and with them DALI's buffers, would wait for the training step before.
         current = torch.cuda.current_stream(self._stream.device)
         with torch.cuda.stream(self._stream):

@@ -93,6 +93,9 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         add(f"step-{batch}-combo", 15, *one, "--inductor", "combo_kernels=True")
         add(f"step-{batch}-descent", 15, *one, "--inductor", "coordinate_descent_tuning=True")
         add(f"step-{batch}-pdl", 10, *one, "--inductor", "triton.enable_pdl=True")
+    for kernel in ("packed", "cudnn", "flash"):  # what is the fastest by itself need not make the fastest step
+        compiled = ("--batch-size", 1024, "--compile", "default")
+        add(f"step-1024-{kernel}", 10, "measure_step.py", *compiled, "--attention", kernel)
     for stream in ("own", "high-priority"):
         add(f"joint-1024-{stream}", 10, *bench, 1, "--batch-size", 1024, "--step-stream", stream)
     for mode in ("max-autotune-no-cudagraphs", "max-autotune"):  # each by itself, as they take minutes

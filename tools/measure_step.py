@@ -32,7 +32,7 @@ from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
 from dali_vit import distributed, recipes
-from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, UserError, to_dict
+from dali_vit.config import AttentionKernel, CompileMode, Config, LocalUserError, ModelConfig, UserError, to_dict
 from dali_vit.environment import describe_environment
 from dali_vit.metrics import StepTimer, peak_flops
 from dali_vit.model import create_model, flops_per_image
@@ -58,6 +58,12 @@ def _main() -> int:
         "--residual",
         default="float32",
         choices=["float32", "bfloat16"],
+        help="as for dali-vit train; default: %(default)s",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=get_args(AttentionKernel),
         help="as for dali-vit train; default: %(default)s",
     )
     parser.add_argument("--timm-blocks", action="store_true", help="timm's blocks instead of dali_vit/blocks.py's")
@@ -87,7 +93,7 @@ def _main() -> int:
     gpus = min(1, torch.cuda.device_count()) if arguments.gpus is None else arguments.gpus
     with distributed.connect(gpus) as group, inductor_config.patch(settings):
         for mode in arguments.compile:
-            tried = replace(config, run=replace(config.run, compile=mode))
+            tried = replace(config, run=replace(config.run, compile=mode, attention=arguments.attention))
             try:
                 result[mode] = measure_step(
                     tried, group, arguments.seconds, arguments.profile, timm_blocks=arguments.timm_blocks
