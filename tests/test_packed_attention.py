@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.distributed import DDPOptimizer
 
+from dali_vit.blocks import use_packed_attention
+from dali_vit.config import ModelConfig
+from dali_vit.model import create_model
+from dali_vit.step import TrainStep
 from tests.conftest import run_interpreted
 
 pytest.importorskip("triton")
@@ -58,3 +66,75 @@ def test_they_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch: py
         # CUDA keeps a KiB of each program's for itself.
         fitting = MULTIPROCESSOR[capability] // (compiled.metadata.shared / 1024 + 1)
         assert fitting >= (2 if capability == 90 else 1)
+
+
+def forward_by_torch(_: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """What the kernels compute, but on any device."""
+    q, k, v = _split(qkv, heads)
+    products = q @ k.mT / q.shape[-1] ** 0.5
+    logs = products.logsumexp(-1)
+    out = ((products - logs[..., None]).exp() @ v).transpose(1, 2).flatten(2)
+    return out.contiguous(), logs.flatten(0, 1).clone()
+
+
+def backward_by_torch(
+    _: Any, dout: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    (q, k, v), scale = _split(qkv, heads), (qkv.shape[-1] // (3 * heads)) ** -0.5
+    do, o = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (dout, out))
+    shares = (q @ k.mT * scale - logs.view(*q.shape[:3], 1)).exp()
+    slopes = shares * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * scale
+    parts = slopes @ k, slopes.mT @ q, shares.mT @ do
+    dqkv = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1)
+    return dqkv, dqkv.sum(1)
+
+
+def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    return qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@pytest.mark.parametrize("parted", [False, True])
+def test_a_compiled_step_trains_alike_with_them(parted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the kernels themselves: also where a step for several GPUs is parted into graphs by its gradients."""
+    from dali_vit import packed_attention
+
+    shapes = []
+
+    def forward(kernel: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        shapes.append((tuple(qkv.shape), heads))
+        return forward_by_torch(kernel, qkv, heads)
+
+    monkeypatch.setattr(packed_attention, "launch_forward", forward)
+    monkeypatch.setattr(packed_attention, "launch_backward", backward_by_torch)
+
+    graphs = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    parting = DDPOptimizer(bucket_bytes_cap=40_000, first_bucket_cap=20_000, backend_compile_fn=compiler)
+
+    def gradients(packed: Any) -> dict[str, Tensor | None]:
+        torch.compiler.reset()
+        model = create_model(ModelConfig("mu/16", depth=2), num_classes=10, resolution=64).train()
+        _disturb(model)
+        use_packed_attention(model, packed)
+        step = torch.compile(TrainStep(model), backend=parting.compile_fn if parted else compiler)
+        images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        step(images, torch.arange(4), torch.tensor(0.7)).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    torchs, ours = gradients(None), gradients(packed_attention.PackedAttention)
+    assert set(shapes) == {((4, 16, 96), 2)}
+    assert len(graphs) >= 6 if parted else len(graphs) == 2
+    for name, expected in torchs.items():
+        assert expected is not None
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def _disturb(model: nn.Module) -> None:
+    """Biases of zero and scales of one would hide mistakes."""
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
