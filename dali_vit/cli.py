@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
@@ -30,6 +30,11 @@ from dali_vit.arguments import (
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
+
+if TYPE_CHECKING:
+    from dali_vit.distributed import Group
+
+T = TypeVar("T")
 
 
 def run() -> NoReturn:
@@ -52,11 +57,10 @@ def _say(what: object) -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """A command by its arguments; exits with the code the module's docstring gives."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # srun's variables are not taken over yet.
-    under_srun = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if under_srun else 0))
-    _set_up_logging(rank)
+    rank = 0
     try:
+        rank = _rank()
+        _set_up_logging(rank)
         code = _dispatch(argv)
     except KeyboardInterrupt:
         code = 130
@@ -72,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if code:
         gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
     sys.exit(code)
+
+
+def _rank() -> int:
+    """This process's among those a launcher started, as `distributed` will have it: srun's variables it has yet to take
+    over, and torch it imports."""
+    rank, tasks = process.number("RANK", 0), process.number("SLURM_STEP_NUM_TASKS", 1)
+    if os.environ.get("RANK"):
+        return rank if os.environ.get("WORLD_SIZE") else 0
+    return process.number("SLURM_PROCID", 0) if tasks > 1 else 0
 
 
 def _is_the_users(error: ValueError) -> bool:
@@ -104,6 +117,10 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # of which torch's libraries would say that they are not there
+        raise LocalUserError("the working directory was removed; cd to another") from None
     return commands[argv[0]](argv[1:])
 
 
@@ -150,7 +167,7 @@ def _train(argv: list[str]) -> int:
             with runfolder.locked(config, group):
                 train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if _rank() == 0:
             _tell(f"{PROGRAM}: {stopped}")
         return REQUEUE
     return 0
@@ -203,9 +220,14 @@ def _predict(argv: list[str]) -> int:
     from dali_vit import distributed, inference
 
     with distributed.connect(arguments.gpus) as group:
-        predictions = inference.predict(
-            arguments.checkpoint, arguments.images, group.device, top=arguments.top, resolution=arguments.resolution
+        predictions = _by_main_alone(
+            group,
+            lambda: inference.predict(
+                arguments.checkpoint, arguments.images, group.device, top=arguments.top, resolution=arguments.resolution
+            ),
         )
+    if predictions is None:
+        return 0
     if arguments.json:
         _say(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
         return 0
@@ -214,6 +236,21 @@ def _predict(argv: list[str]) -> int:
         for prediction in found:
             _say(f"  {100 * prediction['probability']:6.2f} %  {prediction['class']}")
     return 0
+
+
+def _by_main_alone(group: Group, work: Callable[[], T]) -> T | None:
+    """What comes of something that one process is enough for; None to the others, which end by its mistakes, too."""
+    from dali_vit import distributed
+
+    def told() -> T:
+        try:
+            return work()
+        except ValueError as error:
+            if isinstance(error, UserError) or not _is_the_users(error):
+                raise
+            raise UserError(str(error)) from error
+
+    return distributed.together(lambda: told() if group.is_main else None)
 
 
 def _convert(argv: list[str]) -> int:
@@ -260,7 +297,11 @@ def _preview(argv: list[str]) -> int:
 
     config = arguments.config
     with distributed.connect(config.run.gpus) as group:
-        _say(preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images))
+        written = _by_main_alone(
+            group, lambda: preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images)
+        )
+    if written is not None:
+        _say(written)
     return 0
 
 

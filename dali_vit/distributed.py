@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
+from dali_vit.process import number
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
@@ -35,6 +37,8 @@ _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  #
 # NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.
 _NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|failed to extend /dev/shm")
 _NOT_REACHED = re.compile("Gloo connectFullMesh failed")
+_SAID_AFTER = 30.0
+"""Seconds that processes wait for each other in silence: NCCL may take ten for many machines."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 T = TypeVar("T")
@@ -63,15 +67,21 @@ class Group:
 def is_worker() -> bool:
     """Whether a launcher (torchrun, srun, our own) started this process as one of a group."""
     _adopt_slurm()
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
 
 
 def _adopt_slurm() -> None:
     """Under srun, sets the variables that torchrun would, from SLURM's."""
     slurm = os.environ
-    if "RANK" in slurm or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+    if slurm.get("RANK") or number("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
-    if "MASTER_ADDR" not in slurm:
+    needed = ["JOB_ID", "PROCID", "LOCALID", "STEP_TASKS_PER_NODE"]
+    for name in needed if slurm.get("MASTER_ADDR") else ["STEP_NODELIST", *needed]:
+        if not slurm.get(f"SLURM_{name}"):
+            raise LocalUserError(
+                f"SLURM_{name}: not set, though SLURM_STEP_NUM_TASKS is; start by srun, or unset SLURM_STEP_NUM_TASKS"
+            )
+    if not slurm.get("MASTER_ADDR"):
         hosts = ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]]
         try:
             found = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
@@ -79,12 +89,13 @@ def _adopt_slurm() -> None:
             raise UserError("srun: scontrol is not usable here; set MASTER_ADDR to the first node's name") from error
         os.environ["MASTER_ADDR"] = found[0]
     # Jobs that share a node must not share a port.
-    os.environ.setdefault("MASTER_PORT", str(20_000 + int(slurm["SLURM_JOB_ID"]) % 20_000))
+    if not slurm.get("MASTER_PORT"):
+        os.environ["MASTER_PORT"] = str(20_000 + number("SLURM_JOB_ID", 0) % 20_000)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", slurm["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
     tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
-    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(int(slurm.get("SLURM_NODEID", 0)), len(tasks) - 1)])
+    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(number("SLURM_NODEID", 0), len(tasks) - 1)])
 
 
 def _follow_launcher() -> None:
@@ -174,20 +185,18 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         yield _limit_threads(Group(0, 1, 0, 1, device))
         return
     _follow_launcher()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+    local_rank, local_world_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    _check_launcher(rank, world_size)
+    timeout = collective_timeout(hang_timeout)
     on_gpu = gpus != 0 and torch.cuda.is_available()
     here = max(local_rank + 1, local_world_size)  # so that all of them say what is wrong, the first among them
     device = _own_gpu(local_rank, here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     with _naming_mistakes(here):
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=collective_timeout(hang_timeout),
-            device_id=device if on_gpu else None,
-        )
+        with _naming_the_meeting(world_size, local_rank, timeout):
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
         done = False
         try:
             yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
@@ -198,6 +207,48 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
             # gloo's threads end with the last reference to the group, and DistributedDataParallel, which has one, lies
             # in a cycle. A thread that frees the tensors of the last collective while Python goes down aborts it.
             gc.collect()
+
+
+def _check_launcher(rank: int, world_size: int) -> None:
+    """UserError where what is to be a launcher's variables tells this process neither its place nor where to meet."""
+    if not 0 <= rank < world_size:
+        raise LocalUserError(
+            f"RANK={rank}: must be from 0 to below WORLD_SIZE={world_size}; number the processes from 0"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise LocalUserError(
+                f"{name}: not set, though RANK and WORLD_SIZE are; start by torchrun or with --gpus,"
+                " or unset RANK and WORLD_SIZE to run one process alone"
+            )
+    port = number("MASTER_PORT", 0)
+    if not 0 < port < 65_536:
+        raise LocalUserError(f"MASTER_PORT={port}: must be from 1 to 65535; choose a port that is free")
+
+
+@contextmanager
+def _naming_the_meeting(processes: int, local_rank: int, timeout: timedelta) -> Iterator[None]:
+    """Says, once on each machine, that processes wait for each other for long; UserError where they do not meet."""
+    port = os.environ["MASTER_PORT"]
+    where = f"{os.environ['MASTER_ADDR']}:{port}"
+    waiting = threading.Timer(_SAID_AFTER, log.warning, ("waiting for %d processes to meet at %s", processes, where))
+    waiting.daemon = True
+    if local_rank == 0:
+        waiting.start()
+    try:
+        yield
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # they were there: one has died, as its launcher
+            raise  # tells, and may start it again
+        if "EADDRINUSE" in str(error):
+            raise LocalUserError(f"MASTER_PORT={port}: in use by another program; choose another port") from error
+        raise LocalUserError(
+            f"{where} (MASTER_ADDR and MASTER_PORT): {processes} processes (WORLD_SIZE) did not meet there within"
+            f" {timeout}; start all of them, on machines that reach this address, or unset RANK and WORLD_SIZE to run"
+            " one process alone"
+        ) from error
+    finally:
+        waiting.cancel()
 
 
 @contextmanager

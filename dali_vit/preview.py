@@ -39,6 +39,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     assert config.data.data is not None
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     samples = dataset.split("train")
+    datasets.check_images(samples, config.data.max_bad_share)
     # One of many ranks has the first rows of the batch and nothing else to do.
     total = config.optim.batch_size
     local = next(n for n in range(min(count, total), total + 1) if total % n == 0)
@@ -53,7 +54,8 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     indices = TrainOrder(len(samples), total, 0, alone.world_size, config.run.seed).indices(step)[:count]
     originals = [_open(samples, index) for index in indices.tolist()]
     aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
-    title = f"{dataset.name}: step {step}, seed {config.run.seed}, {config.data.crop} crop, {aug}, before Mixup"
+    augmentation = f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'}"
+    title = f"{dataset.name}: step {step}, seed {config.run.seed}, {augmentation}, before Mixup"
     grid = _grid(originals, pixels, names, title)
     try:
         make_parent(out)

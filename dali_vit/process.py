@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import errno
 import gc
 import io
@@ -13,9 +14,12 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from dali_vit.config import LocalUserError
+
 NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Errors of writing to a pipe, and to a terminal that was closed."""
 
+_RAW_OR_ESCAPED = "dali_vit.raw_or_escaped"
 
 # OpenMP's threads, of torch on the CPU, spin for long before they sleep, on cores that DALI's or others' work on. The
 # library reads this as it is loaded: programs import this module before torch.
@@ -33,8 +37,12 @@ def run(main: Callable[[], object]) -> NoReturn:
     # takes to import, and later 0.4 s in which a GPU runs dry. No cycle holds much: 24 small objects a step, of DALI.
     gc.set_threshold(10_000, 10, 1_000)
     _open_standard_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be what the terminal cannot show
+    # A file's name or a class's may be what the terminal cannot show. Python is strict of it, but in the POSIX locale,
+    # where it prints the bytes of names that it could not decode as they were: they still are.
+    codecs.register_error(_RAW_OR_ESCAPED, _raw_or_escaped)
+    errors = {"strict": "backslashreplace", "surrogateescape": _RAW_OR_ESCAPED}
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in errors:
+        sys.stdout.reconfigure(errors=errors[sys.stdout.errors])
     logging.raiseExceptions = False  # a run whose lines nobody reads any more goes on, and without a traceback a line
     code = 0
     try:
@@ -56,6 +64,27 @@ def run(main: Callable[[], object]) -> NoReturn:
     os._exit(code)
 
 
+def _raw_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Python's `surrogateescape`, and its `backslashreplace` of what that refuses, a character at a time."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+def number(variable: str, default: int) -> int:
+    """What a launcher has set in the environment; `default` where that is nothing or empty."""
+    given = os.environ.get(variable) or default
+    try:
+        return int(given)
+    except ValueError:
+        raise LocalUserError(
+            f"{variable}={given}: not a whole number; set the one of this process or unset it"
+        ) from None
+
+
 def _open_standard_streams() -> None:
     """Opens those that were closed from the start, to nowhere: files opened later would get their numbers, and with
     them what libraries print."""
@@ -66,4 +95,4 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(opened, mode))
 
 
-__all__ = ["NOBODY_READS", "run"]
+__all__ = ["NOBODY_READS", "number", "run"]

@@ -25,7 +25,7 @@ FLAGS = [
     *("--recipe", "--resolution", "--resume", "--runs-dir", "--seed", "--steps"),
     *("--threads", "--warmup-steps", "--weight-decay", "--width"),
     *("--hang-timeout", "--max-bad-share", "--max-hours", "--max-restarts", "--max-skipped-steps", "--profile"),
-    *("--grad-accum-steps", "--residual", "--spike-threshold"),
+    *("--attention", "--grad-accum-steps", "--residual", "--spike-threshold"),
 ]
 
 

@@ -20,6 +20,7 @@ from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
 
 RECORDER = str(Path(__file__).with_name("recorder.py"))
 PLAIN = ("--mixup-alpha", "0", "--randaug-layers", "0")
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29998"}
 LARGER = ("--width", "192", "--depth", "1", "--num-heads", "3", "--mlp-dim", "768")  # 2 MB of gradients
 
 
@@ -147,6 +148,16 @@ def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(parts, ima
 
 
 @pytest.mark.timeout(150)
+def test_a_preview_is_written_and_told_once(image_folder, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
+    command = ["preview", "--data", str(image_folder), "--out", str(tmp_path / "grid.png"), "--gpus", "0", *TINY]
+    result = python(*launcher, *command, "--images", "4")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("grid.png: 4 images of step 0") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.timeout(150)
 def test_a_mistake_is_said_once_by_the_workers(image_folder, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
     result = python(*launcher, *arguments(image_folder, tmp_path / "odd"), "--batch-size", "7")
@@ -171,7 +182,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, destroyed: list[int]) -> Callable[..
             if failing is not None:
                 raise torch.distributed.DistBackendError(failing)
 
-        variables = {"RANK": local_rank, "WORLD_SIZE": processes, "LOCAL_RANK": local_rank}
+        variables = {"RANK": local_rank, "WORLD_SIZE": processes, "LOCAL_RANK": local_rank, **MEETING}
         for name, value in {**variables, "LOCAL_WORLD_SIZE": processes}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -255,9 +266,8 @@ def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, monkeyp
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(said)
 
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEETING}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.dist, "init_process_group", fail)
     message = "set GLOO_SOCKET_IFNAME on" if expected is LocalUserError else "something else"
     with pytest.raises(expected, match=message), distributed.connect(0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipelines.readers import FileList
 from pipelines.train import Augment
 from tests.conftest import CLASSES, TINY, write_image_folder
 from tests.test_cli import run
+from tests.test_launcher import second_of_two
 
 CELL, TEXT = 96, 16  # images of 32 pixels are drawn three times as large
 
@@ -82,6 +84,7 @@ def test_what_cannot_be_decoded_says_so(tmp_path, capsys, monkeypatch):
     flags = ["--minival", "0", "--max-bad-share", "0.2", "--randaug-layers", "0"]
     assert preview(data, tmp_path / "grid.png", *flags, capsys=capsys)[0] == 0
     assert sorted(drawn[1:]) == sorted([*CLASSES, *CLASSES[1:], "cannot be decoded"])
+    assert drawn[0] == "data: step 0, seed 0, tensorflow crop, no RandAugment, before Mixup"
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     bad = drawn.index("cannot be decoded") - 1
     for augmented in (False, True):
@@ -106,6 +109,23 @@ def test_images_of_16_bits_are_shown_in_8(tmp_path):
     files = FileList.from_paths([str(tmp_path / "deep.png")], [0])
     shown = np.asarray(previews._open(files, 0))
     assert np.array_equal(shown, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path, capsys):
+    data = write_image_folder(tmp_path / "data", train=3, val=1)
+    pipe = data / "train" / "bee" / "001.jpg"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    code, out, err = preview(data, tmp_path / "grid.png", capsys=capsys)
+    told = f"dali-vit: {pipe} is not a regular file: remove it or put an image in its place\n"
+    assert (code, out, err) == (2, "", told)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_of_several_processes_the_main_one_writes(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dali_vit.distributed.connect", second_of_two)
+    assert preview(image_folder, tmp_path / "grid.png", capsys=capsys) == (0, "", "")
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_mistakes_are_named(image_folder, tmp_path, capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from dali_vit import cli
+from dali_vit.config import LocalUserError
+from dali_vit.process import number
 from tests.conftest import TINY, environment, read_metrics
 
 pytestmark = pytest.mark.timeout(60)
@@ -47,6 +49,41 @@ def test_streams_have_queues_of_their_own_unless_the_user_says_otherwise() -> No
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = given
         command = [sys.executable, "-c", program]
         assert subprocess.check_output(command, env=variables, text=True, timeout=50).strip() == expected
+
+
+def test_a_launchers_number_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in ((None, 5), ("", 5), ("7", 7)):
+        monkeypatch.delenv("RANK", raising=False)
+        if given is not None:
+            monkeypatch.setenv("RANK", given)
+        assert number("RANK", 5) == expected
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(
+        LocalUserError, match=r"^RANK=one: not a whole number; set the one of this process or unset it$"
+    ):
+        number("RANK", 5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "printed"),
+    [
+        # The POSIX locale, where the bytes of a name that is not ASCII are printed as they were found.
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"caf\\xe9 \xc3\xa9 \\u540d\xff\n"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "1"}, b"caf\xc3\xa9 \xc3\xa9 \xe5\x90\x8d\xff\n"),
+        ({"PYTHONIOENCODING": "ascii"}, b"caf\\xe9 \\udcc3\\udca9 \\u540d\\udcff\n"),
+    ],
+)
+def test_what_the_terminal_cannot_show_is_escaped(variables: dict[str, str], printed: bytes) -> None:
+    program = (
+        "import sys; from dali_vit import cli\n"
+        r"cli.main = lambda: (print('caf\xe9 \udcc3\udca9 \u540d\udcff'), sys.exit(0))"
+        "\ncli.run()"
+    )
+    kept = {k: v for k, v in environment().items() if k not in ("PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env={**kept, **variables}, timeout=50, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed, b"")
 
 
 @pytest.mark.parametrize(("exits", "code"), [("0", 0), ("2", 2), ("75", 75), ("", 0), ("None", 0), ("'text'", 1)])

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = _main(argv)
     except (UserError, DecodeError) as error:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalUserError):
+        if os.environ.get("RANK", "0") in ("", "0") or isinstance(error, LocalUserError):
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except OSError as error:
