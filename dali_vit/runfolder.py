@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -146,6 +147,8 @@ def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
     active = min(config.run.profile, steps)
     before = min(PROFILE_AFTER, steps - active)
     warmup = min(2, before)
-    schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a run of so few steps leaves none for the profiler to warm up in
+        schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profiler:
         yield profiler
