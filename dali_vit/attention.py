@@ -150,7 +150,7 @@ def _draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     width = shape.heads * shape.head_width
     generator = torch.Generator(device).manual_seed(0)
     qkv, upstream = (
-        torch.randn(shape.images, shape.tokens, columns, device=device, generator=generator).bfloat16()
+        torch.randn(shape.images, shape.tokens, columns, dtype=torch.bfloat16, device=device, generator=generator)
         for columns in (3 * width, width)
     )
     return qkv, upstream

@@ -45,7 +45,6 @@ def make_update(mode: Any, parts: int = 1, attention: Any = "auto") -> tuple[Upd
 def losses(mode: Any, *, sync: str = "default", parts: int = 1, attention: Any = "auto") -> list[float]:
     """Of the first steps on fixed batches; `sync`: of `torch.cuda.set_sync_debug_mode` once all is compiled."""
     update, group = make_update(mode, parts, attention)
-    # Of their own generator: how much of the default one was drawn depends on the size that attention was tried with.
     generator = torch.Generator(group.device).manual_seed(0)
     images = torch.randint(0, 256, (64, 224, 224, 3), dtype=torch.uint8, device=group.device, generator=generator)
     labels = torch.randint(0, 100, (64,), device=group.device, generator=generator)
