@@ -203,6 +203,6 @@ def _check_packed(shape: Shape, device: torch.device) -> None:
         out, gradient = _torchs(qkv.float(), upstream.float(), shape)()
     right = out.flatten(2), gradient.flatten(2), gradient.sum((0, 1)).flatten()
     for what, ours, torchs in zip(_RESULTS, _packed(qkv, upstream, shape)(), right, strict=True):
-        error = float((ours.float() - torchs).norm() / torchs.norm())
+        error = float(((ours - torchs).norm() / torchs.norm()).detach())
         if not error < _TOLERANCE:
             raise RuntimeError(f"the {what} it gives differs from torch's by {100 * error:.1f} %")
