@@ -145,5 +145,6 @@ def test_texts_of_a_run_that_goes_on_stand_at_the_step_it_goes_on_from(tmp_path:
         log.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary")]
+    # Of the same second, their files are read in the order of a counter's digits.
+    texts = sorted((e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary"))
     assert texts == [(0, "```\nfirst\n```"), (7, "```\nsecond\n```")]
