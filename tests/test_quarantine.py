@@ -1,0 +1,116 @@
+"""What `verify --quarantine` moves aside, what it lists, and what stays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dali_vit.data import load_dataset
+from dali_vit.manifest import MANIFEST
+from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.verify import VerifyArguments, verify
+from tests import datasets
+from tests.datasets import NUM_TRAIN, VAL_IMAGES, WNIDS, write_source
+from tests.test_verify import FOUND, HURT, IMAGES, broken_folder
+
+
+@pytest.mark.timeout(60)
+def test_quarantine_moves_what_hurts_and_lists_it(tmp_path):
+    root, aside = broken_folder(tmp_path / "set"), tmp_path / "aside"
+    (root / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    report = verify(VerifyArguments(root, quarantine=aside))
+    assert (report.quarantined, report.exit_code) == (HURT - 1, 0)
+    moved = {path for kind in FOUND if kind not in ("CMYK", "other format", "unreadable") for path in FOUND[kind]}
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*.JPEG")} == moved
+    lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert {path.removeprefix(f"{root}/"): kind for path, kind, _ in lines} == {
+        path: kind for kind, paths in FOUND.items() for path in paths if path in moved
+    }
+    assert load_dataset(root, minival=0).counts == {"train": 24, "val": 9}
+    assert verify(VerifyArguments(root, quarantine=aside)).exit_code == 0
+
+
+@pytest.mark.timeout(60)
+def test_quarantine_takes_links_and_odd_names(tmp_path):
+    """A link leads from there to where it did, even if to nowhere; a name may have what parts the list's fields."""
+    root, aside = tmp_path / "set", tmp_path / "aside" / "deeper"
+    write_source("folder", root)
+    folder = root / "train" / WNIDS[0]
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "bad.jpg").write_bytes(b"no image")
+    (folder / "link.jpg").symlink_to("../../../pool/bad.jpg")
+    (folder / "gone.jpg").symlink_to("../../../pool/gone.jpg")
+    (folder / "a\tb\nc.jpg").write_bytes(b"no image")
+    report = verify(VerifyArguments(root, quarantine=aside))
+    assert (report.quarantined, report.exit_code) == (3, 0)
+    moved = aside / "train" / WNIDS[0]
+    assert sorted(path.name for path in moved.iterdir()) == ["a\tb\nc.jpg", "gone.jpg", "link.jpg"]
+    assert (moved / "link.jpg").read_bytes() == (tmp_path / "pool" / "bad.jpg").read_bytes() == b"no image"
+    assert (moved / "gone.jpg").is_symlink()
+    lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert sorted((line[0].removeprefix(f"{folder}/"), line[1]) for line in lines) == [
+        (r"a\tb\nc.jpg", "not an image"),
+        ("gone.jpg", "unreadable"),
+        ("link.jpg", "not an image"),
+    ]
+    assert not list(folder.glob("*.jpg"))
+
+
+@pytest.mark.timeout(60)
+def test_quarantine_takes_a_class_that_is_linked_twice(tmp_path):
+    root, aside = tmp_path / "set", tmp_path / "aside"
+    write_source("folder", root)
+    for split in ("train", "val"):
+        (root / split / "z").symlink_to(WNIDS[0])
+    bad = root / "train" / WNIDS[0] / "bad.jpg"
+    bad.write_bytes(b"no image")
+    (bad.parent / "dead.jpg").symlink_to("none.jpg")
+    report = verify(VerifyArguments(root, quarantine=aside))
+    moved = aside / "train" / WNIDS[0]
+    assert sorted(path.name for path in moved.iterdir()) == ["bad.jpg", "dead.jpg"]
+    lines = [line.split("\t")[0] for line in (aside / "quarantined.tsv").read_text().splitlines()]
+    assert sorted(lines) == [str(bad), str(bad.with_name("dead.jpg"))]
+    kinds = [problem.kind for problem in report.problems if Path(problem.path).name in ("bad.jpg", "dead.jpg")]
+    assert sorted(kinds) == ["not an image", "not an image", "unreadable", "unreadable"]
+    assert report.quarantined == sum(problem.hurts for problem in report.problems)
+    assert report.exit_code == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_prepared_folder_of_which_a_split_is_moved_whole(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))
+    for path in (target / "val").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:100])
+    report = verify(VerifyArguments(target, quarantine=tmp_path / "aside"))
+    assert (report.quarantined, report.exit_code) == (VAL_IMAGES, 0)
+    assert load_dataset(target, minival=0).counts == {"train": NUM_TRAIN}
+    assert json.loads((target / MANIFEST).read_text())["splits"]["val"]["mean_bytes"] == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    for path in (root / "val" / WNIDS[1]).iterdir():
+        path.write_bytes(b"")
+    with caplog.at_level("INFO", "dali_vit"):
+        report = verify(VerifyArguments(root, quarantine=tmp_path / "aside"))
+    assert report.exit_code == 2
+    reason = f"{root / 'val'} has classes without images ({WNIDS[1]}): add images or remove the folders"
+    assert report.refused == (reason,)
+    assert f"training refuses the set: {reason}" in caplog.messages
+    assert caplog.messages[-1] == "33 images of train, val: 1 problem that would hurt training"
+
+
+def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):
+    source = broken_folder(tmp_path / "source")
+    (source / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    target = prepare(PrepareArguments(source, tmp_path / "set", to="folder"))
+    assert load_dataset(target, minival=0).counts == {"train": 29, "val": 10}
+    assert verify(VerifyArguments(target, quarantine=tmp_path / "aside")).exit_code == 0
+    assert load_dataset(target, minival=0).counts == {"train": 24, "val": 9}
+    splits = json.loads((target / MANIFEST).read_text())["splits"]
+    assert splits["train"]["bytes"] == sum(len(data) for _, _, data in IMAGES["train"])
