@@ -13,6 +13,7 @@ from dali_vit.compiling import compile_fault
 from dali_vit.config import Config, DataConfig, OptimConfig
 from dali_vit.distributed import Group
 from dali_vit.metrics import peak_flops
+from pipelines import windows
 
 
 def report() -> str:
@@ -38,6 +39,7 @@ def report() -> str:
     rows.append(("compile", f"torch.compile {_state(compile_fault(device))}"))
     if gpus:
         rows.append(("jpeg engine", environment.jpeg_engine(device)))
+        rows.append(("jpeg windows", f"decoding them alone {_state(windows.fault())}"))
     where = "on the GPU" if gpus else "on the CPU"
     input_state = _state(_input_fault(device))
     rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {input_state}"))

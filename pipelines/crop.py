@@ -7,8 +7,8 @@ the window needs decoding. All coordinates are in pixels, rows before columns.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from nvidia.dali import fn, types
@@ -16,12 +16,16 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
 from pipelines import compiled as loops
+from pipelines import windows
 
 __all__ = [
     "MAX_PIXELS",
     "NUM_UNIFORMS",
+    "REGIONS",
     "SAMPLERS",
     "Decoder",
+    "Region",
+    "cut_window",
     "decode",
     "decode_window",
     "image_size",
@@ -32,6 +36,9 @@ __all__ = [
 # A larger image counts as undecodable, as it does for Pillow: decoded it would take more than 512 MiB, and what
 # claims to be one in a data set of photographs is a broken header or a decompression bomb.
 MAX_PIXELS = 2**29 // 3
+
+Region = Literal["window", "full"]
+REGIONS: tuple[Region, ...] = get_args(Region)
 
 Uniforms = tuple[DataNode, DataNode, DataNode]
 
@@ -47,8 +54,9 @@ class Decoder:
     fast_idct: bool = True
     """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves
     the distance to the reference (tests/reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
-    region: Literal["window", "full"] = "window"
-    """Decode the crop window alone, or the full image and cut the window out of it: the same pixels."""
+    region: Region = "window"
+    """Decode the crop window alone, or the full image and cut the window out of it: the same pixels. A GPU that fails
+    at the former (`windows`) does the latter."""
     fancy_upsampling: bool = False
     """On a GPU, interpolate chroma as libjpeg-turbo does, instead of repeating it. Only with `region` full: with nvJPEG
     below 13.2, which gets their edges wrong, nvImageCodec does no windows this way."""
@@ -111,6 +119,21 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
     return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
+def cut_window(
+    encoded: DataNode, image: DataNode, start: DataNode, window: DataNode, *, device: str, decoder: Decoder
+) -> DataNode:
+    """Windows of images, uint8 [h, w, 3] RGB on the device, decoded as `decoder.region` says, not resized.
+
+    Else as `decode_window`.
+    """
+    cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
+    if decoder.region == "full":
+        return fn.slice(decode(encoded, image, device=device, decoder=decoder), start, window, **cut)
+    # The decoder refuses a window outside of the image.
+    start = start + (image[0] * image[1] > MAX_PIXELS) * 1e9
+    return fn.decoders.image_slice(encoded, start, window, **cut, **_options(decoder, device))
+
+
 def decode_window(
     encoded: DataNode,
     image: DataNode,
@@ -131,13 +154,9 @@ def decode_window(
     the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it. The resize is
     compiled (see `compiled`) where `compiled` is true or, if that is None, where it can be.
     """
-    cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
-    if decoder.region == "full":
-        images = fn.slice(decode(encoded, image, device=device, decoder=decoder), start, window, **cut)
-    else:
-        # The decoder refuses a window outside of the image.
-        start = start + (image[0] * image[1] > MAX_PIXELS) * 1e9
-        images = fn.decoders.image_slice(encoded, start, window, **cut, **_options(decoder, device))
+    if device == "gpu" and decoder.region == "window" and windows.fault():
+        decoder = replace(decoder, region="full")
+    images = cut_window(encoded, image, start, window, device=device, decoder=decoder)
     if device == "cpu" and (loops.available() if compiled is None else compiled):
         return loops.resize(images, mirror, size=size, antialias=antialias)
     # A negative extent asks DALI's resize for a flipped image; it rounds 1 pixel in 1,000 the other way.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines import windows
 from pipelines.crop import Decoder
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.readers import FileList
@@ -56,6 +57,8 @@ def train_loader(files: FileList, device: str, **options: Any) -> TrainLoader:
 @pytest.mark.parametrize("crop", ["tensorflow", "torchvision"])
 @pytest.mark.parametrize("region", ["window", "full"])
 def test_training_images_are_those_of_the_cpu(files: FileList, crop: Any, region: Any) -> None:
+    if region == "window" and windows.fault():
+        pytest.skip(f"no windows are decoded alone here: {windows.fault()}")
     options = {"augment": Augment(crop=crop, randaug_layers=0), "decoder": Decoder(region=region)}
     on_gpu, on_cpu = (train_loader(files, device, **options) for device in ("cuda", "cpu"))
     for _ in range(4):
@@ -101,11 +104,13 @@ def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList, hw_dec
         assert torch.equal(labels, batches[step][1])
 
 
-def test_batches_stay_valid_while_kernels_still_read_them(files: FileList) -> None:
+# The hardware decoder writes when it is called, whatever is queued before it: torchcodec's pull request 1634.
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 1.0])
+def test_batches_stay_valid_while_kernels_still_read_them(files: FileList, hw_decoder_load: float) -> None:
     """The host runs ahead of slow kernels, dropping each batch at once: no later batch may overwrite it."""
     weights = torch.randn(4096, 4096, device="cuda")
     sums = []
-    options = {"decoder": Decoder(hw_decoder_load=0.0)}  # one decoder alone, whose bits are always the same
+    options = {"decoder": Decoder(hw_decoder_load=hw_decoder_load)}
     loader = train_loader(files, "cuda", **options)
     for _ in range(40):
         images, _ = next(loader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from benchmark.windows import Measurement
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
+from pipelines import windows
+from pipelines.crop import REGIONS, Decoder, Region
 from pipelines.loader import TrainLoader
-from pipelines.train import Decoder
 
 # Rates closer than this are taken as equal, and the worst batch decides: windows of a second differ by as much.
 EQUAL_RATES = 0.02
@@ -66,7 +67,10 @@ def sweep(
 
     `show` is called with each trial as it ends and with the settings the sweep began with. Collective.
     """
-    baseline = Settings(datasets.num_threads(config, group), 2, config.data.antialias, Decoder())
+    on_gpu = group.device.type == "cuda"
+    regions = REGIONS[1:] if on_gpu and windows.fault() else REGIONS
+    decoder = Decoder(region=regions[0])
+    baseline = Settings(datasets.num_threads(config, group), 2, config.data.antialias, decoder)
     trials: list[Trial] = []
 
     def run(settings: Settings, same_images: bool) -> Trial:
@@ -84,7 +88,7 @@ def sweep(
     best = run(baseline, True)
     if best.measurement is None:
         raise UserError("--sweep: already the settings as they are fail; without --sweep the error is shown")
-    for changes in _changes(baseline, on_gpu=group.device.type == "cuda"):
+    for changes in _changes(baseline, regions, on_gpu=on_gpu):
         alternatives = [change(best.settings) for change in changes]
         best = choose([best, *(run(settings, True) for settings in alternatives if settings != best.settings)])
     for settings in _other_images(best.settings):
@@ -113,7 +117,9 @@ def to_json(trials: list[Trial], best: Trial) -> dict[str, Any]:
     return {"trials": rows, "best": best.settings.flat()}
 
 
-def _changes(baseline: Settings, *, on_gpu: bool) -> list[list[Callable[[Settings], Settings]]]:
+def _changes(
+    baseline: Settings, regions: Sequence[Region], *, on_gpu: bool
+) -> list[list[Callable[[Settings], Settings]]]:
     """Per setting, its values to try, as changes to other settings; those that matter most come first."""
 
     def decoder(**values: Any) -> Callable[[Settings], Settings]:
@@ -123,7 +129,7 @@ def _changes(baseline: Settings, *, on_gpu: bool) -> list[list[Callable[[Setting
     counts = sorted({max(1, threads // 2), threads, threads + max(1, threads // 2), 2 * threads})
     changes: list[list[Callable[[Settings], Settings]]] = [
         [lambda settings, n=n: replace(settings, threads=n) for n in counts],  # type: ignore[misc]
-        [decoder(region=region) for region in ("window", "full")],
+        [decoder(region=region) for region in regions],
     ]
     if on_gpu:
         changes += [
