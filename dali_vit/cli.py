@@ -29,6 +29,7 @@ from dali_vit.arguments import (
     PreviewArguments,
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
+from dali_vit.config_file import expand
 from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
 
 if TYPE_CHECKING:
@@ -290,6 +291,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _preview(argv: list[str]) -> int:
+    argv = expand(argv)
     defaults = PreviewArguments(out=tyro.MISSING, config=named_recipe(argv))
     arguments: PreviewArguments = parse(PreviewArguments, argv, "preview", default=defaults)
     from dali_vit import distributed

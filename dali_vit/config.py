@@ -2,9 +2,9 @@
 
 The docstring under a field is its help text on the command line. The defaults reproduce *Better plain ViT
 baselines for ImageNet-1k* (arXiv 2205.01580), but for `antialias` and `first_moment`, which make no difference that
-could be measured, and `spike_threshold`, which leaves steps out that big_vision would take. On GPUs matrix products are
-in bfloat16, and training's JPEG decoder repeats chroma (`pipelines.crop.Decoder`). `dali_vit.recipes` states what other
-recipes change.
+could be measured, and `spike_threshold`, which leaves steps out that big_vision would take; so are steps whose gradient
+is not finite, and images that cannot be decoded. On GPUs matrix products are in bfloat16, and training's JPEG decoder
+repeats chroma (`pipelines.crop.Decoder`). `dali_vit.recipes` states what other recipes change.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DataConfig:
     max_bad_share: float = operational(0.01)
     """Share of the images of train or val that may be undecodable, one in any case unless 0; they are left out."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
-    """Sampling of the Inception crop: TensorFlow's (the paper's) or torchvision's RandomResizedCrop."""
+    """Sampling of the Inception crop, of 5 % of the area or more: TensorFlow's (the paper's) or torchvision's."""
     antialias: bool = True
     """Low-pass filter when the crop is made smaller (big_vision: off, which mup-vit found to make no difference)."""
     randaug_layers: int = 2
@@ -149,9 +149,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out: of these only the seed, beside the recipe itself, changes what is learned."""
+    """How the run is carried out. What is learned depends on the seed alone of these, and on the number of processes,
+    whose shares of a batch are mixed each in itself; of a model with batch norm on --grad-accum-steps, too."""
 
-    recipe: str = "s16-90ep"
+    recipe: str = operational("s16-90ep")
     """Recipe that supplies every default; the help of `dali-vit train` lists them."""
     name: str | None = operational(None)
     """Name of the run's folder; default: the recipe's name."""
@@ -162,7 +163,7 @@ class RunConfig:
     gpus: int | None = operational(None)
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = operational(None)
-    """DALI's CPU threads per process; default: its share of the machine's cores."""
+    """DALI's CPU threads per process; default: its share of the machine's cores, or what --autotune finds."""
     autotune: Literal["auto", "on", "off"] = operational("auto")
     """Search for the loader's fastest settings at the start, about a minute, kept for later runs; auto: on GPUs."""
     compile: CompileMode = operational("auto")
@@ -174,7 +175,7 @@ class RunConfig:
     log_every: int = operational(50)
     """Steps between log lines and scalars."""
     eval_every: float = operational(2.0)
-    """Epochs between evaluations on minival and val (big_vision: 2,500 steps, about as many); 0: only at the end."""
+    """Epochs between evaluations on minival and val (big_vision: 2,500 steps, 2 epochs of 1,024); 0: at the end."""
     checkpoint_every: int = operational(1000)
     """Steps between checkpoints; one is also written before each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
@@ -190,7 +191,7 @@ class RunConfig:
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
-    """Steps to record with torch's profiler, after the first 10 (of a shorter run the last); 0: none."""
+    """Steps to record in the run's folder profile/, after the first 10 (of a shorter run the last); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Config:
         return at_home(self.run.runs_dir) / (self.run.name or self.run.recipe)
 
 
-_GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
+"""The fields of Config."""
 
 
 def total_steps(optim: OptimConfig, num_images: int) -> int:
@@ -230,7 +232,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
     """The inverse of `to_dict`; fields that are missing take their default, unknown ones raise UserError."""
     resolved: dict[str, Any] = {}
-    for group, group_type in _GROUPS.items():
+    for group, group_type in GROUPS.items():
         values = dict(groups.get(group, {}))
         known = {f.name for f in dataclasses.fields(group_type)}
         unknown = sorted(set(values) - known)
@@ -249,7 +251,7 @@ def to_yaml(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """`field: old -> new` for every field that differs and would change the trained weights."""
     lines = []
-    for group, group_type in _GROUPS.items():
+    for group, group_type in GROUPS.items():
         for f in dataclasses.fields(group_type):
             if f.metadata.get("operational"):
                 continue

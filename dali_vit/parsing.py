@@ -16,6 +16,7 @@ import tyro
 
 from dali_vit import recipes
 from dali_vit.config import Config, ModelConfig, UserError, mendable
+from dali_vit.config_file import expand
 from dali_vit.variants import TIMM_PREFIX
 
 __all__ = ["PROGRAM", "named_recipe", "parse", "parse_train", "stdout_may_be_full"]
@@ -25,17 +26,16 @@ PROGRAM = "dali-vit"
 
 def parse_train(argv: list[str]) -> tuple[Config, bool]:
     """The resolved Config and whether it is only to be printed."""
-    argv = list(argv)
     print_config = "--print-config" in argv
-    if print_config:
-        argv.remove("--print-config")
+    argv = expand([argument for argument in argv if argument != "--print-config"])
     config: Config = parse(
         Config,
         argv,
         "train",
         default=named_recipe(argv),
         description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
-        "--print-config prints the resolved settings instead.\n\n"
+        "--print-config prints the resolved settings instead. --config FILE takes settings from such a print, or from"
+        " a run's config.yaml; flags beside it override them.\n\n"
         f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
     )
     return config, print_config

@@ -17,6 +17,7 @@ from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics,
 
 FLAGS = [
     *("--antialias", "--autotune", "--batch-size", "--beta1", "--beta2", "--checkpoint-every", "--compile"),
+    "--config",
     *("--crop", "--data", "--depth", "--epochs", "--eps", "--eval-every"),
     *("--first-moment", "--gpus", "--grad-clip-norm", "--head", "--keep-checkpoints", "--label-smoothing"),
     *("--log-every", "--lr", "--minival", "--mixup-alpha", "--mlp-dim", "--model"),

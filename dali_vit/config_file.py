@@ -1,0 +1,85 @@
+"""`--config FILE`: a run's settings from YAML, as its config.yaml has them and --print-config prints them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dali_vit.config import GROUPS, UserError
+from dali_vit.files import at_home
+
+__all__ = ["expand"]
+
+FLAG = "--config"
+_MEANT = "give a run's config.yaml, or what --print-config printed"
+# What a flag on the command line takes away from the file beside the setting of its own name.
+_TAKES = {"--steps": {"epochs"}, "--epochs": {"steps"}, "--model": {"width", "depth", "num_heads", "mlp_dim"}}
+
+
+def expand(argv: list[str]) -> list[str]:
+    """The flags with those that the file of --config stands for in front, so that all others override them.
+
+    Settings that the file leaves out are its recipe's. UserError for a file that holds something else.
+    """
+    path, rest = _taken(argv)
+    if path is None:
+        return argv
+    given = {argument.partition("=")[0] for argument in rest}
+    if "--recipe" in given:
+        raise UserError(f"--recipe and {FLAG}: give one of them, not both; the file has all settings")
+    taken = {name for flag in given for name in _TAKES.get(flag, ())}
+    return [flag for name, flag in _flags(path) if name not in taken] + rest
+
+
+def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file that is named, the last time, and the other arguments."""
+    path, rest = None, []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name != FLAG:
+            rest.append(argument)
+            continue
+        path = value if equals else next(arguments, "")
+        if not path or path.startswith("--"):
+            raise UserError(f"{FLAG}: names no file; {_MEANT}")
+    return path, rest
+
+
+def _flags(path: str) -> list[tuple[str, str]]:
+    """Each setting of a file and the flag that stands for it."""
+    flags = []
+    for group, values in _read(path).items():
+        fields = {field.name: str(field.type) for field in dataclasses.fields(GROUPS[group])}
+        for name, value in values.items():
+            if name not in fields:
+                raise UserError(f"{FLAG} {path}: {group} has no setting {name}; {_MEANT}")
+            if isinstance(value, dict | list):
+                raise UserError(f"{FLAG} {path}: {name} has more than one value; give it one")
+            if (fields[name] == "bool") != isinstance(value, bool):
+                wanted = "true or false" if fields[name] == "bool" else "neither true nor false"
+                raise UserError(f"{FLAG} {path}: {name} must be {wanted}")
+            flag = str(name).replace("_", "-")
+            if isinstance(value, bool):
+                flags.append((name, f"--{flag}" if value else f"--no-{flag}"))
+            elif value is not None or "str" not in fields[name]:  # of a text, None would be taken for one
+                flags.append((name, f"--{flag}={value}"))
+    return flags
+
+
+def _read(path: str) -> dict[str, dict[str, Any]]:
+    """The settings by group."""
+    try:
+        groups = yaml.safe_load(at_home(Path(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{FLAG} {path}: {error.strerror}; {_MEANT}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{FLAG} {path}: is no YAML; {_MEANT}") from error
+    if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
+        raise UserError(f"{FLAG} {path}: must hold the groups {', '.join(GROUPS)}, of settings each; {_MEANT}")
+    if unknown := set(map(str, groups)) - set(GROUPS):
+        raise UserError(f"{FLAG} {path}: {min(unknown)} is none of the groups {', '.join(GROUPS)}; {_MEANT}")
+    return groups

@@ -1,0 +1,95 @@
+"""`--config FILE`: settings that a run or --print-config wrote, taken again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dali_vit import recipes
+from dali_vit.config import UserError, from_dict, to_yaml
+from dali_vit.config_file import expand
+from dali_vit.parsing import parse_train
+
+
+def parsed(*arguments: str | Path) -> Any:
+    return parse_train(list(map(str, arguments)))[0]
+
+
+@pytest.mark.parametrize("recipe", ["demo", "s16-300ep-original", "resnet50-90ep"])
+def test_what_was_printed_is_taken_again(recipe: str, tmp_path: Path) -> None:
+    changes = ["--data", "a b=c", "--no-antialias", "--grad-clip-norm", "None", "--max-hours", "2.5", "--name", "x"]
+    config = parsed("--recipe", recipe, *changes, "--steps", "70000", "--seed", str(2**63 - 1))
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parsed("--config", file) == config
+    assert parsed(f"--config={file}") == config
+    assert config != recipes.get(recipe)
+
+
+def test_flags_override_the_file_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(recipes.get("demo")))
+    changed = parsed("--lr", "0.5", "--config", file, "--no-antialias")
+    assert (changed.optim.lr, changed.data.antialias, changed.model.width) == (0.5, False, 96)
+    stepped = parsed("--config", file, "--steps", "100")
+    assert (stepped.optim.steps, stepped.optim.epochs) == (100, None)
+    file.write_text(to_yaml(stepped))
+    assert parsed("--config", file, "--epochs", "2").optim.steps is None
+    # A model that is named has the sizes of its own name.
+    assert parsed("--config", file, "--model", "B/16").model.width is None
+
+
+def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optim:\n  lr: 3e-4\nrun:\n  recipe: b32-90ep\n")  # to YAML 3e-4 is a text
+    expected = from_dict(yaml.safe_load(to_yaml(recipes.get("b32-90ep"))))
+    assert expected.model.model == "B/32"
+    config = parsed("--config", file)
+    assert config.optim.lr == 3e-4
+    assert parsed("--config", file, "--lr", "0.001") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory"),
+        ("data: {", "is no YAML"),
+        ("\x00", "is no YAML"),
+        ("", "must hold the groups data, model, optim, run"),
+        ("data: 3", "must hold the groups data, model, optim, run"),
+        ("lr: {}", "lr is none of the groups data, model, optim, run"),
+        ("optim: {lrr: 1}", "optim has no setting lrr"),
+        ("optim: {lr: [1, 2]}", "lr has more than one value; give it one"),
+        ("data: {antialias: maybe}", "antialias must be true or false"),
+        ("optim: {lr: true}", "lr must be neither true nor false"),
+    ],
+)
+def test_another_file_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        expand(["--config", str(file)])
+    assert str(raised.value).startswith(f"--config {file}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config"], "--config: names no file"),
+        (["--config="], "--config: names no file"),
+        (["--config", "--lr", "1"], "--config: names no file"),
+        (["--config", "x.yaml", "--recipe=demo"], "--recipe and --config: give one of them, not both"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        expand(arguments)
+    assert str(raised.value).startswith(message)
+
+
+def test_without_it_the_flags_are_as_they_were() -> None:
+    assert expand(["--lr", "1", "--name", "--x"]) == ["--lr", "1", "--name", "--x"]
