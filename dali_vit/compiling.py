@@ -31,7 +31,7 @@ def how_to_compile(config: Config, group: Group) -> tuple[str, str]:
     fault = next(filter(None, gather_objects(compile_fault(group.device))), None)
     if fault is None:
         mode = "default" if wanted == "auto" else wanted
-        return mode, f"torch.compile, {mode} mode"
+        return mode, f"torch.compile, {mode} mode, for which the first step waits"
     if wanted != "auto":
         raise UserError(f"--compile {wanted}: torch.compile fails here ({fault}); mend that, or give --compile off")
     if group.is_main:

@@ -28,7 +28,9 @@ def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
     does. Source: big_vision, utils.create_learning_rate_schedule.
     """
     if warmup_steps >= total_steps > 1:
-        raise UserError(f"--warmup-steps {warmup_steps}: must be below the run's {total_steps} steps")
+        raise UserError(
+            f"--warmup-steps {warmup_steps}: must be below the run's {total_steps} steps; give {total_steps // 10}"
+        )
     if step < warmup_steps:
         return float(np.float32(step) / np.float32(warmup_steps))
     # In float32 like the reference: 1 + cos cancels towards the end, where float64 would differ by more than 1e-6.

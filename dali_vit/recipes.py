@@ -1,6 +1,6 @@
 """Named recipes: functions that return a Config, each stating only what it changes.
 
-Each recipe runs as `dali-vit train --recipe NAME --data PATH`.
+Each recipe runs as `dali-vit train --recipe NAME --data PATH`, `demo` without the latter.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def b32(config: Config) -> Config:
 
 
 def resnet50(config: Config) -> Config:
-    """timm's ResNet-50, crop and flip only, SGD as by Goyal et al. (arXiv 1706.02677), cosine, label smoothing."""
+    """timm's ResNet-50, crop and flip, SGD as in arXiv 1706.02677 for batch 1,024, cosine, label smoothing."""
     batch_size = config.optim.batch_size
     config = _set(config, "model", model="timm:resnet50")
     config = _set(config, "data", crop="torchvision", randaug_layers=0)

@@ -18,16 +18,34 @@ from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.metrics import duration, peak_flops
+from dali_vit.variants import TIMM_PREFIX
 
 log = logging.getLogger(__name__)
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
-    if config.model.startswith("timm:"):
+    if config.model.startswith(TIMM_PREFIX):
         kind = config.model
     else:
         kind = f"ViT-{config.model} {config.pool}, {config.posemb}, {config.head} head"
     return f"{kind}, {parameters / 1e6:.1f} M parameters, {forward_flops / 1e9:.2f} GFLOP at {resolution} px"
+
+
+def remarks(config: Config, dataset: Dataset, total_steps: int) -> list[str]:
+    """What about a run that is allowed may not be what was meant."""
+    found = []
+    if not dataset.counts.get("val"):
+        minival = dataset.counts.get("minival")
+        what = ": minival alone is evaluated" if minival else ", and --minival leaves none: nothing is evaluated"
+        found.append(f"{dataset.root} has no val/{what}")
+    warmup = config.optim.warmup_steps
+    if 2 * warmup > total_steps:
+        share = 100 * warmup / total_steps
+        found.append(
+            f"--warmup-steps {warmup}: {share:.0f} % of the run's {total_steps} steps are at a rate below --lr;"
+            f" ImageNet's 90 epochs have 9 %, here {total_steps // 11}"
+        )
+    return found
 
 
 def summary(
@@ -36,12 +54,12 @@ def summary(
     group: Group,
     *,
     model: str,
-    compiled: str,
+    how: Mapping[str, str],
     total_steps: int,
     checkpoint: Checkpoint | None,
     threads: int,
 ) -> str:
-    """What will be trained, on what and for how long: one `name  value` line each."""
+    """What will be trained, on what, how (`build_update`'s) and for how long: one `name  value` line each."""
     counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
@@ -55,7 +73,7 @@ def summary(
         f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
-        "compile": compiled + (", for which the first step waits" if compiled.startswith("torch.compile") else ""),
+        **how,
         "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
         f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",
     }
@@ -108,8 +126,9 @@ class StarvationWarning:
             self._said = True
             log.warning(
                 "training waits for data %.0f %% of the time: more --threads (a machine with more cores), shards on a"
-                " local disk (`dali-vit prepare`), GPUs that decode JPEGs in hardware (A100, H100 and later) or fewer"
-                " --randaug-layers would help; tools/bench_throughput.py --sweep finds out",
+                " local disk (`dali-vit prepare`), GPUs that decode JPEGs in hardware (A100, H100 and later) or, as"
+                " another recipe, fewer --randaug-layers would help; tools/bench_throughput.py --sweep, in a checkout,"
+                " finds out",
                 data_wait_pct,
             )
 

@@ -90,9 +90,9 @@ class RunAhead:
 
 def build_update(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, group: Group
-) -> tuple[Update, str]:
+) -> tuple[Update, dict[str, str]]:
     """The function (images, labels, lambda, lr) -> (loss, gradient norm) that trains one step, and how it runs, in
-    words.
+    words: `compile` and, where there is something to say of them, `attention` and `parts`.
 
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
     nothing waits for them, but for the step before last (`RunAhead`). The loss is this process's, the norm that of all;
@@ -101,9 +101,10 @@ def build_update(
     """
     on_gpu = group.device.type == "cuda"
     parts = config.run.grad_accum_steps
-    mode, compiled = how_to_compile(config, group)
-    images = config.optim.batch_size // group.world_size // parts
-    attention = choose_attention(config.run.attention, model, images, group, compiled=mode != "off")
+    mode, words = how_to_compile(config, group)
+    how = {"compile": words}
+    images_at_once = config.optim.batch_size // group.world_size // parts
+    attention = choose_attention(config.run.attention, model, images_at_once, group, compiled=mode != "off")
     use_packed_attention(model, attention.packed)
     step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
@@ -122,9 +123,9 @@ def build_update(
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if on_gpu:
-        compiled += f"; attention {attention.words}"
+        how["attention"] = attention.words
     if parts > 1:
-        compiled += f"; gradients of {parts} parts added up"
+        how["parts"] = f"{parts}, whose gradients are added up"
     replays = mode in WITH_CUDA_GRAPHS
     passes = forward_and_backward(step, parts, replicas)
     ahead = RunAhead(group.device)
@@ -144,7 +145,7 @@ def build_update(
         ahead.step_is_queued()
         return loss, norm
 
-    return name_lack_of_memory(update, config, group), compiled
+    return name_lack_of_memory(update, config, group), how
 
 
 __all__ = ["DDP_OPTIONS", "RunAhead", "TrainStep", "build_update"]

@@ -1,8 +1,9 @@
-"""The training loop, phases in the order they run: data, model, restore, loop, evaluation, checkpoint.
+"""The training loop, phases in the order they run: data, model, restore, loop, checkpoint, evaluation.
 
 How a run starts: from the newest checkpoint in its own folder where there is one; else from scratch, with
 weights that depend on the seed alone. Order and augmentation of the data are pure functions of (seed, step)
-and so is Mixup's lambda: going on from a checkpoint repeats the uninterrupted run bit for bit.
+and so is Mixup's lambda: on the CPU, with as many processes as before, going on from a checkpoint repeats the
+uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
     _check_same_start(start, config)
-    if group.is_main and not any(dataset.counts.get(split) for split in ("minival", "val")):
-        log.warning("%s has no val/, and --minival leaves none: nothing is evaluated", dataset.root)
+    for remark in report.remarks(config, dataset, total) if group.is_main else ():
+        log.warning("%s", remark)
     due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
     if checkpoint and start >= total and not due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
@@ -61,7 +62,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     warn_of_memory(model, config, group)
     model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
-    update, compiled = build_update(config, model, optimizer, group)
+    update, how = build_update(config, model, optimizer, group)
 
     # Restore.
     torch.manual_seed(config.run.seed + group.rank)  # drawn from only by timm models with dropout
@@ -82,7 +83,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             dataset,
             group,
             model=report.model_line(config.model, num_parameters(model), forward_flops, config.data.resolution),
-            compiled=compiled,
+            how=how,
             total_steps=total,
             checkpoint=checkpoint,
             threads=settings.threads,

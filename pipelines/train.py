@@ -1,7 +1,8 @@
 """The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3].
 
-One definition for both devices. On the CPU, the window, resize and RandAugment are operators compiled by Numba (see
-`compiled`), as DALI's own took 40 % of the time there; on a GPU RandAugment is one compiled by Triton (`compiled_gpu`).
+One definition for both devices. Where Numba is, the window is drawn by an operator that it compiles, and so are, on the
+CPU, resize and RandAugment (see `compiled`), as DALI's own took 40 % of the time there; on a GPU RandAugment is one
+compiled by Triton (`compiled_gpu`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Drawn(NamedTuple):
     mirror: DataNode | None
     """Whether the image is flipped."""
     uniforms: DataNode
-    """RandAugment's, if there is one."""
+    """RandAugment's; without it the last that are drawn, which are of no use any more."""
 
 
 def draw(source: TrainSource, augment: Augment) -> Drawn:

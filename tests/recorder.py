@@ -27,7 +27,7 @@ _now = 0
 def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
     if buckets := os.environ.get("BUCKETS"):
         dali_vit.step.DDP_OPTIONS["bucket_cap_mb"] = float(buckets)
-    update, compiled = dali_vit.step.build_update(config, model, optimizer, group)
+    update, how = dali_vit.step.build_update(config, model, optimizer, group)
     rank, first, end = map(int, os.environ.get("SPIKE", "-1:0:0").split(":"))
     cross_entropy = dali_vit.step.mixup_cross_entropy
 
@@ -54,7 +54,7 @@ def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
         file.flush()
         return loss, norm
 
-    return recorded, compiled
+    return recorded, how
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_a_spike_is_left_out_and_counted(tiny_config, cpu, leaping, monkeypatch,
     states: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def build(config, model, optimizer, group):
-        update, compiled = dali_vit.step.build_update(config, model, optimizer, group)
+        update, how = dali_vit.step.build_update(config, model, optimizer, group)
 
         def observed(*arguments):
             before = {n: p.clone() for n, p in model.state_dict().items()} | clones(optimizer)
@@ -161,7 +161,7 @@ def test_a_spike_is_left_out_and_counted(tiny_config, cpu, leaping, monkeypatch,
             states.append((before, {n: p.clone() for n, p in model.state_dict().items()} | clones(optimizer)))
             return result
 
-        return observed, compiled
+        return observed, how
 
     def clones(optimizer):
         return {f"{i}.{k}": v.clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}

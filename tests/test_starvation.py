@@ -29,7 +29,7 @@ def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp
     """Photographs of five megapixels, decoded by one thread, for a step that does nothing."""
 
     def build_update(*_: Any) -> Any:
-        return lambda *batch: (torch.ones(()), torch.ones(())), "none"
+        return lambda *batch: (torch.ones(()), torch.ones(())), {}
 
     monkeypatch.setattr(dali_vit.train, "build_update", build_update)
     pixels = np.random.default_rng(0).integers(0, 256, (1600, 3200, 3), np.uint8)
@@ -54,13 +54,13 @@ def test_a_fast_reader_is_not_warned_of(tiny_config, cpu, caplog, monkeypatch):
     """The same 8 small images a step, for a step that takes 0.2 s."""
 
     def build_update(*arguments: Any) -> Any:
-        update, compiled = dali_vit.step.build_update(*arguments)
+        update, how = dali_vit.step.build_update(*arguments)
 
         def slow_update(*batch: Any) -> Any:
             time.sleep(0.2)
             return update(*batch)
 
-        return slow_update, compiled
+        return slow_update, how
 
     monkeypatch.setattr(dali_vit.train, "build_update", build_update)
     with caplog.at_level("WARNING", logger="dali_vit"):

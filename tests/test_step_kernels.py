@@ -288,8 +288,8 @@ def test_a_loss_outlives_the_next_replay_of_a_cuda_graph(mode, tiny_config, cpu,
     monkeypatch.setattr(torch, "compile", replayed)
     monkeypatch.setattr(dali_vit.compiling, "compile_fault", lambda device: None)
     model = create_model(config.model, num_classes=3, resolution=32)
-    update, compiled = build_update(config, model, create_optimizer(model, config.optim), cpu)
-    assert compiled == f"torch.compile, {mode} mode"
+    update, how = build_update(config, model, create_optimizer(model, config.optim), cpu)
+    assert how == {"compile": f"torch.compile, {mode} mode, for which the first step waits"}
     images = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     labels = torch.arange(8) % 3
     losses = [update(images[i], labels, 0.7, 1e-2)[0] for i in range(2)]

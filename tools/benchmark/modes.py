@@ -44,7 +44,7 @@ def training_step(config: Config, model: nn.Module, total_steps: int, group: Gro
     """
     model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
-    update, compiled = build_update(config, model, optimizer, group)
+    update, how = build_update(config, model, optimizer, group)
     model.train()
     window, steps = Window(group), count()
 
@@ -54,7 +54,7 @@ def training_step(config: Config, model: nn.Module, total_steps: int, group: Gro
         lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
         window.add(*update(images, labels, lam, lr))
 
-    return train_on, compiled
+    return train_on, "; ".join([how.pop("compile"), *(f"{name} {words}" for name, words in how.items())])
 
 
 def measure_loader(
