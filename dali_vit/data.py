@@ -35,6 +35,7 @@ from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
 from pipelines import readers
+from pipelines.bad_samples import most_allowed
 from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
@@ -51,6 +52,7 @@ __all__ = [
     "load_dataset",
     "load_eval_folder",
     "load_real_labels",
+    "most_allowed",
 ]
 
 # First bytes of the formats of IMAGE_SUFFIXES.
@@ -200,8 +202,7 @@ def check_images(samples: ImageList, max_bad_share: float | None = None) -> None
     for path, fault in bad:
         if fault == _NOT_REGULAR:  # DALI would wait for a pipe's writer for ever, where it leaves other bad files out
             raise UserError(f"{path} {fault}: remove it or put an image in its place")
-    share = max_bad_share or 0.0
-    if len(bad) > max(share * len(indices), share > 0):
+    if len(bad) > most_allowed(max_bad_share or 0.0, len(indices)):
         path, fault = bad[0]
         found = f"unusable images: {len(bad)} of {len(indices)} looked at"
         limit = "" if max_bad_share is None else f", more than --max-bad-share {max_bad_share:g} allows"

@@ -25,7 +25,7 @@ from torch import Tensor
 from dali_vit import checkpoint, weights
 from dali_vit.config import UserError
 from dali_vit.files import at_home, make_parent
-from dali_vit.model import PlainViT, no_such_images
+from dali_vit.model import PlainViT, no_such_images, vit_arguments
 from dali_vit.validation import check_local
 from dali_vit.variants import TIMM_PREFIX, resolve_variant
 
@@ -86,20 +86,10 @@ def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
 
     Fixed positions are saved as learned ones are.
     """
-    variant, patch = resolve_variant(opened.config)
+    _, patch = resolve_variant(opened.config)
     name = f"vit_{_SIZES.get(opened.config.model.split('/')[0], '')}_patch{patch}_224"
-    cls_token = opened.config.pool == "tok"
     return name if timm.is_model(name) else _ANY_VIT, {
-        "img_size": opened.resolution,
-        "patch_size": patch,
-        "embed_dim": variant.width,
-        "depth": variant.depth,
-        "num_heads": variant.num_heads,
-        "mlp_ratio": (variant.mlp_dim + 0.5) / variant.width,  # as in create_model
-        "class_token": cls_token,
-        "no_embed_class": True,
-        "global_pool": "token" if cls_token else "avg",
-        "fc_norm": False,
+        **vit_arguments(opened.config, opened.resolution),
         "norm_layer": "layernorm",  # timm's has big_vision's epsilon, 1e-6
         "act_layer": "gelu_tanh",
     }

@@ -97,30 +97,38 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
     check_model(config, resolution)
     if config.model.startswith(TIMM_PREFIX):
         return _create_timm(config, num_classes=num_classes, resolution=resolution, seed=seed)
-    (width, depth, mlp_dim, num_heads), patch = resolve_variant(config)
     with _random_state(seed):
         model = PlainViT(
+            **vit_arguments(config, resolution),
             posemb=config.posemb,
             mlp_head=config.head == "mlp",
             residual=config.residual,
-            img_size=resolution,
-            patch_size=patch,
             embed_layer=PatchMatmul,
             num_classes=num_classes,
-            embed_dim=width,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=(mlp_dim + 0.5) / width,  # timm takes int(width * ratio): the half outweighs rounding errors
-            class_token=config.pool == "tok",
-            no_embed_class=True,
-            global_pool="token" if config.pool == "tok" else "avg",
-            fc_norm=False,
             block_fn=LeanBlock,
             norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
             act_layer=partial(nn.GELU, approximate="tanh"),
         )
         _initialise(model)
     return model
+
+
+def vit_arguments(config: ModelConfig, resolution: int) -> dict[str, Any]:
+    """What timm's VisionTransformer is told of a plain ViT's sizes and pooling, as numbers and names."""
+    (width, depth, mlp_dim, num_heads), patch = resolve_variant(config)
+    cls_token = config.pool == "tok"
+    return {
+        "img_size": resolution,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": (mlp_dim + 0.5) / width,  # timm takes int(width * ratio): the half outweighs rounding errors
+        "class_token": cls_token,
+        "no_embed_class": True,
+        "global_pool": "token" if cls_token else "avg",
+        "fc_norm": False,
+    }
 
 
 def sincos2d(rows: int, columns: int, width: int) -> Tensor:

@@ -291,7 +291,7 @@ def _bad_samples(loader_states: Sequence[dict[str, Any]]) -> list[int]:
 def _check_bad_samples(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
     """UserError, on every rank alike, once the ranks together have found more than the allowed share."""
     count = len(dataset.split("train"))
-    if len(bad_samples) > max(1, config.data.max_bad_share * count):
+    if len(bad_samples) > datasets.most_allowed(config.data.max_bad_share, count):
         raise UserError(
             f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
             f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"

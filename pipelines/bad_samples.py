@@ -10,7 +10,7 @@ import numpy as np
 from pipelines import probe
 from pipelines.readers import Samples
 
-__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg"]
+__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
@@ -25,6 +25,11 @@ class DecodeError(ValueError):
         super().__init__(message)
         self.paths = list(paths)
         """Names of the samples."""
+
+
+def most_allowed(max_share: float, count: int) -> int:
+    """How many of `count` samples may be bad: up to the share, and 1 in any case, unless the share is 0."""
+    return max(int(max_share * count + 1e-6), int(max_share > 0))  # the product may have been rounded down
 
 
 class BadSamples:
@@ -49,7 +54,7 @@ class BadSamples:
         if not all(0 <= index < len(samples) for index in indices):
             raise ValueError(f"bad_samples holds other indices than those of the {len(samples)} samples")
         self._samples, self._make, self._make_on_cpu = samples, make, make_on_cpu or make
-        self._max = max(int(max_share * len(samples) + 1e-6), int(max_share > 0))
+        self._max = most_allowed(max_share, len(samples))
         self.mask = np.zeros(len(samples), bool)
         """Which samples are bad, bool [N]; it changes in place."""
         self.mask[list(indices)] = True
