@@ -36,7 +36,7 @@ def test_they_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch: py
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dali_vit import packed_attention
+    from dali_vit import attention_kernels, packed_attention
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tensors = dict.fromkeys(("qkv", "out", "dout", "dqkv"), "*bf16") | dict.fromkeys(
@@ -44,9 +44,9 @@ def test_they_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch: py
     )
     numbers = dict.fromkeys(("tokens", "heads", "padded"), "i32") | dict.fromkeys(("scale", "factor"), "fp32")
     kernels: list[tuple[Any, dict[str, int], dict[str, int]]] = [
-        (packed_attention.attention_forward, {"D": 64, "BLOCK": 64, "FULL": 3, "TAIL": 16}, {}),
+        (attention_kernels.attention_forward, {"D": 64, "BLOCK": 64, "FULL": 3, "TAIL": 16}, {}),
         (
-            packed_attention.attention_backward,
+            attention_kernels.attention_backward,
             {"D": 64, "BLOCK": 64, "TILE": 32, "FULL": 6, "TAIL": 16},
             packed_attention.OPTIONS,
         ),

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dali_vit import packed_attention
+from dali_vit.attention_kernels import attention_backward, attention_forward
 from dali_vit.blocks import use_packed_attention
 from dali_vit.config import ModelConfig
 from dali_vit.model import create_model
-from dali_vit.packed_attention import PackedAttention, attention_backward, attention_forward
+from dali_vit.packed_attention import PackedAttention
 
 SHAPES = [  # images, tokens, heads, head width
     (2, 196, 2, 64),  # ViT-S/16's tokens: three blocks and four more, six tiles and four more
