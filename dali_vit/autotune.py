@@ -59,7 +59,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     engine = environment.jpeg_engine(group.device)
     if group.is_main and engine.startswith("unusable"):
         log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
-    defaults = LoaderSettings(datasets.num_threads(config, group))
+    defaults = datasets.default_settings(config, group)
     wanted = config.run.autotune
     if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
         return defaults

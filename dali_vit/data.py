@@ -34,7 +34,7 @@ from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
 from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
-from pipelines import readers
+from pipelines import readers, windows
 from pipelines.bad_samples import most_allowed
 from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
@@ -244,6 +244,12 @@ def num_threads(config: Config, group: Group) -> int:
     return config.run.threads or group.cores
 
 
+def default_settings(config: Config, group: Group) -> LoaderSettings:
+    """What is loaded with where no better settings are known; a GPU that fails at windows decodes whole images."""
+    whole = group.device.type == "cuda" and windows.fault() is not None
+    return LoaderSettings(num_threads(config, group), decoder=Decoder(region="full" if whole else "window"))
+
+
 def allow_open_files(samples: ImageList, batch_size: int) -> None:
     """Lets this process read batches of so many samples; UserError where the system does not allow it the files."""
     try:
@@ -263,7 +269,7 @@ def train_loader(
 ) -> TrainLoader:
     """The training stream of this process from a step on, as the config has it; `bad_samples` are left out."""
     data = config.data
-    settings = settings or LoaderSettings(num_threads(config, group))
+    settings = settings or default_settings(config, group)
     train = dataset.split("train")
     allow_open_files(train, config.optim.batch_size // group.world_size)
     return TrainLoader(

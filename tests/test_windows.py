@@ -14,6 +14,9 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from dali_vit.config import Config
+from dali_vit.data import LoaderSettings, default_settings
+from dali_vit.distributed import Group
 from pipelines import crop, windows
 from pipelines.crop import Decoder
 
@@ -153,3 +156,15 @@ def test_where_windows_fail_whole_images_are_decoded(
 
     graph()
     assert called == decoders
+
+
+@pytest.mark.parametrize(
+    ("device", "fault", "region"),
+    [("cuda", None, "window"), ("cuda", "SIGSEGV", "full"), ("cpu", "SIGSEGV", "window")],
+)
+def test_what_is_reported_is_what_is_loaded_with(
+    monkeypatch: pytest.MonkeyPatch, device: str, fault: str | None, region: Any
+) -> None:
+    monkeypatch.setattr(windows, "fault", lambda: fault)
+    group = Group(0, 1, 0, 1, torch.device(device), cores=5)
+    assert default_settings(Config(), group) == LoaderSettings(5, 2, Decoder(region=region))

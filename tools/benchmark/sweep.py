@@ -11,7 +11,6 @@ from benchmark.windows import Measurement
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
-from pipelines import windows
 from pipelines.crop import REGIONS, Decoder, Region
 from pipelines.loader import TrainLoader
 
@@ -68,9 +67,9 @@ def sweep(
     `show` is called with each trial as it ends and with the settings the sweep began with. Collective.
     """
     on_gpu = group.device.type == "cuda"
-    regions = REGIONS[1:] if on_gpu and windows.fault() else REGIONS
-    decoder = Decoder(region=regions[0])
-    baseline = Settings(datasets.num_threads(config, group), 2, config.data.antialias, decoder)
+    defaults = datasets.default_settings(config, group)
+    baseline = Settings(defaults.threads, defaults.prefetch, config.data.antialias, defaults.decoder)
+    regions = REGIONS[REGIONS.index(baseline.decoder.region) :]  # whole images always decode
     trials: list[Trial] = []
 
     def run(settings: Settings, same_images: bool) -> Trial:
