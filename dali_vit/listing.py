@@ -6,8 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -30,6 +32,7 @@ __all__ = [
     "is_image",
     "left_out",
     "list_split",
+    "other_val",
     "scan",
     "some",
     "utf8_name",
@@ -43,6 +46,9 @@ LEFT_OUT = {
     "other suffix": "save images as JPEG or PNG",
 }
 """Why files of a class folder are not taken, and what to do about it."""
+
+# Where train/ and val/ lie in Kaggle's archive of ImageNet, and below its uppermost folder.
+_KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
 # Listing and peeking wait for the file system, which on a network answers many requests at once.
 IO_THREADS = 16
@@ -92,9 +98,28 @@ def class_names(folder: Path) -> list[str]:
     """Sorted names of the class folders, in UTF-8; UserError if there are none."""
     names = sorted(map(utf8_name, scan(folder, folders=True)))
     if not names:
-        what = "images but no class folders" if scan(folder, folders=False) else "no class folders"
-        raise UserError(f"{folder} has {what}: put the images into {folder.name}/<class>/")
+        flat = scan(folder, folders=False)
+        what = "images but no class folders" if flat else "no class folders"
+        remedy = f"put the images into {folder.name}/<class>/"
+        if flat and folder.name == "val" and (folder.parent / "train").is_dir():  # as Kaggle has ImageNet
+            command = f"dali-vit prepare {quote(str(folder.parent))} OUT --val-labels LOC_val_solution.csv"
+            remedy += f", or make a set by the file of their labels: `{command}`"
+        raise UserError(f"{folder} has {what}: {remedy}")
     return names
+
+
+def other_val(root: Path) -> str | None:
+    """The folder that may be meant where there is no val/: `validation`, `valid` or `test`; None of others.
+
+    `test` only if it has folders: ImageNet's test images have no classes.
+    """
+    if (root / "val").exists():
+        return None
+    for name in ("validation", "valid", "test"):
+        with suppress(OSError), os.scandir(root / name) as entries:
+            if any(entry.is_dir() or name != "test" for entry in entries):
+                return name
+    return None
 
 
 def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
@@ -186,9 +211,12 @@ def check_root(root: Path, folder: str) -> None:
     if (root / folder).is_dir():
         return
     subfolders = scan(root, folders=True, dead_links=True)
-    nested = next((name for name in subfolders if (root / name / folder).is_dir()), None)
+    places = (*subfolders, *_KAGGLE_FOLDERS)
+    nested = next((name for name in places if (root / name / folder).is_dir()), None)
     if root.name in ("train", "val") and (root.parent / folder).is_dir():
         remedy = f"give its parent, {root.parent}"
+    elif folder == "val" and (other := other_val(root)):
+        remedy = f"if {other}/ is meant, rename it to val/"
     elif nested is not None:
         remedy = f"did you mean {root / nested}?"
     elif folder == "train" and "val" in subfolders:

@@ -17,6 +17,7 @@ from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
+from dali_vit.listing import other_val
 from dali_vit.metrics import duration, peak_flops
 from dali_vit.variants import TIMM_PREFIX
 
@@ -37,6 +38,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int) -> list[str]:
     if not dataset.counts.get("val"):
         minival = dataset.counts.get("minival")
         what = ": minival alone is evaluated" if minival else ", and --minival leaves none: nothing is evaluated"
+        if name := other_val(dataset.root):
+            what += f"; if {name}/ is meant, rename it to val/"
         found.append(f"{dataset.root} has no val/{what}")
     warmup = config.optim.warmup_steps
     if 2 * warmup > total_steps:

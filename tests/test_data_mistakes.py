@@ -8,6 +8,7 @@ import pytest
 
 from dali_vit import data
 from dali_vit.data import check_images, load_dataset
+from dali_vit.listing import other_val
 from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
 from tests.test_data import fails, make_files, make_split
@@ -28,6 +29,53 @@ def test_empty_folder(tmp_path):
     fails(lambda: load_dataset(tmp_path), "train has no class folders", "train/<class>/")
     make_files(tmp_path, "train/x.jpg")
     fails(lambda: load_dataset(tmp_path), "images but no class folders")
+
+
+@pytest.mark.parametrize("split", [None, "val"])
+def test_a_flat_val_names_the_command_that_takes_its_labels(split, tmp_path):
+    root = make_files(make_split(tmp_path / "my set", "train", "a", 1), "val/ILSVRC2012_val_00000001.JPEG")
+    told = (
+        f"{root}/val has images but no class folders: put the images into val/<class>/, or make a set by the file of"
+        f" their labels: `dali-vit prepare '{root}' OUT --val-labels LOC_val_solution.csv`"
+    )
+    assert fails(lambda: load_dataset(root, split=split)) == told
+    assert fails(lambda: load_with_faults(root)) == told
+    assert load_dataset(root, split="train").counts == {"train": 1}
+    (root / "train").rename(root / "other")  # without it prepare is of no use
+    told = f"{root}/val has images but no class folders: put the images into val/<class>/"
+    assert fails(lambda: load_dataset(root, split="val")) == told
+
+
+@pytest.mark.parametrize("above", ["ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC"])
+def test_a_folder_of_kaggles_archive_above_the_images_is_given(above, tmp_path):
+    make_split(tmp_path / above, "train", "a", 1)
+    fails(lambda: load_dataset(tmp_path), f"{tmp_path} has no train/: did you mean {tmp_path / above}?")
+
+
+@pytest.mark.parametrize(
+    ("files", "meant"),
+    [
+        (["validation/a/1.jpg", "valid/a/1.jpg", "test/a/1.jpg"], "validation"),
+        (["validation/1.jpg"], "validation"),
+        (["valid/a/1.jpg", "test/a/1.jpg"], "valid"),
+        (["test/a/1.jpg"], "test"),
+        (["test/1.jpg"], None),  # images without a class, as ImageNet's
+        (["validation", "tests/a/1.jpg"], None),
+        (["val/a/1.jpg", "validation/a/1.jpg"], None),
+    ],
+)
+def test_a_folder_that_may_be_meant_for_val(files, meant, tmp_path):
+    make_files(tmp_path, *files)
+    assert other_val(tmp_path) == meant
+    if meant:
+        told = f"{tmp_path} has no val/: if {meant}/ is meant, rename it to val/"
+        assert fails(lambda: load_dataset(tmp_path, split="val")) == told
+
+
+def test_an_empty_folder_is_not_meant_for_val(tmp_path):
+    (tmp_path / "validation").mkdir()
+    assert other_val(tmp_path) is None
+    assert other_val(tmp_path / "absent") is None
 
 
 def test_the_split_itself_is_given(tmp_path):

@@ -79,7 +79,9 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     prepare_fails(replace(arguments, shorter_side=2), "--shorter-side 2")
     prepare_fails(replace(arguments, quality=50), "--quality 50: images keep their bytes", "give --shorter-side too")
     prepare_fails(replace(arguments, workers=0), "--workers 0")
-    prepare_fails(replace(arguments, val_labels=tmp_path / "x"), "--val-labels", "only ILSVRC")
+    prepare_fails(
+        replace(arguments, val_labels=tmp_path / "x"), "--val-labels", "source/val say already", "leave it out"
+    )
     prepare_fails(replace(arguments, source_format="tfrecord"), "no TFRecords with 'train'")
     prepare_fails(replace(arguments, source_format="ilsvrc"), "ILSVRC2012_img_train.tar")
     for name in ("source", "target"):
@@ -99,7 +101,7 @@ def test_mistakes_with_ilsvrc(tmp_path):
     for text, *words in [
         ("n01440764\n" * 8, "8 lines", "9 images"),
         ("n01440764\n" * 8 + "n09999999\n", "n09999999"),
-        ("ILSVRC2012_val_00000001.JPEG n01440764\n" * 9, "does not name ILSVRC2012_val_00000002"),
+        ("ILSVRC2012_val_00000001.JPEG n01440764\n" * 9, "no class for ILSVRC2012_val_00000002"),
     ]:
         labels.write_text(text)
         prepare_fails(replace(arguments, val_labels=labels), *words)

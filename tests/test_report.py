@@ -33,6 +33,15 @@ def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val
     assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
 
 
+def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / "validation" / "a").mkdir(parents=True)
+    (tmp_path / "validation" / "a" / "1.jpg").touch()
+    named = replace(dataset(minival=1, val=0), root=tmp_path)
+    assert remarks(Config(), named, 112_603) == [
+        f"{tmp_path} has no val/: minival alone is evaluated; if validation/ is meant, rename it to val/"
+    ]
+
+
 def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     """ImageNet-100 under the default recipe: 126,689 images, 99 % of them 90 times in batches of 1,024."""
     total = round(90 * 0.99 * 126_689 / 1024)

@@ -63,7 +63,8 @@ class PrepareArguments:
     source_format: Format = "auto"
     """What SOURCE holds; auto: known by its files."""
     val_labels: Path | None = None
-    """ILSVRC: text file with the class of each validation image, instead of the devkit."""
+    """Text file with the class of each validation image, as Kaggle's LOC_val_solution.csv: where val/ has no class
+    folders, or instead of ILSVRC's devkit."""
     shard_mb: int = 1000
     """Megabytes a shard has on average."""
     shorter_side: int | None = None
@@ -221,7 +222,7 @@ def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
     described: list[Any] = [layout, settings.recorded(), source.classes]
     for split, samples in source.splits.items():
         described.append([split, len(samples)])
-        digest.update("\n".join(sample_names(samples)).encode("utf-8", "surrogateescape"))
+        digest.update("\n".join(sample_names(samples, source.classes)).encode("utf-8", "surrogateescape"))
         digest.update(samples.labels.tobytes())
         if isinstance(samples, ShardList):
             # An index depends on where the source lies, a copy does not.

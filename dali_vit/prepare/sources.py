@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.listing import is_image, left_out
+from dali_vit.listing import folder_name, is_image, left_out, other_val, scan, some
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -36,6 +36,7 @@ Row = tuple[int, int, int, int, str]
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
+_KAGGLE_COLUMNS = "ImageId,PredictionString"  # of LOC_val_solution.csv; the class is the second's first word
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +54,10 @@ class Source:
 def open_source(root: Path, source_format: Format, val_labels: Path | None, scratch: Path) -> Source:
     """Lists a source; scratch is a folder for what has to be unpacked for that. UserError for an unusable source."""
     kind = _recognise(root) if source_format == "auto" else source_format
-    if val_labels is not None and kind != "ilsvrc":
-        raise UserError(f"--val-labels {val_labels}: only ILSVRC's tars need it; leave it out")
+    if val_labels is not None and kind not in ("folder", "ilsvrc"):
+        raise UserError(f"--val-labels {val_labels}: only ILSVRC's tars and a flat val/ need it; leave it out")
     if kind == "folder":
-        dataset = load_dataset(root, minival=0)
-        found = {"train": dataset.train, "val": dataset.val}
-        source = Source(dataset.classes, {name: samples for name, samples in found.items() if samples is not None})
+        source = _open_folder(root) if val_labels is None else _open_flat_val(root, val_labels)
     elif kind == "ilsvrc":
         source = _open_ilsvrc(root, val_labels)
     else:
@@ -68,16 +67,20 @@ def open_source(root: Path, source_format: Format, val_labels: Path | None, scra
     counts = ", ".join(f"{name} {len(samples):,}" for name, samples in source.splits.items())
     _log.info("%s (%s): %s images of %s classes", root, kind, counts, f"{len(source.classes):,}")
     folders = [root / name / class_ for name in source.splits for class_ in source.classes]
+    folders += [] if val_labels is None else [root / "val"]  # which is flat
     for files in left_out(folders) if kind == "folder" else ():
         _log.info("%s", files)
     return source
 
 
-def sample_names(samples: ImageList) -> list[str]:
-    """`class/file` of every sample."""
+def sample_names(samples: ImageList, classes: Sequence[str] | None = None) -> list[str]:
+    """`class/file` of every sample; with `classes`, by index, also of files that lie in no folder of their class."""
     if isinstance(samples, ShardList):
         return [samples.names.path(i) for i in range(len(samples))]
-    return ["/".join(samples.path(i).rsplit("/", 2)[1:]) for i in range(len(samples))]
+    if classes is None:
+        return ["/".join(samples.path(i).rsplit("/", 2)[1:]) for i in range(len(samples))]
+    folders = [folder_name(name) for name in classes]
+    return [f"{folders[label]}/{os.path.basename(samples.path(i))}" for i, label in enumerate(samples.labels.tolist())]
 
 
 def read_sample(samples: ImageList, index: int) -> bytes:
@@ -112,6 +115,46 @@ def _recognise(root: Path) -> Format:
     return "folder"
 
 
+def _open_folder(root: Path) -> Source:
+    """An image folder, or a set that prepare made."""
+    dataset = load_dataset(root, minival=0)
+    if dataset.val is None and (name := other_val(root)):
+        _log.warning("%s has no val/, so train/ alone is prepared: if %s/ is meant, rename it to val/", root, name)
+    found = {"train": dataset.train, "val": dataset.val}
+    return Source(dataset.classes, {name: samples for name, samples in found.items() if samples is not None})
+
+
+def _open_flat_val(root: Path, val_labels: Path) -> Source:
+    """An image folder whose val/ holds the images themselves, as in Kaggle's download of ImageNet.
+
+    A class may have no image in val/, unlike in one of class folders, by which `eval` would number the classes.
+    """
+    dataset = load_dataset(root, minival=0, split="train")
+    names = _flat_images(root / "val", val_labels)
+    found = _read_val_labels(val_labels, names, dataset.classes)
+    labels = _class_indices(found, dataset.classes, len(names), f"--val-labels {val_labels}", ("train/", "val/"))
+    order = np.argsort(labels, kind="stable")  # as the names are sorted: by class and name
+    val = FileList.from_paths([f"{root}/val/{names[i]}" for i in order.tolist()], labels[order])
+    return Source(dataset.classes, {"train": dataset.split("train"), "val": val})
+
+
+def _flat_images(folder: Path, val_labels: Path) -> list[str]:
+    """Sorted names of the images that lie in val/ itself; UserError where they do not."""
+    flag = f"--val-labels {val_labels}"
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} has no val/: put the images that {flag} is for there, or leave it out")
+    names, folders = scan(folder, folders=False), scan(folder, folders=True)
+    if folders and names:
+        raise UserError(
+            f"{folder} has images beside folders ({some(folders)}): for {flag} all images must lie in val/ itself"
+        )
+    if folders:
+        raise UserError(f"{flag}: the folders of {folder} say already which class an image is of; leave it out")
+    if not names:
+        raise UserError(f"{folder} holds no images: put those that {flag} is for there")
+    return names
+
+
 def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
     for name in (_TRAIN_TAR, _VAL_TAR):
         if not (root / name).is_file():
@@ -120,15 +163,13 @@ def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
     members = sorted(_members(root / _VAL_TAR), key=lambda member: member[0])
     if not members:
         raise UserError(f"{root / _VAL_TAR} holds no images: download it again")
-    wnids = _val_classes(root, val_labels, [name for name, _, _ in members])
-    index = {name: i for i, name in enumerate(classes)}
-    unknown = sorted(set(wnids) - set(index))
-    if unknown:
-        raise UserError(
-            f"validation images are of classes that {_TRAIN_TAR} does not hold ({', '.join(unknown[:3])}): "
-            "give the tars and the labels of the same set"
-        )
-    val_rows = [(0, at, size, index[wnid], name) for (name, at, size), wnid in zip(members, wnids, strict=True)]
+    if val_labels is None:
+        wnids, where = _devkit_classes(root), f"{_DEVKIT}'s ground truth"
+    else:
+        wnids = _read_val_labels(val_labels, [name for name, _, _ in members], classes)
+        where = f"--val-labels {val_labels}"
+    labels = _class_indices(wnids, classes, len(members), where, (_TRAIN_TAR, _VAL_TAR)).tolist()
+    val_rows = [(0, at, size, label, name) for (name, at, size), label in zip(members, labels, strict=True)]
     return Source(
         tuple(classes),
         {
@@ -175,32 +216,64 @@ def _members(path: Path, fileobj: IO[bytes] | None = None) -> Iterator[tuple[str
         raise UserError(f"{path} is not a whole tar file ({error}): download it again") from error
 
 
-def _val_classes(root: Path, val_labels: Path | None, names: list[str]) -> list[str]:
-    """Class of each validation image, in the order of the sorted names."""
-    if val_labels is None:
-        wnids, where = _devkit_classes(root), f"{_DEVKIT}'s ground truth"
-    else:
-        wnids, where = _read_val_labels(val_labels, names), str(val_labels)
-    if len(wnids) != len(names):
-        raise UserError(f"{where} has {len(wnids)} lines but {_VAL_TAR} {len(names)} images: give that set's labels")
-    return wnids
+def _class_indices(
+    found: Sequence[str], classes: Sequence[str], count: int, where: str, places: tuple[str, str]
+) -> np.ndarray:
+    """Labels, int64 [count], of the validation images by the classes found for them.
+
+    where, places: what says the classes, what holds the images of train and of val; for the UserError of classes that
+    are of another set than the images.
+    """
+    train, val = places
+    if len(found) != count:
+        raise UserError(f"{where} has {len(found)} lines but {val} {count} images: give that set's labels")
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in found if name not in index]
+    if unknown:
+        raise UserError(
+            f"{len(unknown):,} of {count:,} validation images are, by {where}, of classes that {train} does not hold"
+            f" ({some(sorted(set(unknown)))}): give images and labels of the same set"
+        )
+    return np.array([index[name] for name in found], np.int64)
 
 
-def _read_val_labels(path: Path, names: list[str]) -> list[str]:
-    """Classes of a text file: one a line in the order of the images, or lines of image and class."""
+def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Classes of a text file: one a line in the order of the images, or lines of image and class.
+
+    Of the latter kind is Kaggle's LOC_val_solution.csv, where boxes follow. UserError if an image has no class.
+    """
     try:
-        lines = [line for line in re.split(r"[\r\n]+", path.read_text(encoding="utf-8")) if line.strip()]
+        # Spreadsheets put a mark before UTF-8.
+        lines = [line for line in re.split(r"[\r\n]+", path.read_text(encoding="utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--val-labels {path} cannot be read ({error}): give a text file") from error
     stems = {os.path.splitext(name)[0] for name in names}
     rows = [re.split(r"[\s,;]+", line.strip()) for line in lines]
-    named = {os.path.splitext(os.path.basename(row[0]))[0]: row[1] for row in rows if len(row) > 1}
-    if stems <= set(named):
-        return [named[os.path.splitext(name)[0]] for name in names]
+    named = {os.path.splitext(os.path.basename(row[0]))[0]: row[1] for row in rows if len(row) > 1 and row[1]}
+    missing = sorted(stems - set(named))
+    if not missing:
+        found = [named[os.path.splitext(name)[0]] for name in names]
+        if set(found).isdisjoint(classes):
+            _check_columns(path, lines[0])
+        return found
     if any(len(row) > 1 for row in rows):
-        missing = sorted(stems - set(named))
-        raise UserError(f"--val-labels {path} does not name {missing[0]}: give a line for each image, or classes alone")
+        _check_columns(path, lines[0])
+        raise UserError(
+            f"--val-labels {path} has no class for {some(missing)}: give a line for each image, or classes alone"
+        )
     return [row[0] for row in rows]
+
+
+def _check_columns(path: Path, first_line: str) -> None:
+    """UserError if a file of labels that are of no use begins with the names of columns that are not Kaggle's."""
+    columns = first_line.strip()
+    name = re.split(r"[\s,;]", columns)[0]
+    # An image's name has its number in it, or a suffix.
+    if columns != _KAGGLE_COLUMNS and "," in columns and not re.search(r"\d|\.", name):
+        raise UserError(
+            f"--val-labels {path} has the columns {columns[:80]}: give Kaggle's LOC_val_solution.csv"
+            f" ({_KAGGLE_COLUMNS}), or lines of image and class"
+        )
 
 
 def _devkit_classes(root: Path) -> list[str]:

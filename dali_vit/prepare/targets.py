@@ -136,7 +136,7 @@ def write_shards(job: Job) -> Split:
     assert shard_bytes is not None
     target = job.folder / job.split
     target.mkdir(exist_ok=True)
-    names = sample_names(samples)
+    names = sample_names(samples, job.classes)
     order = np.random.Generator(np.random.PCG64(_SHUFFLE_SEED)).permutation(len(samples))
     probes = np.unique(np.linspace(0, len(samples) - 1, 256, dtype=int))
     mean = np.mean([len(job.image(i)) for i in probes.tolist()]) + _TAR_OVERHEAD
@@ -166,7 +166,7 @@ def write_shards(job: Job) -> Split:
 
 def check_folder(job: Job) -> None:
     """UserError where an image folder cannot hold the samples, or would not list them all."""
-    names = sample_names(job.samples)
+    names = sample_names(job.samples, job.classes)
     if len(set(names)) < len(names):
         raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
     lost = next((name for name in names if not is_image(name.rsplit("/", 1)[1])), None)
@@ -176,7 +176,7 @@ def check_folder(job: Job) -> None:
 
 def write_folder(job: Job) -> Split:
     """Writes `split/<class>/<file>`."""
-    names, target = sample_names(job.samples), job.folder / job.split
+    names, target = sample_names(job.samples, job.classes), job.folder / job.split
     for name in job.classes:
         (target / folder_name(name)).mkdir(parents=True, exist_ok=True)
     cuts = [*range(0, len(names), _FOLDER_PART), len(names)]
