@@ -1,8 +1,9 @@
-"""The command line: the only module that prints.
+"""The command line: the only module that prints results.
 
 Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
-checkpoint, to be started again; 130 Ctrl-C where there is nothing to keep; 1 a defect of ours (traceback). `stopping`
-ends a run that hangs with 70, and one that is told a second time to stop with 128 + the signal.
+checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep; 1 a
+defect of ours (traceback). `stopping` ends a run that hangs with 70, and one that is told a second time to stop with
+128 + the signal.
 """
 
 from __future__ import annotations
@@ -155,13 +156,14 @@ def _train(argv: list[str]) -> int:
         _say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runfolder, train
-    from dali_vit.stopping import REQUEUE, Interrupted
+    from dali_vit.launch import REQUEUE, launch
+    from dali_vit.stopping import Interrupted
 
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(config.run.gpus)
         if processes > 1:
             plan.plan(config, processes)  # reports the user's mistakes once, before any worker starts
-            return distributed.launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
+            return launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
     try:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
             planned = distributed.together(lambda: plan.plan(config, group.world_size))
@@ -179,11 +181,12 @@ def _eval(argv: list[str]) -> int:
     if arguments.json:
         _keep_stdout()
     from dali_vit import distributed, inference
+    from dali_vit.launch import launch
 
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(arguments.gpus)
         if processes > 1:
-            return distributed.launch(processes, ["eval", *argv], max_restarts=0)
+            return launch(processes, ["eval", *argv], max_restarts=0)
     with distributed.connect(arguments.gpus) as group:
         metrics = inference.evaluate_checkpoint(
             arguments.checkpoint,

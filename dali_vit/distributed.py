@@ -1,4 +1,4 @@
-"""Processes and devices: who this process is, how others are started, and the few collectives in use."""
+"""Processes and devices: who this process is, how it meets the others, and the few collectives in use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,10 +25,6 @@ import torch.distributed as dist
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 from dali_vit.process import number
-
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
-ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
-"""Flags of torch's launcher for processes of this machine alone, whose own name need not be known to any server."""
 
 PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
 """Stages of a run, and how many times --hang-timeout each may take."""
@@ -121,49 +117,6 @@ def resolve_gpus(gpus: int | None) -> int:
         remedy = f"use --gpus {visible}" if visible else "use --gpus 0 for the CPU"
         raise UserError(f"--gpus {gpus}: {visible} visible on this machine; {remedy}")
     return gpus
-
-
-def hang_up_is_ignored() -> bool:
-    """Whether this process was told not to mind when its terminal is closed, as by `nohup`."""
-    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int:
-    """Runs `dali-vit ARGV` in worker processes under torch's elastic launcher; returns the exit code.
-
-    When a worker dies (killed, out of memory, an exception) all are started again, up to `max_restarts` times:
-    they go on from the last checkpoint. A mistake of the user (exit code 2) or a stop that was asked for (75) is
-    not tried again.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
-    # Seconds that workers have to write a checkpoint, of torch 2.15; 30 by default, and in older versions always.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
-    signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
-    launcher = [*ONE_MACHINE, f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]
-    for attempt in range(max_restarts + 1):
-        try:
-            # Restarts are ours, because torch's would also repeat a mistake of the user.
-            # After a failure --no-resume would refuse what this very run has written; the last of the flags counts.
-            main([*launcher, "-m", "dali_vit", *argv, *(["--resume"] if attempt else [])])
-            return 0
-        except SignalException:
-            return REQUEUE
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode in (2, REQUEUE):
-                return failure.exitcode
-            cause = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            log.error("rank %d (process %d) failed first, with %s", rank, failure.pid, cause)
-            if attempt == max_restarts:
-                log.error("given up after %d restarts (--max-restarts)", max_restarts)
-                return 1
-            log.error("restart %d of %d, from the last checkpoint", attempt + 1, max_restarts)
-    raise AssertionError
 
 
 def collective_timeout(hang_timeout: float) -> timedelta:

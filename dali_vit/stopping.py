@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dali_vit.distributed import PATIENCE, REQUEUE, Group, collective_timeout, hang_up_is_ignored
+from dali_vit.distributed import PATIENCE, Group, collective_timeout
+from dali_vit.launch import REQUEUE, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _STANDSTILL = 2.0  # seconds that a thread which only sleeps wakes up too late, when the whole process was stopped

@@ -17,7 +17,7 @@ import torch
 from dali_vit import checkpoint, distributed
 from tests.conftest import TINY, dali_vit, environment, read_metrics, write_image_folder
 
-LAUNCH = "import sys; from dali_vit.distributed import launch; sys.exit(launch(2, sys.argv[1:], max_restarts=2))"
+LAUNCH = "import sys; from dali_vit.launch import launch; sys.exit(launch(2, sys.argv[1:], max_restarts=2))"
 
 
 def command(data: Path, runs_dir: Path, *more: str, steps: int = 60) -> list[str]:

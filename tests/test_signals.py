@@ -14,7 +14,7 @@ import time
 import pytest
 from torch.distributed import run as launcher
 
-from dali_vit import checkpoint, distributed
+from dali_vit import checkpoint, launch
 from tests.conftest import environment, read_metrics, write_image_folder
 from tests.test_faults import LAUNCH, alive, command, logged_steps, running, stall, wait_for, wait_for_stall
 
@@ -85,7 +85,7 @@ def test_workers_have_minutes_to_write_a_checkpoint_before_they_are_killed(given
     monkeypatch.setattr(
         launcher, "main", lambda argv: configs.append(launcher.config_from_args(launcher.parse_args(argv)))
     )
-    assert distributed.launch(2, ["train"], max_restarts=0) == 0
+    assert launch.launch(2, ["train"], max_restarts=0) == 0
     ((config, _, arguments),) = configs
     assert arguments[-2:] == ["dali_vit", "train"]
     if not hasattr(config, "shutdown_timeout"):

@@ -38,6 +38,7 @@ from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
+from dali_vit.launch import ONE_MACHINE
 from dali_vit.metrics import peak_flops
 from dali_vit.model import flops_per_image
 from dali_vit.parsing import named_recipe
@@ -184,7 +185,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
 
 def _launch(processes: int, argv: list[str]) -> int:
     """This program once for each GPU, under torch's launcher; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *distributed.ONE_MACHINE]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *ONE_MACHINE]
     command = [*launcher, f"--nproc-per-node={processes}", __file__, *argv]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the launcher's own default, without its warning
     return subprocess.run(command, env=environment, check=False).returncode

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dali_vit import distributed, recipes, step
 from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
+from dali_vit.launch import ONE_MACHINE
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
 
@@ -68,7 +69,7 @@ def main() -> None:
         except UserError as error:
             print(f"measure_ddp.py: {error}", file=sys.stderr)
             sys.exit(2)
-        launcher = [sys.executable, "-m", "torch.distributed.run", *distributed.ONE_MACHINE]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *ONE_MACHINE]
         command = [*launcher, f"--nproc-per-node={arguments.processes}", __file__, *sys.argv[1:]]
         sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
     with distributed.connect(arguments.gpus) as group:
