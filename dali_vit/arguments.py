@@ -31,7 +31,7 @@ class EvalArguments:
     gpus: int | None = None
     """GPUs to use; 0: the CPU; default: all, else the CPU."""
     split: Literal["val", "minival", "train"] = "val"
-    """Which images."""
+    """Which images; `train` leaves out those of minival."""
     minival: float | None = None
     """Share of the training images that is minival; default: the run's, 0.01 for a file of weights."""
     v2: bool = False
@@ -52,8 +52,11 @@ class EvalArguments:
 class PredictArguments:
     """The likeliest classes of image files."""
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-    """Image files."""
+    # tyro takes it for optional, as there may be no path in it.
+    images: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")
+    ]
+    """Image files, or folders: of these all images in them, however deep."""
     checkpoint: Path
     """Run folder, step_* folder, .safetensors, or big_vision .npz."""
     top: int = 5

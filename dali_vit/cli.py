@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -134,7 +135,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
   {PROGRAM} train --recipe demo              a ViT on the built-in dataset, in minutes
   {PROGRAM} train --data PATH --gpus 8       the paper's ViT-S/16 on ImageNet-1k, 90 epochs
   {PROGRAM} eval --checkpoint C --data PATH
-  {PROGRAM} predict --checkpoint C IMAGE...
+  {PROGRAM} predict --checkpoint C IMAGE...      the likeliest classes of files and folders
   {PROGRAM} convert IN.npz OUT.safetensors
   {PROGRAM} export --checkpoint C --out DIR  a folder that timm.create_model loads
   {PROGRAM} prepare SOURCE TARGET            shards or folders from ILSVRC's tars, TFRecords, parquet, a folder
@@ -214,7 +215,7 @@ def _eval(argv: list[str]) -> int:
 def _predict(argv: list[str]) -> int:
     arguments: PredictArguments = parse(PredictArguments, argv, "predict")
     if not arguments.images:
-        raise UserError("IMAGE: missing; name at least one image file")
+        raise UserError("IMAGE: missing; name at least one image file or folder")
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be at least 1")
     if arguments.gpus is not None and arguments.gpus > 1:
@@ -224,22 +225,35 @@ def _predict(argv: list[str]) -> int:
     from dali_vit import distributed, inference
 
     with distributed.connect(arguments.gpus) as group:
-        predictions = _by_main_alone(
-            group,
-            lambda: inference.predict(
-                arguments.checkpoint, arguments.images, group.device, top=arguments.top, resolution=arguments.resolution
-            ),
-        )
-    if predictions is None:
-        return 0
-    if arguments.json:
-        _say(json.dumps([{"image": str(p), "predictions": found} for p, found in predictions]))
-        return 0
-    for path, found in predictions:
-        _say(path)
-        for prediction in found:
-            _say(f"  {100 * prediction['probability']:6.2f} %  {prediction['class']}")
+        show = _show_json if arguments.json else _show_table
+
+        def work() -> None:
+            asked = arguments.checkpoint, arguments.images, group.device
+            found = inference.predict(*asked, top=arguments.top, resolution=arguments.resolution)
+            # Of several processes the others would wait for the word of one that ends because nobody reads it.
+            with contextlib.suppress(BrokenPipeError), contextlib.closing(found) as predictions:
+                show(predictions)
+
+        _by_main_alone(group, work)
     return 0
+
+
+def _show_json(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
+    """All at once, as half an array is no JSON; until then as text, which is a fraction of the size of the objects."""
+    images = [json.dumps({"image": str(path), "predictions": found}) for path, found in predictions]
+    _say(f"[{', '.join(images)}]")
+
+
+def _show_table(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
+    for path, found in predictions:
+        lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found]
+        _say("\n".join([str(path), *lines]))
+
+
+def _class_shown(prediction: dict[str, Any]) -> str:
+    """The class's name, with the first of its words where it has any."""
+    first_word = prediction.get("description", "").partition(", ")[0]
+    return f"{prediction['class']} {first_word}".rstrip()
 
 
 def _by_main_alone(group: Group, work: Callable[[], T]) -> T | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
@@ -16,11 +19,14 @@ from dali_vit.config import UserError
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, make_parent, replacing
+from dali_vit.image_files import list_images
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
+from dali_vit.undecodable import saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
+from dali_vit.wordnet import descriptions
 
 
 def evaluate_checkpoint(
@@ -38,9 +44,10 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
-    Collective over the group; every image counts once. minival: share of the training images that is minival; None:
-    what the checkpoint's run had, 0.01 where a file of weights does not say. With `v2` the classes are DATA's own
-    folders and the scalars are `v2/*`. UserError names what does not fit.
+    Collective over the group; every image counts once. The main process shows a bar where stderr is a terminal.
+    minival: share of the training images that is minival; None: what the checkpoint's run had, 0.01 where a file of
+    weights does not say. With `v2` the classes are DATA's own folders and the scalars are `v2/*`. UserError and
+    DecodeError name what does not fit.
     """
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
     if threads is not None:
@@ -67,7 +74,7 @@ def evaluate_checkpoint(
     datasets.check_images(files)
     model = opened.model.to(group.device)
 
-    def run(files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
+    def run(name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
         batches = datasets.eval_loader(
             files,
             batch_size=min(batch_size, len(files)),
@@ -76,29 +83,60 @@ def evaluate_checkpoint(
             threads=threads or group.cores,
         )
         try:
-            with no_messages_beside_ours():
-                return evaluate(model, batches, group.device, acceptable)
+            with _progress_bar(name, len(files), visible=group.is_main) as bar, saying_why(files):
+                return evaluate(model, _counted(batches, len(files), bar, group.world_size), group.device, acceptable)
         finally:
             batches.close()
 
-    metrics = {f"{split}/{name}": value for name, value in run(files).items()}
+    metrics = {f"{split}/{name}": value for name, value in run(split, files).items()}
     if real is not None:
         accepted = datasets.load_real_labels(at_home(real), files, num_classes=_num_outputs(opened), split=split)
-        result = run(datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(accepted))
+        result = run("real", datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(accepted))
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
 
 
+@contextmanager
+def _progress_bar(name: str, total: int, *, visible: bool) -> Iterator[tqdm]:
+    """A bar of images where stderr is a terminal, which gets no other messages meanwhile."""
+    with (
+        _stderr_itself() as terminal,
+        no_messages_beside_ours(),
+        tqdm(total=total, desc=name, unit=" images", file=terminal, disable=None if visible else True) as bar,
+    ):
+        yield bar
+
+
+@contextmanager
+def _stderr_itself() -> Iterator[TextIO]:
+    """A file of its own, which stays where it leads when others are kept from there."""
+    stderr = os.fdopen(os.dup(2), "w")
+    try:
+        yield stderr
+    finally:
+        with suppress(OSError):  # the terminal may be gone, of which tqdm takes no notice
+            stderr.close()
+
+
+def _counted(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], total: int, bar: tqdm, world_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches; all ranks are taken to be as far as this one, as asking for padding would wait for the GPU."""
+    for images, labels in batches:
+        yield images, labels
+        bar.update(min(len(images) * world_size, total - bar.n))
+
+
 def predict(
     path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5, resolution: int | None = None
-) -> list[tuple[Path, list[dict[str, Any]]]]:
-    """For each image file its `top` likeliest classes: `class`, `index` and `probability` in [0, 1]."""
-    images = [at_home(image) for image in images]
-    for image in images:
-        if not image.is_file():
-            raise UserError(f"{image}: no such image file")
+) -> Generator[tuple[Path, list[dict[str, Any]]]]:
+    """For each image file, or image in a folder, its `top` likeliest classes, as they are found.
+
+    Of each `class`, `index` and `probability` in [0, 1]; `description`, too, where the classes are WordNet's. Until it
+    is closed or at its end, stderr is kept back. UserError and DecodeError name what does not fit.
+    """
+    files = list_images(images)
     opened = checkpoint.open_model(path, resolution)
-    files = datasets.FileList.from_paths([str(image) for image in images], np.arange(len(images)))
     datasets.check_images(files)
     group = Group(0, 1, 0, 1, device)
     batches = datasets.eval_loader(
@@ -109,17 +147,25 @@ def predict(
         threads=group.cores,
     )
     model = opened.model.to(device)
-    found: list[tuple[Path, list[dict[str, Any]]]] = []
-    with torch.inference_mode(), no_messages_beside_ours():
-        for pixels, rows in batches:
-            probabilities = model(normalize(pixels)).float().softmax(dim=1)
-            values, indices = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
-            for row, value, index in zip(rows.tolist(), values.tolist(), indices.tolist(), strict=True):
-                if row >= 0:
-                    ranked = zip(index, value, strict=True)
-                    found.append((images[row], [_prediction(opened, i, p) for i, p in ranked]))
-    batches.close()
-    return found
+    words = descriptions(opened.classes) if opened.classes else None
+    try:
+        with no_messages_beside_ours(), saying_why(files):
+            for pixels, rows in batches:
+                values, indices = _likeliest(model, pixels, top)
+                for row, value, index in zip(rows.tolist(), values.tolist(), indices.tolist(), strict=True):
+                    if row >= 0:
+                        ranked = zip(index, value, strict=True)
+                        yield Path(files.path(row)), [_prediction(opened, words, i, p) for i, p in ranked]
+    finally:
+        batches.close()
+
+
+@torch.inference_mode()
+def _likeliest(model: torch.nn.Module, pixels: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and indices of the likeliest classes, [N, top] each, of images uint8 [N, S, S, 3]."""
+    probabilities = model(normalize(pixels)).float().softmax(dim=1)  # [N, classes]
+    values, indices = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+    return values, indices
 
 
 def convert(source: Path, target: Path, resolution: int | None = None) -> str:
@@ -164,6 +210,9 @@ def _check_classes(data: str, classes: tuple[str, ...], opened: checkpoint.Opene
         raise UserError(f"--data {data}: has {len(classes)} classes, the checkpoint {_num_outputs(opened)}")
 
 
-def _prediction(opened: checkpoint.OpenedModel, index: int, probability: float) -> dict[str, Any]:
+def _prediction(
+    opened: checkpoint.OpenedModel, words: Sequence[str] | None, index: int, probability: float
+) -> dict[str, Any]:
     name = opened.classes[index] if opened.classes else str(index)
-    return {"class": name, "index": index, "probability": probability}
+    found = {"class": name, "index": index, "probability": probability}
+    return found if words is None else found | {"description": words[index]}

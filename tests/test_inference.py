@@ -1,13 +1,16 @@
-"""eval, predict and convert on small made-up sets, with a model whose answers are known: it names the colour."""
+"""eval and convert on small made-up sets, with a model whose answers are known: it names the colour."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +18,8 @@ from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig, UserError
+from dali_vit.distributed import Group
+from dali_vit.inference import _progress_bar, evaluate_checkpoint
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.model import create_model
 from tests.test_cli import run
@@ -74,6 +79,60 @@ def test_val_counts_by_hand(data, tmp_path, batch_size, capsys):
     assert result["val/count"] == 7
     assert result["val/top1"] == pytest.approx(100 * 5 / 7)
     assert result["val/top5"] == 100
+
+
+@contextmanager
+def on_a_terminal() -> Iterator[list[str]]:
+    """Has descriptor 2 be a terminal of 80 columns meanwhile; in the end its text is in the list."""
+    shown: list[str] = []
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    stderr = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        yield shown
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # its end
+            while part := os.read(ours, 1 << 16):
+                text += part
+        os.close(ours)
+        shown.append(text.decode())
+
+
+@pytest.mark.timeout(60)
+def test_a_terminal_shows_how_far_eval_is(data, tmp_path, capsys):
+    """A bar a pass over the images, each ended with its line."""
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    (tmp_path / "real.json").write_text(json.dumps([[0]] * 7))
+    arguments = ("--checkpoint", model, "--data", data, "--batch-size", "4")
+    with on_a_terminal() as shown:
+        result = evaluate(*arguments, "--real", tmp_path / "real.json", capsys=capsys)
+    assert (result["val/count"], result["real/count"]) == (7, 7)
+    lines = [line.split("\r")[-1] for line in shown[0].replace("\r\n", "\n").split("\n")]
+    assert [line[: line.index("%")] for line in lines[:-1]] == ["val: 100", "real: 100"]
+    assert all(" 7/7 [" in line for line in lines[:-1])
+    assert lines[-1] == ""
+
+
+@pytest.mark.timeout(60)
+def test_only_the_main_process_shows_it(data, tmp_path):
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    with on_a_terminal() as shown:
+        second = Group(1, 2, 1, 2, torch.device("cpu"))
+        result = evaluate_checkpoint(model, str(data), second, batch_size=2, threads=1)
+    assert result["val/count"] == 3
+    assert shown == [""]
+
+
+def test_the_bar_is_ended_before_an_error_is_told():
+    with on_a_terminal() as shown, suppress(UserError), _progress_bar("val", 7, visible=True) as bar:
+        bar.update(3)
+        raise UserError("told")
+    assert re.search(r"val: +43%\|.*\| 3/7 \[.*\]\r\n$", shown[0])
 
 
 @pytest.mark.timeout(60)
@@ -261,30 +320,6 @@ def test_other_classes_than_the_models_are_refused(data, tmp_path, capsys):
     code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
     assert code == 2
     assert "3 classes, the checkpoint 4" in err
-
-
-@pytest.mark.timeout(60)
-def test_predict_table_names_the_colour(data, tmp_path, capsys):
-    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
-    pictures = [str(p) for p in sorted((data / "val/c").iterdir())]
-    code, out, err = run("predict", *pictures, "--checkpoint", str(model), "--top", "1", "--gpus", "0", capsys=capsys)
-    assert code == 0, err
-    lines = out.splitlines()
-    assert [line.split()[-1] for line in lines] == [pictures[0], "sapphire", pictures[1], "ruby"]
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("command", ["predict", "eval"])
-def test_what_cannot_be_decoded_is_named_in_one_line(command, data, tmp_path, capfd):
-    """By us alone: the decoder says that something is wrong, too, but not with which image."""
-    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
-    torn = data / "val/c/torn.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(torn)
-    os.truncate(torn, torn.stat().st_size // 2)
-    what = {"predict": [str(torn)], "eval": ["--data", str(data)]}[command]
-    code, out, err = run(command, *what, "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
-    assert (code, out) == (2, "")
-    assert err == f"dali-vit: cannot read, decode or crop {torn}: replace or remove the file\n"
 
 
 def test_other_messages_come_late_but_whole(capfd):

@@ -1,0 +1,61 @@
+"""The image files that arguments name: the files themselves, and those in folders."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dali_vit.config import UserError
+from dali_vit.files import at_home
+from dali_vit.listing import IMAGE_SUFFIXES, scan
+from pipelines.readers import FileList
+
+__all__ = ["list_images"]
+
+
+def list_images(arguments: Sequence[Path]) -> FileList:
+    """The files, and in the place of a folder all images in it, however deep, by name; labels are indices, int64 [N].
+
+    Links are followed, hidden files and folders left out. UserError for what is not there or cannot be listed, and for
+    a folder without images.
+    """
+    paths, lengths = bytearray(), array("i")  # never Python's strings of all: they would take several times as much
+    for argument in map(at_home, arguments):
+        before = len(lengths)
+        for path in _images_of(argument):
+            encoded = os.fsencode(path)
+            paths += encoded
+            lengths.append(len(encoded))
+        if len(lengths) == before:
+            raise UserError(
+                f"{argument}: no image files in this folder ({', '.join(IMAGE_SUFFIXES)}); name another, or files"
+            )
+    bytes_of = np.frombuffer(lengths, np.int32)
+    starts = np.cumsum(bytes_of, dtype=np.int64) - bytes_of
+    return FileList(np.frombuffer(paths, np.uint8), starts, bytes_of, np.arange(len(lengths)))
+
+
+def _images_of(argument: Path) -> Iterator[str]:
+    if argument.is_dir():
+        return _walk(str(argument), ())
+    if not argument.is_file():
+        raise UserError(f"{argument}: no such image file")
+    return iter((str(argument),))  # whatever it is called
+
+
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """above: the real paths of the folders that it lies in, to which a link may lead back."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    subfolders = frozenset(scan(folder, folders=True))
+    for name in sorted(subfolders.union(scan(folder, folders=False))):
+        path = os.path.join(folder, name)
+        if name in subfolders:
+            yield from _walk(path, (*above, here))
+        else:
+            yield path

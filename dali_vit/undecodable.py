@@ -1,0 +1,44 @@
+"""Why images that end an evaluation or a prediction cannot be used, in the line that names them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dali_vit.data import DecodeError, ImageList
+from dali_vit.inspection import KINDS, inspect_header, why_undecodable
+from dali_vit.prepare.sources import read_sample
+from pipelines.crop import MAX_PIXELS
+
+__all__ = ["saying_why"]
+
+_MEANINGS = KINDS | {"too large": f"has more than the {MAX_PIXELS:,} pixels that are decoded"}
+_SHOWN = 3  # as many as other messages name
+
+
+@contextmanager
+def saying_why(samples: ImageList) -> Iterator[None]:
+    """Turns a DecodeError of samples into one that says of the first three what is wrong with them."""
+    try:
+        yield
+    except DecodeError as error:
+        names = error.paths
+        faults = [f"{name} {_reason(samples, name)}" for name in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            faults.append(f"and {len(names) - _SHOWN} more cannot be used")
+        them = "it" if len(names) == 1 else "them"
+        raise DecodeError(f"{'; '.join(faults)}: replace or remove {them}", names) from error
+
+
+def _reason(samples: ImageList, name: str) -> str:
+    try:
+        data = read_sample(samples, next(i for i in range(len(samples)) if samples.path(i) == name))
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of large images and of odd Exif data
+        problems, decodable = inspect_header(data, name, MAX_PIXELS)
+        fatal = [problem for problem in problems if not decodable or problem[0] == "too long"]
+        kind, detail = fatal[0] if fatal else why_undecodable(data)
+    return f"{_MEANINGS[kind]} ({detail})"

@@ -1,0 +1,169 @@
+"""predict: files and folders, the table and JSON, the words of ImageNet's classes, and why an image is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_vit import inference, wordnet
+from dali_vit.config import UserError
+from dali_vit.data import DecodeError
+from dali_vit.image_files import list_images
+from dali_vit.undecodable import saying_why
+from tests.test_cli import run
+from tests.test_inference import BLUE, GREEN, RED, data, paint, save
+
+__all__ = ["data"]  # a fixture
+
+
+def predict(*arguments: str | Path, capsys) -> str:
+    code, out, err = run("predict", *map(str, arguments), "--gpus", "0", capsys=capsys)
+    assert (code, err) == (0, "")
+    return out
+
+
+@pytest.mark.timeout(60)
+def test_the_table_names_the_colour(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    pictures = [str(p) for p in sorted((data / "val/c").iterdir())]
+    lines = predict(*pictures, "--checkpoint", model, "--top", "1", capsys=capsys).splitlines()
+    assert [line.split()[-1] for line in lines] == [pictures[0], "sapphire", pictures[1], "ruby"]
+    assert [line.split("%")[-1] for line in lines[1::2]] == ["  sapphire", "  ruby"]
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_is_all_images_in_it(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    alone = data / "val/b/ILSVRC2012_val_00000004.png"
+    told = json.loads(predict(alone, data, "--checkpoint", model, "--json", capsys=capsys))
+    assert [one["image"] for one in told] == [str(alone), *sorted(map(str, data.rglob("*.png")))]
+    classes = [one["predictions"][0]["class"] for one in told]
+    assert classes == ["emerald", "ruby", "ruby", "emerald", "emerald", "emerald", "sapphire", "ruby"]
+    assert set(told[0]["predictions"][0]) == {"class", "index", "probability"}
+
+
+def test_folders_are_searched_by_name_and_however_deep(tmp_path):
+    names = ["b.PNG", "a/z.jpg", "a.jpg", "a/b/c/d.webp", "a/b.jpeg", "c.tiff", "C.bmp", "\udcff/\udcff.jpg"]
+    passed_over = ["notes.txt", "a/.hidden.jpg", ".cache/x.jpg", "a/x.gif"]
+    for name in [*names, *passed_over]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/1.jpg").touch()
+    (tmp_path / "set/a/b/up").symlink_to(tmp_path / "set")
+    (tmp_path / "set/linked.jpg").symlink_to(tmp_path / "else")
+    found = list_images([tmp_path / "set", tmp_path / "set/notes.txt"])
+    paths = [os.path.relpath(found.path(i), tmp_path / "set") for i in range(len(found))]
+    assert paths == [*map(str, sorted(map(Path, [*names, "linked.jpg/1.jpg"]))), "notes.txt"]
+    assert found.labels.tolist() == list(range(10))
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.gif").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path}/a: no image files in this folder .*.jpg, .*; name another, or"):
+        list_images([tmp_path / "a"])
+    (tmp_path / "a/b/lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"^{tmp_path}/a/b/lost is a link to .*nowhere, which is not there: mount"):
+        list_images([tmp_path / "a"])
+
+
+@pytest.mark.timeout(60)
+def test_results_come_one_by_one_and_messages_after_them(data, tmp_path, capfd):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    found = inference.predict(model, [data / "val/c"], torch.device("cpu"), top=1)
+    path, (best,) = next(found)
+    assert (path, best["class"]) == (data / "val/c/ILSVRC2012_val_00000005.png", "sapphire")
+    assert not torch.is_inference_mode_enabled()
+    os.write(2, b"one of a library\n")
+    assert capfd.readouterr().err == ""
+    found.close()
+    os.write(2, b"another\n")
+    assert capfd.readouterr().err == "one of a library\nanother\n"
+
+
+def test_words_are_those_of_timm(monkeypatch):
+    assert wordnet.descriptions(["n01440764", "n02012849"]) == ("tench, Tinca tinca", "crane")
+    assert wordnet.descriptions(["n01440764", "n99999999"]) is None
+    monkeypatch.setattr(wordnet, "ImageNetInfo", None)  # not to be read for these
+    assert wordnet.descriptions(["n01440764", "tench"]) is None
+    assert wordnet.descriptions(["n014407640"]) is None
+
+
+@pytest.mark.timeout(60)
+def test_classes_of_imagenet_are_told_in_words(tmp_path, capsys):
+    paint(tmp_path / "images", RED, GREEN, BLUE)
+    model = save(tmp_path / "m.safetensors", 3, ("n01440764", "n01484850", "n02012849"))
+    arguments = (tmp_path / "images", "--checkpoint", model, "--top", "1")
+    lines = predict(*arguments, capsys=capsys).splitlines()
+    shown = ["n01440764 tench", "n01484850 great white shark", "n02012849 crane"]
+    assert [line.split("%  ")[1] for line in lines[1::2]] == shown
+    told = json.loads(predict(*arguments, "--json", capsys=capsys))
+    best = [one["predictions"][0] for one in told]
+    assert [one["class"] for one in best] == ["n01440764", "n01484850", "n02012849"]
+    shark = "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"
+    assert [one["description"] for one in best] == ["tench, Tinca tinca", shark, "crane"]
+
+
+def test_images_are_required(capsys):
+    code, out, _ = run("predict", "--help", capsys=capsys)
+    assert code == 0
+    assert "all images in them, however deep. (required)" in " ".join(out.replace("│", " ").split())
+    code, out, err = run("predict", "--checkpoint", "run", capsys=capsys)
+    told = "dali-vit: IMAGE: missing; name at least one image file or folder\n"
+    assert (code, out, err) == (2, "", told)
+
+
+def torn(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("command", ["predict", "eval"])
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("torn.jpg", torn, "ends too early (image file is truncated ("),
+        (
+            "long.png",
+            lambda path: Image.new("RGB", (5000, 20)).save(path),
+            "is so long and thin that an evaluation refuses it (5000 x 20 pixels)",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(command, name, make, reason, data, tmp_path, capfd):
+    """By us alone: the decoder says that something is wrong, too, but not with which image."""
+    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
+    bad = data / "val/c" / name
+    make(bad)
+    what = {"predict": [str(bad)], "eval": ["--data", str(data)]}[command]
+    code, out, err = run(command, *what, "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"dali-vit: {bad} {reason}")
+    assert err.endswith("): replace or remove it\n")
+    assert err.count("\n") == 1
+
+
+def test_of_many_the_first_three_are_explained(tmp_path, recwarn):
+    contents = {"a.png": b"", "b.jpg": b"\xff\xd8\xff", "d.jpg": b"x" * 20, "e.jpg": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    files = list_images([tmp_path])
+    (tmp_path / "a.png").unlink()
+    paths = [str(tmp_path / name) for name in contents]
+    with pytest.raises(DecodeError) as refused, saying_why(files):
+        raise DecodeError("any", paths)
+    assert str(refused.value) == (
+        f"{paths[0]} cannot be read (No such file or directory); {paths[1]} ends too early (3 bytes hold no whole"
+        f" header); {paths[2]} is of no format that DALI decodes (begins with b'xxxxxxxx'); and 1 more cannot be used:"
+        " replace or remove them"
+    )
+    assert refused.value.paths == paths
+    assert not recwarn
