@@ -135,7 +135,7 @@ Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
   {PROGRAM} train --recipe demo              a ViT on the built-in dataset, in minutes
   {PROGRAM} train --data PATH --gpus 8       the paper's ViT-S/16 on ImageNet-1k, 90 epochs
   {PROGRAM} eval --checkpoint C --data PATH
-  {PROGRAM} predict --checkpoint C IMAGE...      the likeliest classes of files and folders
+  {PROGRAM} predict --checkpoint C IMAGE...  the likeliest classes of files and folders
   {PROGRAM} convert IN.npz OUT.safetensors
   {PROGRAM} export --checkpoint C --out DIR  a folder that timm.create_model loads
   {PROGRAM} prepare SOURCE TARGET            shards or folders from ILSVRC's tars, TFRecords, parquet, a folder

@@ -98,6 +98,16 @@ def dali_vit(*arguments: str | Path, timeout: float = 120) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
 
 
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Calls the command line in this process: the exit code, and what it wrote to stdout and stderr."""
+    from dali_vit import cli
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
 def run_interpreted(name: str, timeout: float) -> int:
     """Runs a file of tests/interpreted, with Triton's interpreter on the CPU; how many of its tests passed, as all did.
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
 from dali_vit.model import create_model
-from tests.test_cli import run
+from tests.conftest import run
 from tests.test_inference import CONFIG
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dali_vit import checkpoint
 from dali_vit.config import ModelConfig
 from dali_vit.model import create_model
-from tests.test_cli import run
+from tests.conftest import run
 
 SIZES: dict[str, Any] = {"width": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48}
 CLASSES = ("ant", "bee", "cat", "dog", "eel")

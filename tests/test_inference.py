@@ -22,7 +22,7 @@ from dali_vit.distributed import Group
 from dali_vit.inference import _progress_bar, evaluate_checkpoint
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.model import create_model
-from tests.test_cli import run
+from tests.conftest import run
 
 RED, GREEN, BLUE = (250, 5, 5), (5, 250, 5), (5, 5, 250)
 CONFIG = ModelConfig(

@@ -17,8 +17,7 @@ import torch
 from dali_vit import cli, distributed
 from dali_vit.config import LocalUserError
 from dali_vit.distributed import Group
-from tests.conftest import environment
-from tests.test_cli import run
+from tests.conftest import environment, run
 from tests.test_distributed import MEETING, python
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

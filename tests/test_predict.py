@@ -16,7 +16,7 @@ from dali_vit.config import UserError
 from dali_vit.data import DecodeError
 from dali_vit.image_files import list_images
 from dali_vit.undecodable import saying_why
-from tests.test_cli import run
+from tests.conftest import run
 from tests.test_inference import BLUE, GREEN, RED, data, paint, save
 
 __all__ = ["data"]  # a fixture

@@ -15,8 +15,7 @@ from dali_vit.data import load_dataset
 from pipelines.loader import TrainLoader
 from pipelines.readers import FileList
 from pipelines.train import Augment
-from tests.conftest import CLASSES, TINY, write_image_folder
-from tests.test_cli import run
+from tests.conftest import CLASSES, TINY, run, write_image_folder
 from tests.test_launcher import second_of_two
 
 CELL, TEXT = 96, 16  # images of 32 pixels are drawn three times as large

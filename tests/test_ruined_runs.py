@@ -5,7 +5,8 @@ import re
 import pytest
 
 from dali_vit import checkpoint
-from tests.test_cli import good, run
+from tests.conftest import run
+from tests.test_cli import good
 
 
 @pytest.mark.timeout(120)

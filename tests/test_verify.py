@@ -19,8 +19,8 @@ from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
 from tests import datasets
 from tests.bad_images import encoded, mutations, undecodable
+from tests.conftest import run
 from tests.datasets import WNIDS, encode
-from tests.test_cli import run
 
 IMAGES = datasets.draw_images()
 MANY_PIXELS = 10**8
