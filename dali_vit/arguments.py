@@ -25,7 +25,7 @@ class EvalArguments:
     """Accuracy of a checkpoint on a labelled set."""
 
     checkpoint: Path
-    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""
     data: str
     """Folder with val/<class>/* (train/<class>/* for other splits), shards of `prepare` (s3:// too), or `demo`."""
     gpus: int | None = None
@@ -58,7 +58,7 @@ class PredictArguments:
     ]
     """Image files, or folders: of these all images in them, however deep."""
     checkpoint: Path
-    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""
     top: int = 5
     """Classes to name per image."""
     gpus: int | None = None
@@ -91,7 +91,7 @@ class ExportArguments:
     """A checkpoint as a folder that timm loads: model.safetensors and config.json."""
 
     checkpoint: Path
-    """Run folder, step_* folder, .safetensors, or big_vision .npz."""
+    """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""
     out: Path
     """Folder to be made; it must not exist, or be empty."""
     resolution: int | None = None
@@ -104,7 +104,7 @@ class PreviewArguments:
 
     out: Path
     """PNG file to be made; must not exist."""
-    config: Config
+    config: Annotated[Config, tyro.conf.arg(name="")]
     at_step: int = 0
     """Which step's images: those that a run with the same settings trains on, before Mixup."""
     images: int = 32

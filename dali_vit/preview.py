@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dali_vit import data as datasets
-from dali_vit.config import Config, UserError
+from dali_vit.config import Config, UserError, total_steps
 from dali_vit.distributed import Group
 from dali_vit.files import at_home, make_parent, replacing
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
-from dali_vit.validation import MAX_STEPS, check_range, validate
+from dali_vit.validation import check_range, validate
 from dali_vit.variants import check_model
 from pipelines.order import TrainOrder
 
@@ -40,6 +40,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     samples = dataset.split("train")
     datasets.check_images(samples, config.data.max_bad_share)
+    check_range("--at-step", step, 0, total_steps(config.optim, len(samples)) - 1)
     # One of many ranks has the first rows of the batch and nothing else to do.
     total = config.optim.batch_size
     local = next(n for n in range(min(count, total), total + 1) if total % n == 0)
@@ -74,7 +75,6 @@ def _check(config: Config, out: Path, step: int, count: int) -> None:
         raise UserError(f"--out {out}: the name must end in .png")
     if out.exists():
         raise UserError(f"--out {out}: exists; choose another name or remove it")
-    check_range("--at-step", step, 0, MAX_STEPS)
     check_range("--images", count, 1)
     check_model(config.model, config.data.resolution)
 

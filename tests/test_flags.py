@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -28,6 +30,14 @@ def test_the_flags_of_train_are_frozen(capsys):
     assert code == 0
     words = {word.strip(",.│ ") for word in out.split()}
     assert {w for w in words if w.startswith("--") and w.strip("-")} - {"--help"} == set(FLAGS)
+
+
+def test_preview_groups_its_settings_as_train_does(capsys):
+    groups = [
+        re.findall(r"^\W*(\w* ?options)\W*$", run(command, "--help", capsys=capsys)[1], re.MULTILINE)
+        for command in ("train", "preview")
+    ]
+    assert groups == 2 * [["options", "data options", "model options", "optim options", "run options"]]
 
 
 def test_help_lists_every_recipe_with_its_line(capsys):

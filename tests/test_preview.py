@@ -136,6 +136,7 @@ def test_mistakes_are_named(image_folder, tmp_path, capsys):
         (good, ["--at-step", "-1"], "--at-step -1"),
         (good, ["--images", "0"], "--images 0"),
         (good, ["--at-step", str(10**11)], "--at-step 100000000000: must be from 0 to"),
+        (good, ["--epochs", "2", "--batch-size", "10", "--at-step", "12"], "--at-step 12: must be from 0 to 11\n"),
         (good, ["--resolution", "33"], "--resolution 33: not divisible by the patch"),
         (good, ["--randaug-magnitude", "11"], "--randaug-magnitude 11"),
         (good, ["--data", str(tmp_path / "absent")], "no such folder"),
