@@ -268,7 +268,12 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     try:
         description = json.loads(metadata["dali_vit"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not written by dali-vit (no description of the model inside)") from error
+        if (file.parent / "config.json").exists():
+            raise UserError(_exported(file)) from error
+        raise UserError(
+            f"{file}: not written by dali-vit (no description of the model inside); give a run folder, a step_* folder"
+            " or a file that `convert` made"
+        ) from error
     config = from_dict({"model": description["model"]}).model
     classes = description["classes"] and tuple(map(_as_utf8, description["classes"]))
     native = description["resolution"]
@@ -321,6 +326,10 @@ def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, tor
             raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
 
 
+def _exported(path: Path) -> str:
+    return f"--checkpoint {path}: made by `export` for timm; give the run or checkpoint it was made of"
+
+
 def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
     """The .safetensors file that a path given by the user means, and the checkpoint that it is of."""
     if path.is_file():
@@ -331,7 +340,7 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
             )
         return path, None
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
-        raise UserError(f"--checkpoint {path}: made by `export` for timm; give the run or checkpoint it was made of")
+        raise UserError(_exported(path))
     if (path / "checkpoint.json").exists() or (path / "model.safetensors").exists():
         checkpoint: Checkpoint | None = read(path)
     else:

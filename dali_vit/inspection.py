@@ -33,7 +33,7 @@ __all__ = [
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".ppm", ".pgm", ".pnm"), "PPM"),
+    **dict.fromkeys((".ppm", ".pgm", ".pnm", ".pbm"), "PPM"),
     ".png": "PNG",
     ".webp": "WEBP",
     ".bmp": "BMP",
@@ -52,11 +52,12 @@ KINDS = {
     "duplicate": "is in val, too, byte for byte",
     "checksum": "is not the shard that prepare wrote",
     "CMYK": "is decoded to RGB",
+    "floats": "has floats for pixels, of which those above 1 become white: look at it with `preview`",
     "other format": "is decoded as what it is",
 }
 """Everything that is reported, and what it means."""
 
-_HARMLESS = ("CMYK", "other format")
+_HARMLESS = ("CMYK", "floats", "other format")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         if image.width * image.height > min(max_pixels, MAX_PIXELS):
             return [("too large", f"{image.width} x {image.height} pixels")], False
         problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
+        if image.mode == "F":  # DALI takes what is above 1 for white
+            problems.append(("floats", f"{kind} of float32"))
         if round(256 * MAX_ASPECT_RATIO * min(image.size) / max(image.size)) < 224:
             problems.append(("too long", f"{image.width} x {image.height} pixels"))
     suffix = os.path.splitext(name)[1].lower()

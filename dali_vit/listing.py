@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".pbm", ".jp2")
 
 LEFT_OUT = {
     "in a subfolder": "move images into the class folder itself",

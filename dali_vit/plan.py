@@ -30,6 +30,14 @@ class Plan:
     """Where the run goes on from; None: from scratch."""
     train_names: str
     """`names.fingerprint` of the training images, on which the order of the stream depends."""
+    val_names: str | None
+    """Likewise of val's; None without any."""
+
+    @property
+    def has_other_val_images(self) -> bool:
+        """Whether the run goes on, but with other images in val than those it was evaluated on."""
+        # Checkpoints from before it was kept do not say.
+        return self.checkpoint is not None and self.checkpoint.loader.get("val_names", self.val_names) != self.val_names
 
 
 def plan(config: Config, world_size: int) -> Plan:
@@ -78,7 +86,8 @@ def plan(config: Config, world_size: int) -> Plan:
     if total == 1 and config.optim.warmup_steps:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    return Plan(dataset, model, total, checkpoint, train_names)
+    val_names = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
+    return Plan(dataset, model, total, checkpoint, train_names, val_names)
 
 
 def _check_single_images(config: Config, model: torch.nn.Module) -> None:

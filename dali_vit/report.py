@@ -32,9 +32,11 @@ def model_line(config: ModelConfig, parameters: int, forward_flops: float, resol
     return f"{kind}, {parameters / 1e6:.1f} M parameters, {forward_flops / 1e9:.2f} GFLOP at {resolution} px"
 
 
-def remarks(config: Config, dataset: Dataset, total_steps: int) -> list[str]:
+def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
     """What about a run that is allowed may not be what was meant."""
     found = []
+    if other_val_images:
+        found.append(f"{dataset.root}: val has other images than before; what is measured on it is not to be compared")
     if not dataset.counts.get("val"):
         minival = dataset.counts.get("minival")
         what = ": minival alone is evaluated" if minival else ", and --minival leaves none: nothing is evaluated"

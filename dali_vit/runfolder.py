@@ -25,6 +25,8 @@ from dali_vit.report import image_grid
 
 log = logging.getLogger(__name__)
 
+_locks: dict[Path, int] = {}  # folders as they were called, and descriptors of what was locked
+
 PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
 
 
@@ -115,6 +117,33 @@ def _lock(config: Config, held: ExitStack) -> None:
         raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
     except OSError:
         pass  # a file system without locks
+    _locks[config.run_dir] = descriptor
+    held.callback(_locks.pop, config.run_dir)
+
+
+def current(config: Config) -> Path:
+    """The run's folder, where it is now that it may have been moved or renamed, which is warned of at each call.
+
+    By its old name another run may have a folder meanwhile. Where it was removed, the old name.
+    """
+    descriptor = _locks.get(config.run_dir)
+    if descriptor is None or _is_open_as(config.run_dir, descriptor):
+        return config.run_dir
+    try:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    except OSError:  # no Linux
+        return config.run_dir
+    if not _is_open_as(path, descriptor):
+        return config.run_dir
+    log.warning("%s was moved to %s while it runs: checkpoints go there", config.run_dir, path)
+    return path
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:

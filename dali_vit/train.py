@@ -32,7 +32,7 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
-from dali_vit.runfolder import log_samples, profiling, write_run_files
+from dali_vit.runfolder import current, log_samples, profiling, write_run_files
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
@@ -50,7 +50,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
     _check_same_start(start, config)
-    for remark in report.remarks(config, dataset, total) if group.is_main else ():
+    remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
+    for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
     due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
     if checkpoint and start >= total and not due:
@@ -104,13 +105,14 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     "model_state": model.state_dict(),
                     "trainer_state": {"optimizer": optimizer.state_dict(), "rng": random_states},
                 },
-                run_dir=config.run_dir,
+                run_dir=current(config),
                 step=step,
                 config=config,
                 classes=dataset.classes,
                 loader_state={
                     "world_size": group.world_size,
                     "train_names": planned.train_names,
+                    "val_names": planned.val_names,
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
@@ -119,7 +121,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     def add_metrics(step: int, metrics: dict[str, float]) -> None:
         if group.is_main:
             keep = config.run.keep_checkpoints
-            background.submit(checkpoints.add_metrics, run_dir=config.run_dir, step=step, metrics=metrics, keep=keep)
+            background.submit(checkpoints.add_metrics, run_dir=current(config), step=step, metrics=metrics, keep=keep)
 
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
@@ -242,7 +244,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         writer.close()
     if stopping:
         raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
-    log.info("done in %s: %s", duration(time.perf_counter() - began), config.run_dir)
+    log.info("done in %s: %s", duration(time.perf_counter() - began), current(config))
     return _check_finite(metrics, config)
 
 
@@ -316,7 +318,7 @@ def _check_skipped(window: Window, steps: range, total: int, config: Config, bac
     """UserError, on every rank alike, once more steps were left out than allowed, or where a whole run was."""
     if window.skipped > config.run.max_skipped_steps or window.skipped == total:
         background.wait()
-        kept = checkpoints.newest(config.run_dir)
+        kept = checkpoints.newest(current(config))
         raise UserError(
             f"{window.skipped} steps were left out, the last of them between steps {steps.start + 1} and {steps.stop}:"
             f" the gradient was not finite or the loss a spike (--max-skipped-steps {config.run.max_skipped_steps},"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dali_vit.train
 from dali_vit import checkpoint
@@ -312,8 +313,6 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
 def test_foreign_safetensors_are_named(tmp_path, content, message):
     path = tmp_path / "foreign.safetensors"
     if content is None:
-        from safetensors.torch import save_file
-
         save_file({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
@@ -323,9 +322,10 @@ def test_foreign_safetensors_are_named(tmp_path, content, message):
 
 def test_a_folder_made_for_timm_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="made by `export` for timm; give the run"):
-        checkpoint.open_model(tmp_path)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=f"--checkpoint {path}: made by `export` for timm; give the run"):
+            checkpoint.open_model(path)
 
 
 def test_missing_and_empty_paths_are_named(tmp_path):

@@ -49,3 +49,18 @@ def test_a_run_does_not_go_on_with_images_renamed_or_moved(tmp_path, tiny_config
 
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(tmp_path / "shards")))
     assert plan(moved, 1).checkpoint.step == 12
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_goes_on_with_other_images_in_val_says_so(tmp_path, tiny_config, cpu, caplog):
+    folder = write_image_folder(tmp_path / "images")
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(folder), minival=0))
+    first = plan(config, 1)
+    assert not first.has_other_val_images
+    train(config, cpu, first)
+    assert not plan(config, 1).has_other_val_images
+    (folder / "val/ant/003.jpg").rename(folder / "val/dog/new.jpg")
+    again = plan(config, 1)
+    assert again.has_other_val_images
+    train(config, cpu, again)
+    assert f"{folder}: val has other images than before" in caplog.text

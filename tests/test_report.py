@@ -42,6 +42,12 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
     ]
 
 
+def test_other_images_in_val_are_remarked_on() -> None:
+    assert remarks(Config(), dataset(minival=1, val=1), 112_603, other_val_images=True) == [
+        "/set: val has other images than before; what is measured on it is not to be compared"
+    ]
+
+
 def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     """ImageNet-100 under the default recipe: 126,689 images, 99 % of them 90 times in batches of 1,024."""
     total = round(90 * 0.99 * 126_689 / 1024)

@@ -236,7 +236,8 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
 @pytest.mark.parametrize(
     ("tool", "gpus", "flags", "message"),
     [
-        (measure_kernels, 0, ["--size", "0"], "measure_kernels.py: --size: must be at least 1"),
+        (measure_kernels, 0, ["--size", "0"], "measure_kernels.py: --size 0: must be at least 1"),
+        (measure_kernels, 0, ["--magnitude", "11"], "measure_kernels.py: --magnitude 11: must be from 0 to 10"),
         (
             measure_index,
             0,

@@ -72,6 +72,8 @@ def png_of(width: int, height: int) -> bytes:
         ("a.png", encode(np.zeros((802, 7, 3), np.uint8), "PNG"), ["too long"]),
         ("a.jpg", png_of(10_001, 10_000), ["too large"]),
         ("a.tif", encode(PIXELS, "TIFF"), []),
+        ("a.tif", encode(PIXELS, "TIFF", mode="F"), ["floats"]),
+        ("a.pbm", encode(PIXELS, "PPM", mode="1"), []),
         ("a.tif", encode(PIXELS, "TIFF", mode="1"), ["damaged"]),  # Pillow decodes it
     ],
 )

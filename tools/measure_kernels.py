@@ -25,7 +25,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
 from pipelines import compiled
-from pipelines.randaugment import NUM_UNIFORMS_PER_LAYER, OPS, apply_op, rand_augment
+from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, OPS, apply_op, rand_augment
 
 LAYERS = 2
 POLICY = f"RandAugment, {LAYERS} layers"
@@ -45,9 +45,12 @@ def main() -> None:
         print("measure_kernels.py: --gpu: no GPU is visible here; leave it out for the CPU", file=sys.stderr)
         sys.exit(2)
     for flag in ("size", "batch_size", "repeats"):
-        if getattr(arguments, flag) < 1:
-            print(f"measure_kernels.py: --{flag.replace('_', '-')}: must be at least 1", file=sys.stderr)
+        if (value := getattr(arguments, flag)) < 1:
+            print(f"measure_kernels.py: --{flag.replace('_', '-')} {value}: must be at least 1", file=sys.stderr)
             sys.exit(2)
+    if not 0 <= arguments.magnitude <= MAX_MAGNITUDE:
+        print(f"measure_kernels.py: --magnitude {arguments.magnitude:g}: must be from 0 to 10", file=sys.stderr)
+        sys.exit(2)
     rng = np.random.default_rng(0)
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
     names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]

@@ -1,0 +1,65 @@
+"""A run's folder that is moved or renamed while the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import dali_vit.step
+import dali_vit.train
+from dali_vit import runfolder
+from dali_vit.config import Config
+from dali_vit.distributed import Group
+from dali_vit.plan import plan
+from dali_vit.train import train
+from tests.conftest import read_metrics
+
+
+def test_the_folder_is_followed_while_it_is_locked(
+    tiny_config: Config, cpu: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
+    with runfolder.locked(tiny_config, cpu):
+        assert runfolder.current(tiny_config) == before
+        before.rename(now)
+        assert runfolder.current(tiny_config) == now
+        before.mkdir()  # another run of the old name
+        assert runfolder.current(tiny_config) == now
+        assert caplog.messages == 2 * [f"{before} was moved to {now} while it runs: checkpoints go there"]
+        shutil.rmtree(now)
+        assert runfolder.current(tiny_config) == before
+    assert runfolder.current(tiny_config) == before
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.timeout(60)
+def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "renamed"
+    steps: list[int] = []
+
+    def build(*arguments: Any) -> Any:
+        update, how = dali_vit.step.build_update(*arguments)
+
+        def renaming(*batch: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 7:  # after the checkpoint of step 5
+                before.rename(now)
+            return update(*batch)
+
+        return renaming, how
+
+    monkeypatch.setattr(dali_vit.train, "build_update", build)
+    with caplog.at_level(logging.INFO), runfolder.locked(tiny_config, cpu):
+        metrics = train(tiny_config, cpu, plan(tiny_config, 1))
+    assert not before.exists()
+    assert sorted(path.name for path in (now / "checkpoints").iterdir()) == [f"step_{step:09d}" for step in (5, 10, 12)]
+    assert [line["step"] for line in read_metrics(now) if "train/loss" in line] == list(range(1, 13))
+    assert caplog.messages[-1].endswith(f": {now}")
+    renamed = replace(tiny_config, run=replace(tiny_config.run, name="renamed"))
+    assert train(renamed, cpu, plan(renamed, 1)) == metrics
