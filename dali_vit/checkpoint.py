@@ -327,7 +327,7 @@ def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, tor
 
 
 def _exported(path: Path) -> str:
-    return f"--checkpoint {path}: made by `export` for timm; give the run or checkpoint it was made of"
+    return f"--checkpoint {path}: a model for timm, as `export` makes them; give the run or checkpoint it was made of"
 
 
 def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:

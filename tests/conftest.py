@@ -108,6 +108,15 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return stopped.value.code or 0, captured.out, captured.err
 
 
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` in the repository's root, which must end well."""
+    command = [sys.executable, *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment(), check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
 def run_interpreted(name: str, timeout: float) -> int:
     """Runs a file of tests/interpreted, with Triton's interpreter on the CPU; how many of its tests passed, as all did.
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,17 @@ def test_a_setting_that_fails_is_said_and_passed_over(dataset_of_folder, tiny_co
     assert "fails" in report.sweep_table(trials, best).splitlines()[-2]
     written = sweep.to_json(trials, best)["trials"][-1]
     assert (written["images_per_sec"], written["worst_batch_ms"]) == (0, None)
+
+
+@pytest.mark.parametrize("region", ["window", "full"])
+def test_windows_are_swept_only_where_they_are_the_default(region, dataset_of_folder, tiny_config, cpu, monkeypatch):
+    default = datasets.LoaderSettings(1, decoder=Decoder(region=region))
+    monkeypatch.setattr(sweep.datasets, "default_settings", lambda *_: default)
+    monkeypatch.setattr(sweep, "_working_loader", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(sweep, "measure_batches", lambda *_: Measurement((1.0,), 1.0, 1.0, 0.0))
+    trials, _ = sweep.sweep(tiny_config, dataset_of_folder, cpu, 0.1, lambda *_: None)
+    assert trials[0].settings.decoder == default.decoder
+    assert {trial.settings.decoder.region for trial in trials} == {region, "full"}
 
 
 def test_randaugments_cost_is_a_median_over_rounds(tiny_config, cpu, monkeypatch):

@@ -324,7 +324,9 @@ def test_a_folder_made_for_timm_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(UserError, match=f"--checkpoint {path}: made by `export` for timm; give the run"):
+        with pytest.raises(
+            UserError, match=f"--checkpoint {path}: a model for timm, as `export` makes them; give the run"
+        ):
             checkpoint.open_model(path)
 
 

@@ -17,7 +17,7 @@ from nvidia.dali import pipeline_def
 from pipelines import readers
 from pipelines.order import EvalOrder
 from pipelines.readers import EvalSource, FileList
-from tests.conftest import environment
+from tests.conftest import environment, python
 from tests.datasets import encode
 
 
@@ -26,17 +26,8 @@ def test_memory_beyond_the_index_does_not_depend_on_the_number_of_samples(tmp_pa
     """Two permutations of four bytes where epochs meet, two marks of a byte: all that is held for each sample."""
     image = tmp_path / "image.jpg"
     image.write_bytes(encode(np.zeros((20, 30, 3), np.uint8)))
-    command = [sys.executable, "-X", "tracemalloc", "-m", "tests.loader_memory", image]
     counts = ["1000", "10000", "1010000"]  # the first makes what is made once a process
-    ran = subprocess.run(
-        [*command, *counts],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env=environment(),
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = python("-X", "tracemalloc", "-m", "tests.loader_memory", image, *counts)
     _, few, many = map(json.loads, ran.stdout.splitlines())
     assert abs((many["settled"] - few["settled"]) / 1_000_000 - 10) < 0.2
     assert (many["peak"] - few["peak"]) / 1_000_000 < 12.2

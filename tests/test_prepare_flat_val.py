@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 
 from dali_vit.data import load_dataset
 from dali_vit.prepare import PrepareArguments, prepare
-from tests.conftest import environment
+from tests.conftest import python
 from tests.datasets import (
     IMAGES,
     NUM_TRAIN,
@@ -105,18 +103,9 @@ def test_a_class_may_have_no_image_in_val(tmp_path):
 @pytest.mark.parametrize(("to", "how"), [("shards", "kill"), ("folder", "full")])
 def test_stopped_before_any_file_operation_and_started_again_it_ends_in_the_same_bytes(to, how, tmp_path):
     arguments = write_kaggle(tmp_path / "kaggle")
-    command = [sys.executable, "-m", "tests.killed_prepare", arguments.source, tmp_path / "work/set", to, how, "7"]
     (tmp_path / "work").mkdir()
-    ran = subprocess.run(
-        [*command, arguments.val_labels],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env=environment(),
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout)
+    told = arguments.source, tmp_path / "work/set", to, how, "7", arguments.val_labels
+    result = json.loads(python("-m", "tests.killed_prepare", *told).stdout)
     assert result["digests"] == [result["digest"]]
     assert result["stops"] >= 12
 

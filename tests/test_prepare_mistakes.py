@@ -1,9 +1,7 @@
-"""prepare: what says which class an image is of, and everything that can be wrong with a source or a set."""
+"""prepare: everything that can be wrong with a source or a set."""
 
 import logging
 import os
-import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,59 +14,6 @@ from dali_vit.manifest import MANIFEST, read_manifest, write_manifest
 from dali_vit.prepare import PrepareArguments, prepare
 from tests import datasets
 from tests.datasets import IMAGES, NUM_TRAIN, VAL_IMAGES, WNIDS, contents, prepare_fails, tree, write_source
-
-# --- ILSVRC's labels of validation images
-
-
-def test_the_devkit_says_what_the_validation_images_show(tmp_path):
-    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
-    datasets.write_devkit(root, IMAGES)
-    by_text = prepare(PrepareArguments(root, tmp_path / "text", val_labels=root / "val_wnids.txt"))
-    (root / "val_wnids.txt").unlink()
-    by_devkit = prepare(PrepareArguments(root, tmp_path / "devkit"))
-    assert tree(by_text) == tree(by_devkit)
-    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz") as tar:
-        tar.extractall(root, filter="data")
-    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    assert tree(prepare(PrepareArguments(root, tmp_path / "extracted"))) == tree(by_devkit)
-
-
-def test_val_labels_may_name_the_images(tmp_path):
-    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
-    lines = [f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4" for wnid, name, _ in reversed(IMAGES["val"])]
-    (tmp_path / "solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines]))
-    prepare(PrepareArguments(root, tmp_path / "set", val_labels=tmp_path / "solution.csv"))
-    assert {name: label for name, (label, _) in contents(tmp_path / "set")["val"].items()} == {
-        f"{wnid}/{name}": WNIDS.index(wnid) for wnid, name, _ in IMAGES["val"]
-    }
-
-
-@pytest.mark.parametrize("damage", ["half an archive", "half a table", "another table", "no table"])
-def test_a_damaged_devkit_is_named(tmp_path, damage):
-    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
-    datasets.write_devkit(root, IMAGES)
-    archive = root / "ILSVRC2012_devkit_t12.tar.gz"
-    if damage == "half an archive":
-        archive.write_bytes(archive.read_bytes()[:300])
-    else:
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
-        archive.unlink()
-        meta = root / "ILSVRC2012_devkit_t12/data/meta.mat"
-        changes = {"half a table": meta.read_bytes()[:200], "another table": b"MATLAB 5.0 MAT-file" + bytes(200)}
-        meta.unlink() if damage == "no table" else meta.write_bytes(changes[damage])
-    arguments = PrepareArguments(root, tmp_path / "set")
-    prepare_fails(arguments, "ILSVRC2012_devkit_t12", "is not ILSVRC2012's devkit", "download it again")
-
-
-def test_without_scipy_the_devkits_remedy_is_named(tmp_path, monkeypatch):
-    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
-    datasets.write_devkit(root, IMAGES)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    prepare_fails(PrepareArguments(root, tmp_path / "set"), "pip install 'dali-vit[ilsvrc]'", "--val-labels")
-
-
-# --- mistakes
 
 
 def test_mistakes_are_named_with_their_remedy(tmp_path):

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
 from dali_vit.prepare import prepare
-from tests.conftest import environment
+from tests.conftest import environment, python
 from tests.datasets import NUM_TRAIN, VAL_IMAGES, prepare_fails, tree, write_source
 
 SLOW_PREPARE = """
@@ -92,16 +91,8 @@ def test_stopped_before_any_file_operation_and_started_again_it_ends_in_the_same
     """Killed, or on a disk that is full for a moment; before it goes on there is no target, or a whole one."""
     arguments = write_source(kind, tmp_path / "source")
     labels = [] if arguments.val_labels is None else [arguments.val_labels]
-    command = [sys.executable, "-m", "tests.killed_prepare", arguments.source, tmp_path / "set", to, how, str(stride)]
-    ran = subprocess.run(
-        [*command, *labels],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env=environment(),
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+    told = arguments.source, tmp_path / "set", to, how, str(stride), *labels
+    ran = python("-m", "tests.killed_prepare", *told)
     result = json.loads(ran.stdout)
     assert result["digests"] == [result["digest"]]
     assert result["stops"] >= 12
