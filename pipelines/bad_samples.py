@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines import probe
-from pipelines.readers import Samples
+from pipelines.readers import PLACEHOLDER, FileList, Samples
 
 __all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
-# Where this many samples are tried and all fail, it is not the samples: a disk is gone, or the device's memory full.
-_NOT_THE_SAMPLES = 16
+# Where this many samples are tried and all fail, it may not be the samples: a disk is gone, or the device.
+_SUSPICIOUS = 16
 
 
 class DecodeError(ValueError):
@@ -70,8 +70,8 @@ class BadSamples:
     def find(self, indices: np.ndarray, *, failed: bool) -> bool:
         """Tries samples and marks the bad ones, each named in a warning; whether there are any.
 
-        failed: one of them is thought to have made a pipeline fail; if all fail, it is not them. Else they are tried
-        on the CPU.
+        failed: one of them is thought to have made a pipeline fail; it is none of them if nothing can be read any more
+        or an image that is good fails, too. Else they are tried on the CPU.
         """
         # After a failure those tried before are tried again: a file may have been removed since.
         indices = indices[~(self.mask[indices] if failed else self.tried[indices])]
@@ -82,9 +82,9 @@ class BadSamples:
         # What fails on the device is tried there: it may be that device alone that cannot decode it.
         make = self._make if failed else self._make_on_cpu
         places, tried = _undecodable(self._samples.subset(indices), make, at_most)
-        if failed and len(places) == tried > min(at_most, _NOT_THE_SAMPLES - 1):
-            return False
         bad = indices[places]
+        if failed and len(bad) == tried > min(at_most, _SUSPICIOUS - 1) and not self._are_to_blame(bad):
+            return False
         if len(bad) and not self._max:
             names = [self._samples.path(i) for i in bad.tolist()]
             raise DecodeError(f"cannot read, decode or crop {_some(names)}: replace or remove the file", names)
@@ -96,6 +96,13 @@ class BadSamples:
             log.warning("%s cannot be read or decoded: left out for the rest of the run", self._samples.path(index))
         self._check_share()
         return len(bad) > 0
+
+    def _are_to_blame(self, indices: np.ndarray) -> bool:
+        """Whether of samples that all failed any can be read at all, and the device decodes what is good."""
+        if all(_first_bytes(self._samples, payload) is None for payload in self._samples.payload(indices)):
+            return False
+        good = FileList.from_paths([str(PLACEHOLDER)], [0])
+        return all(decodes for _, decodes in probe.try_samples(good, self._make))
 
     def cut_short(self, indices: np.ndarray, last_bytes: np.ndarray) -> np.ndarray:
         """Of a batch, the JPEGs whose end is missing, or does not come last, and that were never tried; rising.
@@ -133,14 +140,14 @@ def _some(names: Sequence[str]) -> str:
 def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tuple[list[int], int]:
     """Places of the samples that fail when tried alone, and how many were tried.
 
-    It is given up at the first failure beyond at_most, or when the first _NOT_THE_SAMPLES all fail.
+    It is given up at the first failure beyond at_most, or when the first _SUSPICIOUS all fail.
     """
     bad: list[int] = []
     tried = 0
     for tried, (place, decodes) in enumerate(probe.try_samples(samples, make), start=1):
         if not decodes:
             bad.append(place)
-        if tried == _NOT_THE_SAMPLES if len(bad) == tried else len(bad) > at_most:
+        if tried == _SUSPICIOUS if len(bad) == tried else len(bad) > at_most:
             break
     return bad, tried
 

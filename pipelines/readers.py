@@ -16,11 +16,21 @@ from nvidia.dali.data_node import DataNode
 from pipelines import open_files
 from pipelines.order import EvalOrder, TrainOrder
 
-__all__ = ["NUM_LAST_BYTES", "EvalSource", "FileList", "Samples", "TrainSource", "allow_open_files", "read"]
+__all__ = [
+    "NUM_LAST_BYTES",
+    "PLACEHOLDER",
+    "EvalSource",
+    "FileList",
+    "Samples",
+    "TrainSource",
+    "allow_open_files",
+    "read",
+]
 
 NUM_LAST_BYTES = 8  # of a file, by which one that was cut short is known; the smallest image has as many, a PBM
 
-_PLACEHOLDER = Path(__file__).with_name("placeholder.jpg")
+PLACEHOLDER = Path(__file__).with_name("placeholder.jpg")
+"""A good image, which takes the place of those that are bad."""
 
 
 class BatchInfo(Protocol):
@@ -109,7 +119,7 @@ class FileList:
 @functools.cache
 def _placeholder(encoded: bool) -> np.ndarray:
     """The payload that stands in for a sample which cannot be decoded, uint8."""
-    return np.frombuffer(_PLACEHOLDER.read_bytes() if encoded else os.fsencode(_PLACEHOLDER), np.uint8)
+    return np.frombuffer(PLACEHOLDER.read_bytes() if encoded else os.fsencode(PLACEHOLDER), np.uint8)
 
 
 def _payload(samples: Samples, indices: np.ndarray, left_out: np.ndarray | None) -> list[np.ndarray]:

@@ -173,6 +173,34 @@ def test_a_lost_disk_is_not_blamed_on_the_samples(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
+def test_samples_that_are_all_bad_are_to_blame(tmp_path: Path) -> None:
+    """As an image that is good still decodes, and they can be read."""
+    for count, named in (2, "2 of 2"), (40, "16 of 40"):
+        files = write(tmp_path / str(count), with_bad(count, dict.fromkeys(range(count), BAD["half"])))
+        with pytest.raises(DecodeError, match=f"{named} samples cannot be read or decoded, more than the 1 that"):
+            next(loader(files, batch_size=2, max_bad_share=0.01))
+    options: dict[str, Any] = {"batch_size": 8, "image_size": 32, "rank": 0, "world_size": 1, "device": "cpu"}
+    evaluation = EvalLoader(files, num_threads=1, max_bad_share=1.0, **options)
+    assert [labels.tolist() for _, labels in evaluation] == [8 * [-1]] * 5
+    assert evaluation.bad_samples == tuple(range(40))
+
+
+def test_a_device_that_decodes_nothing_is_not_blamed_on_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = write(tmp_path / "images", with_bad(40, {}))
+    training = loader(files)
+
+    def run(_: Pipeline) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(Pipeline, "run", run)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        next(training)
+    assert training.bad_samples == ()
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(
     "said",
     [
