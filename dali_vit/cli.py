@@ -240,13 +240,21 @@ def _predict(argv: list[str]) -> int:
 
 def _show_json(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
     """All at once, as half an array is no JSON; until then as text, which is a fraction of the size of the objects."""
-    images = [json.dumps({"image": str(path), "predictions": found}) for path, found in predictions]
+    from dali_vit.data import DecodeError
+
+    images = []
+    try:
+        for path, found in predictions:
+            images.append(json.dumps({"image": str(path), "predictions": found}))
+    except DecodeError:  # after the last of them
+        _say(f"[{', '.join(images)}]")
+        raise
     _say(f"[{', '.join(images)}]")
 
 
 def _show_table(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
     for path, found in predictions:
-        lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found]
+        lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found] or ["  cannot be used"]
         _say("\n".join([str(path), *lines]))
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
 from dali_vit.config import UserError
+from dali_vit.data import DecodeError
 from dali_vit.distributed import Group
 from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, make_parent, replacing
@@ -132,30 +133,37 @@ def predict(
 ) -> Generator[tuple[Path, list[dict[str, Any]]]]:
     """For each image file, or image in a folder, its `top` likeliest classes, as they are found.
 
-    Of each `class`, `index` and `probability` in [0, 1]; `description`, too, where the classes are WordNet's. Until it
-    is closed or at its end, stderr is kept back. UserError and DecodeError name what does not fit.
+    Of each `class`, `index` and `probability` in [0, 1]; `description`, too, where the classes are WordNet's. An image
+    that cannot be used has none, and after the last image a DecodeError names those. UserError says what else does not
+    fit. Until it is closed or at its end, stderr is kept back.
     """
     files = list_images(images)
     opened = checkpoint.open_model(path, resolution)
-    datasets.check_images(files)
+    datasets.check_images(files, max_bad_share=1.0)
     group = Group(0, 1, 0, 1, device)
+    batch_size = min(len(files), 64)
     batches = datasets.eval_loader(
         files,
-        batch_size=min(len(files), 64),
+        batch_size=batch_size,
         resolution=opened.resolution,
         group=group,
         threads=group.cores,
+        max_bad_share=1.0,
     )
     model = opened.model.to(device)
     words = descriptions(opened.classes) if opened.classes else None
     try:
         with no_messages_beside_ours(), saying_why(files):
-            for pixels, rows in batches:
+            for start, (pixels, labels) in zip(range(0, len(files), batch_size), batches, strict=True):
                 values, indices = _likeliest(model, pixels, top)
-                for row, value, index in zip(rows.tolist(), values.tolist(), indices.tolist(), strict=True):
-                    if row >= 0:
-                        ranked = zip(index, value, strict=True)
-                        yield Path(files.path(row)), [_prediction(opened, words, i, p) for i, p in ranked]
+                # The last batch is padded, beyond the files.
+                for row, label, value, index in zip(
+                    range(start, len(files)), labels.tolist(), values.tolist(), indices.tolist(), strict=False
+                ):
+                    ranked = zip(index, value, strict=True) if label >= 0 else ()
+                    yield Path(files.path(row)), [_prediction(opened, words, i, p) for i, p in ranked]
+            if unusable := [files.path(i) for i in batches.bad_samples]:
+                raise DecodeError("cannot be read or decoded", unusable)
     finally:
         batches.close()
 

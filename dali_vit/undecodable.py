@@ -1,7 +1,8 @@
-"""Why images that end an evaluation or a prediction cannot be used, in the line that names them."""
+"""Why images that an evaluation or a prediction ends with cannot be used, in the line that names them."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,12 @@ _SHOWN = 3  # as many as other messages name
 
 @contextmanager
 def saying_why(samples: ImageList) -> Iterator[None]:
-    """Turns a DecodeError of samples into one that says of the first three what is wrong with them."""
+    """Turns a DecodeError of samples into one that says of the first three what is wrong with them.
+
+    The loader's warnings, which name each without saying why, are kept back.
+    """
+    log = logging.getLogger("dali_vit.data")
+    log.addFilter(_is_of_no_sample)
     try:
         yield
     except DecodeError as error:
@@ -29,6 +35,12 @@ def saying_why(samples: ImageList) -> Iterator[None]:
             faults.append(f"and {len(names) - _SHOWN} more cannot be used")
         them = "it" if len(names) == 1 else "them"
         raise DecodeError(f"{'; '.join(faults)}: replace or remove {them}", names) from error
+    finally:
+        log.removeFilter(_is_of_no_sample)
+
+
+def _is_of_no_sample(record: logging.LogRecord) -> bool:
+    return record.module != "bad_samples"
 
 
 def _reason(samples: ImageList, name: str) -> str:

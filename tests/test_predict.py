@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_named_in_one_line(command, name, make, reason, d
     make(bad)
     what = {"predict": [str(bad)], "eval": ["--data", str(data)]}[command]
     code, out, err = run(command, *what, "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, {"predict": f"{bad}\n  cannot be used\n", "eval": ""}[command])
     assert err.startswith(f"dali-vit: {bad} {reason}")
     assert err.endswith("): replace or remove it\n")
     assert err.count("\n") == 1
@@ -167,3 +167,40 @@ def test_of_many_the_first_three_are_explained(tmp_path, recwarn):
     )
     assert refused.value.paths == paths
     assert not recwarn
+
+
+@pytest.mark.timeout(120)
+def test_images_that_cannot_be_used_do_not_keep_the_others_from_being_told(data, tmp_path, capfd):
+    """Each in its place, in the second of two batches, too, and where all of many are."""
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    blue = data / "val/c/ILSVRC2012_val_00000005.png"
+    bad = [tmp_path / f"{i}.jpg" for i in range(20)]
+    for path in bad:
+        torn(path)
+    bad[1].write_text("no image")
+    bad[2].write_bytes(b"")
+    asked = [bad[0], *[blue] * 70, *bad[1:4], blue]
+    expected = [
+        (str(bad[0]), None),
+        *[(str(blue), "sapphire")] * 70,
+        *((str(path), None) for path in bad[1:4]),
+        (str(blue), "sapphire"),
+    ]
+    arguments = [*map(str, asked), "--checkpoint", str(model), "--gpus", "0", "--top", "1"]
+    code, out, err = run("predict", *arguments, "--json", capsys=capfd)
+    found = [(one["image"], one["predictions"]) for one in json.loads(out)]
+    assert [(path, best[0]["class"] if best else None) for path, best in found] == expected
+    told = [
+        f"dali-vit: {bad[0]} ends too early (image file is truncated (",
+        f"; {bad[1]} is of no format that DALI decodes (begins with b'no image'); {bad[2]} has no bytes (0 bytes)",
+        "; and 1 more cannot be used: replace or remove them\n",
+    ]
+    assert code == 2
+    assert err.startswith(told[0])
+    assert err.endswith(told[1] + told[2])
+    assert err.count("\n") == 1
+
+    code, out, err = run("predict", *map(str, bad), "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
+    assert (code, out) == (2, "".join(f"{path}\n  cannot be used\n" for path in bad))
+    assert err.endswith("; and 17 more cannot be used: replace or remove them\n")
+    assert err.count("\n") == 1
