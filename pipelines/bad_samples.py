@@ -93,7 +93,9 @@ class BadSamples:
         self.tried[bad] = True
         self.mask[bad] = True
         for index in bad.tolist():
-            log.warning("%s cannot be read or decoded: left out for the rest of the run", self._samples.path(index))
+            log.warning(
+                "%s cannot be read, decoded or cropped: left out for the rest of the run", self._samples.path(index)
+            )
         self._check_share()
         return len(bad) > 0
 

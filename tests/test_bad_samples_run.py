@@ -19,7 +19,7 @@ from tests.conftest import CLASSES, TINY, dali_vit, read_metrics
 
 pytestmark = pytest.mark.timeout(240)
 
-LEFT_OUT = "cannot be read or decoded: left out"
+LEFT_OUT = "cannot be read, decoded or cropped: left out"
 
 
 def folder_of(root: Path, contents: list[bytes]) -> Path:

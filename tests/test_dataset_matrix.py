@@ -119,8 +119,8 @@ def test_prepare_verify_train_eval(kind, to, images, sources, expected, labels, 
 
     out, weights = train(data, tmp_path)
     assert f"train {NUM_TRAIN - MINIVAL}, minival {MINIVAL}, val {VAL_IMAGES} images, {len(WNIDS)} classes" in out
-    assert out.count("cannot be read or decoded: left out") == 1
-    assert f"{truncated['path']} cannot be read or decoded" in out
+    assert out.count("cannot be read, decoded or cropped: left out") == 1
+    assert f"{truncated['path']} cannot be read, decoded or cropped" in out
     # Every epoch holds every good sample once, by class, and a blank in the place of the bad one.
     dataset = load_dataset(data, minival=MINIVAL / NUM_TRAIN)
     held_out = Counter(name.split("/")[0] for name in sample_names(dataset.split("minival")))
