@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 def run() -> NoReturn:
     """`dali-vit` as a process."""
+    process.end_at_ctrl_c()
     process.run(main)
 
 
@@ -188,6 +189,7 @@ def _eval(argv: list[str]) -> int:
         processes = distributed.resolve_gpus(arguments.gpus)
         if processes > 1:
             return launch(processes, ["eval", *argv], max_restarts=0)
+    process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
         metrics = inference.evaluate_checkpoint(
             arguments.checkpoint,
@@ -224,6 +226,7 @@ def _predict(argv: list[str]) -> int:
         _keep_stdout()
     from dali_vit import distributed, inference
 
+    process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
         show = _show_json if arguments.json else _show_table
 
@@ -283,6 +286,7 @@ def _convert(argv: list[str]) -> int:
     arguments: ConvertArguments = parse(ConvertArguments, argv, "convert")
     from dali_vit import inference
 
+    process.tidy_up_at_ctrl_c()
     _say(inference.convert(arguments.source, arguments.target, arguments.resolution))
     return 0
 
@@ -291,6 +295,7 @@ def _export(argv: list[str]) -> int:
     arguments: ExportArguments = parse(ExportArguments, argv, "export")
     from dali_vit.export import export
 
+    process.tidy_up_at_ctrl_c()
     _say(export(arguments.checkpoint, arguments.out, arguments.resolution))
     return 0
 
@@ -298,6 +303,7 @@ def _export(argv: list[str]) -> int:
 def _prepare(argv: list[str]) -> int:
     from dali_vit.prepare import PrepareArguments, prepare
 
+    process.tidy_up_at_ctrl_c()
     prepare(parse(PrepareArguments, argv, "prepare"))
     return 0
 
@@ -305,6 +311,7 @@ def _prepare(argv: list[str]) -> int:
 def _verify(argv: list[str]) -> int:
     from dali_vit.verify import VerifyArguments, verify
 
+    process.tidy_up_at_ctrl_c()
     arguments: VerifyArguments = parse(VerifyArguments, argv, "verify")
     if arguments.json:
         _keep_stdout()
@@ -322,6 +329,7 @@ def _preview(argv: list[str]) -> int:
     from dali_vit import distributed
     from dali_vit.preview import preview
 
+    process.tidy_up_at_ctrl_c()
     config = arguments.config
     with distributed.connect(config.run.gpus) as group:
         written = _by_main_alone(
@@ -336,6 +344,7 @@ def _doctor(argv: list[str]) -> int:
     parse(DoctorArguments, argv, "doctor")
     from dali_vit import doctor
 
+    process.tidy_up_at_ctrl_c()
     _say(doctor.report())
     return 0
 

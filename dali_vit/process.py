@@ -9,6 +9,7 @@ import gc
 import io
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -29,6 +30,25 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # CUDA, likewise: by default 8 queues take the kernels of all streams, of which DALI's decoder alone has one a thread. A
 # training step's kernel would wait behind a decoder's in the same queue. 32 is the most there are.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def end_at_ctrl_c() -> None:
+    """Lets Ctrl-C end the process at once, with 130, until `tidy_up_at_ctrl_c`; nothing where it is ignored.
+
+    Raised where Python imports a module, a KeyboardInterrupt may be swallowed, and leaves half of a module behind.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def tidy_up_at_ctrl_c() -> None:
+    """After the imports: Ctrl-C is a KeyboardInterrupt again, where `end_at_ctrl_c` has changed that."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(*_: object) -> NoReturn:
+    os._exit(130)
 
 
 def run(main: Callable[[], object]) -> NoReturn:
@@ -52,6 +72,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
+    end_at_ctrl_c()
     # As Python itself ends, but for taking all modules apart. That takes torch's more than a second, and NCCL's groups,
     # where this process alone has failed, wait for the others, which wait for it.
     threading._shutdown()  # type: ignore[attr-defined]
@@ -95,4 +116,4 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(opened, mode))
 
 
-__all__ = ["NOBODY_READS", "number", "run"]
+__all__ = ["NOBODY_READS", "end_at_ctrl_c", "number", "run", "tidy_up_at_ctrl_c"]

@@ -86,6 +86,38 @@ def test_what_the_terminal_cannot_show_is_escaped(variables: dict[str, str], pri
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed, b"")
 
 
+CTRL_C = """import os, signal
+from dali_vit import process
+def main():
+    {before}
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("went on")
+    except KeyboardInterrupt:  # as of an import that is optional to a library
+        print("swallowed")
+    sys.exit(0)
+cli.main = main"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "printed"),
+    [
+        ("pass", 130, ""),
+        ("process.tidy_up_at_ctrl_c()", 0, "swallowed\n"),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN); process.tidy_up_at_ctrl_c()", 0, "went on\n"),
+    ],
+)
+def test_ctrl_c_ends_the_process_until_there_is_something_to_tidy_up(before: str, code: int, printed: str) -> None:
+    process = end(CTRL_C.format(before=before))
+    assert (process.returncode, process.stdout, process.stderr) == (code, printed, "")
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    """As of a command that a script starts in the background."""
+    process = end("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + CTRL_C.format(before="pass"))
+    assert (process.returncode, process.stdout, process.stderr) == (0, "went on\n", "")
+
+
 @pytest.mark.parametrize(("exits", "code"), [("0", 0), ("2", 2), ("75", 75), ("", 0), ("None", 0), ("'text'", 1)])
 def test_the_code_is_that_of_main(exits: str, code: int) -> None:
     process = end(f"cli.main = lambda: sys.exit({exits})")
