@@ -15,10 +15,12 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dali_vit.config import UserError
 from pipelines import probe
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
+from pipelines.readers import PLACEHOLDER, FileList
 
 __all__ = [
     "KINDS",
@@ -111,6 +113,8 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         return [("not an image", f"begins with {data[:8]!r}")], False
     except Image.DecompressionBombError as error:
         return [("too large", one_line(error))], False
+    except MemoryError:
+        raise
     except Exception as error:  # each format's parser has its own
         return [("damaged", one_line(error))], False
     with image:
@@ -131,10 +135,15 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
 
 
 def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
-    """Which of the encoded images DALI does not decode, rising."""
+    """Which of the encoded images DALI does not decode, rising; UserError where it decodes none, good or bad."""
     make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
     with _no_messages():
-        return [i for i, decodes in probe.try_samples(_InMemory(images), make) if not decodes]
+        failed = [i for i, decodes in probe.try_samples(_InMemory(images), make) if not decodes]
+        if failed:
+            good = FileList.from_paths([str(PLACEHOLDER)], [0])
+            if not all(decodes for _, decodes in probe.try_samples(good, make)):
+                raise UserError("DALI decodes no image here, not even one that is good: memory or threads may be short")
+    return failed
 
 
 @contextmanager
@@ -179,10 +188,12 @@ def _stderr_to(descriptor: int) -> Iterator[None]:
 
 
 def why_undecodable(data: bytes) -> tuple[str, str]:
-    """Kind and detail of an image that DALI does not decode, by what Pillow says to it."""
+    """Kind and detail of an image that DALI does not decode, by what Pillow says to it; MemoryError for lack of it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         early = "truncated" in str(error) or "unexpected end" in str(error).lower()
         return "truncated" if early else "damaged", one_line(error)

@@ -46,11 +46,17 @@ def _is_of_no_sample(record: logging.LogRecord) -> bool:
 def _reason(samples: ImageList, name: str) -> str:
     try:
         data = read_sample(samples, next(i for i in range(len(samples)) if samples.path(i) == name))
+        kind, detail = _fault(data, name)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
+    except MemoryError:
+        return "is too large for the memory there is"
+    return f"{_MEANINGS[kind]} ({detail})"
+
+
+def _fault(data: bytes, name: str) -> tuple[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's of large images and of odd Exif data
         problems, decodable = inspect_header(data, name, MAX_PIXELS)
         fatal = [problem for problem in problems if not decodable or problem[0] == "too long"]
-        kind, detail = fatal[0] if fatal else why_undecodable(data)
-    return f"{_MEANINGS[kind]} ({detail})"
+        return fatal[0] if fatal else why_undecodable(data)

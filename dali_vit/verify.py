@@ -29,6 +29,7 @@ from dali_vit.manifest import read_manifest
 from dali_vit.prepare.sources import read_sample
 from dali_vit.quarantine import LIST, check_quarantine, move_aside
 from dali_vit.structure import load_with_faults
+from dali_vit.validation import MAX_THREADS, check_range
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -93,8 +94,8 @@ def verify(arguments: VerifyArguments) -> Report:
     """Carries out `dali-vit verify` and logs a summary; UserError for a set that cannot be listed."""
     if not 0 < arguments.max_megapixels < math.inf:
         raise UserError(f"--max-megapixels {arguments.max_megapixels:g}: must be above 0 and finite")
-    if arguments.workers is not None and arguments.workers <= 0:
-        raise UserError(f"--workers {arguments.workers}: must be above 0")
+    if arguments.workers is not None:
+        check_range("--workers", arguments.workers, 1, MAX_THREADS)
     dataset, refused = load_with_faults(arguments.path)
     if arguments.quarantine is not None:
         check_quarantine(dataset.root, arguments.quarantine)
@@ -142,6 +143,15 @@ def _pillow_without_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+@contextmanager
+def _naming_lack_of_memory(path: str) -> Iterator[None]:
+    """It says nothing of the image, which is not to be moved aside for it."""
+    try:
+        yield
+    except MemoryError:
+        raise UserError(f"{path}: memory does not suffice to decode it; free some and start again") from None
+
+
 def _inspect_split(
     split: str, samples: ImageList, max_pixels: float, workers: int
 ) -> tuple[list[tuple[int, Problem]], np.ndarray]:
@@ -156,7 +166,8 @@ def _inspect_split(
         except OSError as error:
             return None, [("unreadable", one_line(error.strerror or error))]
         digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
-        problems, decodable = inspect_header(data, samples.path(i), max_pixels)
+        with _naming_lack_of_memory(samples.path(i)):
+            problems, decodable = inspect_header(data, samples.path(i), max_pixels)
         return data if decodable else None, problems
 
     starts = range(0, len(samples), _CHUNK)
@@ -170,7 +181,8 @@ def _inspect_split(
             places = list(images)
             for place in find_undecodable(list(images.values()), workers):
                 i = places[place]
-                results[i] = None, [why_undecodable(images[i])]
+                with _naming_lack_of_memory(samples.path(i)):
+                    results[i] = None, [why_undecodable(images[i])]
             found += [
                 (i, Problem(kind, split, samples.path(i), detail))
                 for i, (_, problems) in results.items()

@@ -271,6 +271,33 @@ def test_what_is_no_regular_file_is_reported_and_never_opened(tmp_path):
     assert (tmp_path / "aside" / pipes[0]).is_fifo()
 
 
+def test_what_fails_for_lack_of_memory_or_threads_is_not_moved_aside(tmp_path, monkeypatch):
+    """Be it for DALI, which then decodes no image, or for Pillow, of an image that is bad to DALI."""
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    files = sorted(root.rglob("*.*"))
+    arguments = VerifyArguments(root, quarantine=tmp_path / "bad", workers=1)
+
+    def fail(*_):
+        raise RuntimeError("std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvidia.dali.Pipeline.run", fail)
+        with pytest.raises(UserError, match=r"^DALI decodes no image here, not even one that is good: memory or"):
+            verify(arguments)
+
+    def lack(*_):
+        raise MemoryError
+
+    (files[0]).write_bytes(files[0].read_bytes()[:-30])
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", lack)
+        with pytest.raises(UserError, match=f"^{files[0]}: memory does not suffice to decode it; free some"):
+            verify(arguments)
+    assert sorted(root.rglob("*.*")) == files
+    assert not (tmp_path / "bad").exists()
+    assert verify(arguments).quarantined == 1
+
+
 def test_one_problem_is_a_problem(tmp_path, caplog):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -293,7 +320,8 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
         (replace(arguments, max_megapixels=0), "--max-megapixels 0: must be above 0"),
         (replace(arguments, max_megapixels=float("nan")), "--max-megapixels nan: must be above 0 and finite"),
         (replace(arguments, max_megapixels=float("inf")), "--max-megapixels inf: must be above 0 and finite"),
-        (replace(arguments, workers=0), "--workers 0: must be above 0"),
+        (replace(arguments, workers=0), "--workers 0: must be from 1 to 1,024"),
+        (replace(arguments, workers=10**9), "--workers 1000000000: must be from 1 to 1,024"),
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "link" / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "file"), "is a file"),

@@ -39,7 +39,7 @@ from dali_vit.prepare.targets import (
     write_index,
     write_shards,
 )
-from dali_vit.validation import check_local
+from dali_vit.validation import MAX_THREADS, check_local
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
@@ -149,7 +149,7 @@ def _check(arguments: PrepareArguments) -> None:
         ("--shard-mb", arguments.shard_mb, 1, None),
         ("--shorter-side", arguments.shorter_side, 8, None),
         ("--quality", arguments.quality, 1, 95),
-        ("--workers", arguments.workers, 1, None),
+        ("--workers", arguments.workers, 1, MAX_THREADS),
     ]:
         if value is not None and (value < least or (most is not None and value > most)):
             raise UserError(f"{flag} {value}: must be {f'from {least} to {most}' if most else f'at least {least}'}")
