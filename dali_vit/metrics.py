@@ -229,12 +229,12 @@ def _append(file: FileIO, line: bytes) -> None:
 
 def _drop_lines_past(path: Path, step: int) -> None:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # a line cut short by a crash
+            continue  # a line cut short by a crash, or none of ours
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 

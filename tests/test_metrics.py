@@ -44,6 +44,8 @@ def test_what_was_logged_up_to_the_checkpoint_stays_and_what_comes_again_goes(tm
 
 def test_lines_that_are_none_of_ours_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[1, 2]\n{"step"\n3\n{"step": 2}\n')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xf4garbage\n")
     attempt(tmp_path, 1, range(2, 3), 1.0)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
