@@ -108,6 +108,8 @@ def load_dataset(data: str | Path, *, minival: float = 0.01, split: str | None =
     Raises UserError for anything the user can mend, such as a class without images.
     """
     assert split in (None, "train", "minival", "val"), split
+    if data == "":  # of a shell's variable that is not set; as a path it would be the working directory
+        raise UserError("--data: empty; give the folder of a dataset, or 'demo'")
     if not 0 <= minival < 1:
         raise UserError(f"--minival {minival:g}: must be a share from 0 to below 1")
     if is_remote(data):

@@ -69,11 +69,12 @@ def summary(
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
     aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
+    classes = f"{len(dataset.classes)} class{'es' if len(dataset.classes) > 1 else ''}"
     on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     precision = f"bf16 autocast, {config.model.residual} residual stream"
     rows = {
         "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
-        "data": f"{dataset.root}: {counts} images, {len(dataset.classes)} classes",
+        "data": f"{dataset.root}: {counts} images, {classes}",
         "input": f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'},"
         f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,

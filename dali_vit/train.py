@@ -244,8 +244,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         writer.close()
     if stopping:
         raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
+    metrics = _check_finite(metrics, config)
     log.info("done in %s: %s", duration(time.perf_counter() - began), current(config))
-    return _check_finite(metrics, config)
+    return metrics
 
 
 def _close(background: BackgroundWriter) -> None:

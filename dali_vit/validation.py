@@ -17,6 +17,7 @@ MAX_THREADS = 1024
 MAX_RESOLUTION = 8192
 MAX_BATCH_SIZE = 2**20
 MAX_EPOCHS = 10**6
+MAX_RANDAUG_LAYERS = 100
 MAX_STEPS = 10**10
 MAX_SECONDS = 10**7
 MAX_FLOAT32 = 1e38
@@ -82,7 +83,6 @@ def validate(config: Config) -> None:
         ("--warmup-steps", optim.warmup_steps),
         ("--mixup-alpha", optim.mixup_alpha),
         ("--spike-threshold", optim.spike_threshold),
-        ("--randaug-layers", data.randaug_layers),
         ("--eval-every", run.eval_every),
         ("--seed", run.seed),
         ("--max-restarts", run.max_restarts),
@@ -91,6 +91,7 @@ def validate(config: Config) -> None:
     ]:
         if not number >= 0:
             raise UserError(f"{flag} {number}: must not be negative")
+    check_range("--randaug-layers", data.randaug_layers, 0, MAX_RANDAUG_LAYERS)
     if optim.steps is not None and optim.warmup_steps >= optim.steps:
         raise UserError(
             f"--steps {optim.steps}: the warm-up alone takes {optim.warmup_steps}; add --warmup-steps"
@@ -121,6 +122,8 @@ def validate(config: Config) -> None:
     name = run.name or run.recipe
     if Path(name).name != name or name == "..":
         raise UserError(f"--name {name}: a run's name is one folder; choose its parent with --runs-dir")
+    if any(ord(character) < 32 for character in name):
+        raise UserError(f"--name {name!r}: has a line break or another control character in it; leave it out")
     if len(os.fsencode(name)) > 255:
         raise UserError(f"--name {name[:20]}...: longer than the 255 bytes that a folder's name may have")
     try:

@@ -31,6 +31,8 @@ VARIANTS = {
     "g": Variant(1408, 40, 6144, 16),
     "G": Variant(1664, 48, 8192, 16),
 }
+# Past any ViT there is, so that slips of the finger end here and not with all memory taken.
+_MAX_SIZE = {"width": 2**16, "depth": 1024, "mlp_dim": 2**18, "num_heads": 2**12}
 TIMM_PREFIX = "timm:"
 
 
@@ -44,8 +46,8 @@ def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
         )
     overrides = {name: getattr(config, name) for name in Variant._fields if getattr(config, name) is not None}
     for name, value in overrides.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 1 <= value <= _MAX_SIZE[name]:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {_MAX_SIZE[name]:,}")
     return VARIANTS[match[1]]._replace(**overrides), int(match[2])
 
 

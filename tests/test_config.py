@@ -41,7 +41,13 @@ def test_steps_take_the_place_of_epochs():
         ("optim", {"mixup_alpha": -0.1}, "--mixup-alpha"),
         ("optim", {"label_smoothing": 1.0}, "--label-smoothing"),
         ("data", {"randaug_magnitude": 11.0}, "--randaug-magnitude 11"),
+        ("data", {"randaug_layers": 10**9}, "--randaug-layers 1000000000: must be from 0 to 100"),
         ("data", {"minival": 1.0}, "--minival 1"),
+        (
+            "run",
+            {"name": "a\nb"},
+            r"--name 'a\\nb': has a line break or another control character in it; leave it out",
+        ),
         ("data", {"resolution": 10**8}, "--resolution 100000000: must be from 1 to 8,192"),
         ("optim", {"epochs": float("inf")}, "--epochs inf: must be a finite number"),
         ("optim", {"weight_decay": float("inf")}, "--weight-decay inf: must be a finite number"),

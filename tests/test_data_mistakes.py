@@ -18,6 +18,12 @@ def test_missing_folder(tmp_path):
     fails(lambda: load_dataset(tmp_path / "none"), str(tmp_path / "none"), "no such folder", "train/<class>")
 
 
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "train/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    fails(lambda: load_dataset(""), "--data: empty; give the folder of a dataset")
+
+
 def test_file_instead_of_a_folder(tmp_path):
     make_files(tmp_path, "x.jpg")
     fails(lambda: load_dataset(tmp_path / "x.jpg"), "x.jpg is a file")

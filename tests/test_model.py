@@ -227,7 +227,8 @@ def test_timm_model_of_fixed_size_is_built_for_the_resolution() -> None:
         (ModelConfig(), 8, "--resolution 8: not divisible by the patch of S/16; use 16"),
         (ModelConfig(width=100), 224, "--width 100: not divisible by 6 heads"),
         (ModelConfig(width=102), 224, "--width 102: sincos2d positions need a multiple of 4"),
-        (ModelConfig(depth=0), 224, "--depth 0: must be at least 1"),
+        (ModelConfig(depth=0), 224, "--depth 0: must be from 1 to 1,024"),
+        (ModelConfig(mlp_dim=10**9), 224, "--mlp-dim 1000000000: must be from 1 to 262,144"),
         (ModelConfig(model="timm:resnet5O"), 224, r"--model timm:resnet5O: no such model.*did you mean .*resnet50"),
         (
             ModelConfig(model="timm:resnet50.a1_in1k"),
