@@ -226,6 +226,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 found = evaluate(done)
                 if found is None:
                     stopping = stop.reason()
+                    if not saved:  # the step was left out, but a run that ends keeps what it has
+                        save(done, evaluation_due=True)
                 else:
                     metrics = found
                     scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from dataclasses import replace
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import dali_vit.train as loop
 from dali_vit import checkpoint
 from dali_vit import data as datasets
 from dali_vit.config import Config, ModelConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
+from dali_vit.stopping import Interrupted
 from dali_vit.train import train
 from dali_vit.variants import VARIANTS
 from pipelines.train import Augment
@@ -76,6 +80,42 @@ def test_that_nothing_is_evaluated_is_said(
     config = replace(tiny_config, data=data, optim=replace(tiny_config.optim, steps=3))
     train(config, cpu, plan(config, 1))
     assert caplog.messages[0] == f"{folder} has no val/, and --minival leaves none: nothing is evaluated"
+
+
+@pytest.mark.timeout(60)
+def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_checkpoint(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped at that step has; the evaluation is made up for when it goes on."""
+    build = loop.build_update
+
+    def build_failing(*arguments: Any) -> Any:
+        update, how = build(*arguments)
+        steps = itertools.count(1)
+
+        def fail_at_2(*batch: Any) -> Any:
+            loss, norm = update(*batch)
+            return loss, torch.full_like(norm, math.nan) if next(steps) == 2 else norm
+
+        return fail_at_2, how
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    config = replace(
+        tiny_config,
+        optim=replace(tiny_config.optim, steps=6, batch_size=8),
+        run=replace(tiny_config.run, eval_every=2 * 8 / 54, checkpoint_every=100),
+    )
+    monkeypatch.setattr(loop, "build_update", build_failing)
+    monkeypatch.setattr(loop, "evaluate_splits", stop)
+    monkeypatch.setattr(loop.Stop, "agreed", lambda self, step: None)
+    monkeypatch.setattr(loop.Stop, "reason", lambda self: "stopped by SIGTERM")
+    with pytest.raises(Interrupted, match="after step 2;"):
+        train(config, cpu, plan(config, 1))
+    kept = checkpoint.newest(config.run_dir)
+    assert kept is not None
+    assert (kept.step, kept.loader["evaluation_due"]) == (2, True)
 
 
 @pytest.mark.parametrize(
