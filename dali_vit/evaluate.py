@@ -95,7 +95,8 @@ def evaluate_splits(
                 torch.cuda.empty_cache()  # of what the training steps left: DALI's buffers are not torch's
             loaders[name] = datasets.eval_loader(
                 files,
-                batch_size=config.optim.batch_size // group.world_size,
+                # What memory holds of a step, it holds of an evaluation.
+                batch_size=config.optim.batch_size // group.world_size // config.run.grad_accum_steps,
                 resolution=config.data.resolution,
                 group=group,
                 threads=datasets.num_threads(config, group),

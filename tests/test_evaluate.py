@@ -65,6 +65,26 @@ def test_model_returns_to_its_mode():
     assert model.training
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("parts", "largest"), [(1, 4), (2, 2)])
+def test_no_more_images_at_once_than_in_a_part_of_a_step(parts, largest, tiny_config, cpu):
+    """Else an evaluation would not fit into memory that a step fits into."""
+    config = replace(
+        tiny_config,
+        optim=replace(tiny_config.optim, batch_size=4),
+        run=replace(tiny_config.run, grad_accum_steps=parts),
+    )
+    dataset = datasets.load_dataset(config.data.data, minival=0.1)
+    model = create_model(config.model, num_classes=len(dataset.classes), resolution=32)
+    seen = []
+    model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    loaders = {}
+    evaluate_splits(model, dataset, config, cpu, loaders)
+    for loader in loaders.values():
+        loader.close()
+    assert max(seen) == largest
+
+
 @pytest.mark.timeout(120)
 def test_loaders_are_kept_between_evaluations(tiny_config, cpu, tmp_path, caplog):
     """The second makes none, counts the same, and still leaves out what the first found undecodable."""
