@@ -27,6 +27,7 @@ from dali_vit.data import Decoder, LoaderSettings
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.files import replacing
 from dali_vit.mixup import normalize
+from pipelines.crop import REGIONS
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,10 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     engine = environment.jpeg_engine(group.device)
     if group.is_main and engine.startswith("unusable"):
         log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
-    defaults = datasets.default_settings(config, group)
     wanted = config.run.autotune
     if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
-        return defaults
+        return datasets.default_settings(config, group)
+    defaults = common_defaults(config, group)
     conditions = _conditions(dataset, config, group)
     path = cache_path(conditions)
     found = gather_objects(_read(path, conditions) if group.is_main else None)[0]
@@ -70,7 +71,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
         log.info("autotune: %s, as found before (%s)", describe(found), path)
         return found
     began = time.monotonic()
-    with _training_like(model, group) as work:
+    with _training_like(model, group, config.run.grad_accum_steps) as work:
         rates = search(dataset, config, group, defaults, began + MAX_SECONDS, work)
     best = max(rates, key=rates.__getitem__)
     if rates[best] < _GAIN * rates[defaults]:
@@ -90,6 +91,14 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     return best
 
 
+def common_defaults(config: Config, group: Group) -> LoaderSettings:
+    """The defaults that all ranks can have, of which some may have fewer cores or decode no windows. Collective."""
+    of_ranks = gather_objects(datasets.default_settings(config, group))
+    region = max((one.decoder.region for one in of_ranks), key=REGIONS.index)
+    threads = min(one.threads for one in of_ranks)
+    return replace(of_ranks[0], threads=threads, decoder=replace(of_ranks[0].decoder, region=region))
+
+
 def describe(settings: LoaderSettings) -> str:
     """What may be found in a search, as `name value, ...`."""
     decoder = {key: value for key, value in asdict(settings.decoder).items() if value != asdict(Decoder())[key]}
@@ -98,10 +107,11 @@ def describe(settings: LoaderSettings) -> str:
 
 
 @contextmanager
-def _training_like(model: nn.Module, group: Group) -> Iterator[Work]:
+def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[Work]:
     """Work that keeps a GPU busy as a step of training does; on the CPU none, where it would take minutes.
 
-    It is the forward pass without compilation: a third of the step's arithmetic, about three times as slow.
+    It is the forward pass without compilation, of a part of a batch after the other: a third of the step's arithmetic,
+    about three times as slow.
     """
     if group.device.type != "cuda":
         yield lambda images: None
@@ -110,7 +120,8 @@ def _training_like(model: nn.Module, group: Group) -> Iterator[Work]:
     @torch.no_grad()
     def forward(images: Tensor) -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            model(normalize(images))
+            for part in images.chunk(parts):
+                model(normalize(part))
 
     was_training = model.training
     model.eval()  # batch statistics stay as they are

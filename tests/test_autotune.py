@@ -133,8 +133,9 @@ def test_real_loaders_are_measured_once_and_the_result_is_kept(
     assert asked  # other conditions are searched anew
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 def test_the_model_works_on_every_batch_and_stays_as_it_was(
-    dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
+    parts: int, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does meanwhile, on the CPU: a model whose batch statistics must not be touched."""
     monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
@@ -143,7 +144,7 @@ def test_the_model_works_on_every_batch_and_stays_as_it_was(
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Identity())
     model[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with autotune._training_like(model, CUDA) as work:
+    with autotune._training_like(model, CUDA, parts) as work:
         assert not model.training
         with monkeypatch.context() as patched:
             patched.setattr(torch, "autocast", lambda *_: nullcontext())
@@ -151,9 +152,24 @@ def test_the_model_works_on_every_batch_and_stays_as_it_was(
     assert rate > 0
     assert model.training
     assert len(seen) > 6
-    assert {(tuple(images.shape), images.requires_grad) for images in seen} == {((4, 3, 32, 32), False)}
+    assert {(tuple(images.shape), images.requires_grad) for images in seen} == {((4 // parts, 3, 32, 32), False)}
     assert all(-1 <= images.min() <= images.max() <= 1 for images in seen)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ranks_that_differ_search_from_what_all_of_them_can_have(
+    config: Config, dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would skip a setting as known, and with it what the others wait for it in."""
+    ranks = [
+        LoaderSettings(8, 3, Decoder(region="window")),
+        LoaderSettings(6, 3, Decoder(region="full")),
+        LoaderSettings(7, 3, Decoder(region="window")),
+    ]
+    asked = pretend(monkeypatch, {})
+    monkeypatch.setattr(autotune, "gather_objects", lambda it: ranks if isinstance(it, LoaderSettings) else [it])
+    found = autotune.loader_settings(dataset, config, CPU, MODEL)
+    assert found == asked[0] == LoaderSettings(6, 3, Decoder(region="full"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"conditions": 1}'])

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmark.modes import measure_batches
 from benchmark.windows import Measurement
+from dali_vit import autotune
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
@@ -67,7 +68,7 @@ def sweep(
     `show` is called with each trial as it ends and with the settings the sweep began with. Collective.
     """
     on_gpu = group.device.type == "cuda"
-    defaults = datasets.default_settings(config, group)
+    defaults = autotune.common_defaults(config, group)
     baseline = Settings(defaults.threads, defaults.prefetch, config.data.antialias, defaults.decoder)
     regions = REGIONS[REGIONS.index(baseline.decoder.region) :]  # whole images always decode
     trials: list[Trial] = []
