@@ -34,7 +34,7 @@ from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
 from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
-from pipelines import readers, windows
+from pipelines import open_files, readers, windows
 from pipelines.bad_samples import most_allowed
 from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
@@ -151,6 +151,10 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
             files = list_split(root / name, manifest.classes, some_empty=True)
         else:
             files = load_shards(root, manifest, name)
+            try:  # before any is mapped, deep in a loader
+                open_files.allow_shards(len(files.shards))
+            except TooManyFiles as error:
+                raise UserError(f"{root}: {error}") from error
         if len(files) != count:
             raise UserError(
                 f"{root / name} has {len(files)} images but {MANIFEST} {count}: copy or prepare the set again, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-__all__ = ["TooManyFiles", "allow"]
+__all__ = ["TooManyFiles", "allow", "allow_shards"]
 
 # What a process has open besides: libraries, devices and sockets, logs, checkpoints.
 _OTHERS_AT_LEAST, _OTHERS_AT_MOST = 64, 512
@@ -32,3 +32,8 @@ def allow(files: int, what: str, instead: str) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         highest = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+
+
+def allow_shards(count: int) -> None:
+    """`allow` of so many shards in memory maps, which keep their files open; the other split's are hardly more."""
+    allow(count, f"{count:,} shards", "prepare larger shards")

@@ -83,8 +83,7 @@ class ShardList:
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         mapped = self._maps.get(shard)
         if mapped is None:
-            # Python's memory maps keep their file open; the other split's shards are hardly more.
-            open_files.allow(len(self.shards), f"{len(self.shards):,} shards", "prepare larger shards")
+            open_files.allow_shards(len(self.shards))
             with open(self.shards[shard], "rb") as file:
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             buffer.madvise(mmap.MADV_RANDOM)  # the kernel's guess of what follows would be wrong

@@ -9,9 +9,13 @@ import sys
 import pytest
 from PIL import Image
 
+from dali_vit.config import UserError
+from dali_vit.data import load_dataset
+from dali_vit.prepare import PrepareArguments, prepare
 from pipelines import open_files
 from pipelines.open_files import TooManyFiles
 from pipelines.readers import FileList, allow_open_files
+from tests import datasets
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -48,6 +52,14 @@ def test_what_cannot_be_had_is_refused_with_its_remedies(limits):
         open_files.allow(5000, "5,000 shards", "prepare larger shards")
     with pytest.raises(TooManyFiles, match="files of two batches of 2,048 images"):
         allow_open_files(FileList.from_paths(["a.jpg"], [0]), 2048)
+
+
+def test_a_set_of_more_shards_than_may_be_open_is_refused_as_it_is_loaded(limits, tmp_path):
+    root = datasets.write_folder(tmp_path / "images", datasets.draw_images())
+    shards = prepare(PrepareArguments(root, tmp_path / "set", to="shards"))
+    limits[:] = [64, 64]
+    with pytest.raises(UserError, match=rf"^{shards}: 1 shards must be open at once, but .* 64 files"):
+        load_dataset(shards)
 
 
 PROGRAM = """
