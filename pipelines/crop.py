@@ -119,6 +119,16 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
     return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
+def refusing_too_large(start: DataNode, size: DataNode) -> DataNode:
+    """Where a window begins, of an image of more than MAX_PIXELS outside of it, which the decoder refuses."""
+    return start + (size[0] * size[1] > MAX_PIXELS) * 1e9
+
+
+def width_to_resize_to(mirror: DataNode | None, size: int) -> DataNode | int:
+    """Negative where an image is to be flipped, as DALI's resize has it; it rounds 1 pixel in 1,000 the other way."""
+    return size if mirror is None else size - mirror * (2.0 * size)
+
+
 def cut_window(
     encoded: DataNode, image: DataNode, start: DataNode, window: DataNode, *, device: str, decoder: Decoder
 ) -> DataNode:
@@ -129,9 +139,9 @@ def cut_window(
     cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
     if decoder.region == "full":
         return fn.slice(decode(encoded, image, device=device, decoder=decoder), start, window, **cut)
-    # The decoder refuses a window outside of the image.
-    start = start + (image[0] * image[1] > MAX_PIXELS) * 1e9
-    return fn.decoders.image_slice(encoded, start, window, **cut, **_options(decoder, device))
+    return fn.decoders.image_slice(
+        encoded, refusing_too_large(start, image), window, **cut, **_options(decoder, device)
+    )
 
 
 def decode_window(
@@ -159,8 +169,7 @@ def decode_window(
     images = cut_window(encoded, image, start, window, device=device, decoder=decoder)
     if device == "cpu" and (loops.available() if compiled is None else compiled):
         return loops.resize(images, mirror, size=size, antialias=antialias)
-    # A negative extent asks DALI's resize for a flipped image; it rounds 1 pixel in 1,000 the other way.
-    width = size if mirror is None else size - mirror * (2.0 * size)
+    width = width_to_resize_to(mirror, size)
     return fn.resize(images, resize_y=size, resize_x=width, interp_type=types.INTERP_LINEAR, antialias=antialias)
 
 

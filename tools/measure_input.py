@@ -27,17 +27,21 @@ from nvidia.dali import Pipeline, pipeline_def
 from dali_vit import data as datasets
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count, describe_environment
+from pipelines import crop
 from pipelines.order import TrainOrder
 from pipelines.readers import NUM_LAST_BYTES, TrainSource
 from pipelines.train import Augment, draw, numbers_drawn
 
 WINDOW_SECONDS = 1.0
+IMAGE_SIZE = 224
 
 
 @pipeline_def
 def _graph(source: TrainSource, augment: Augment) -> Any:
     drawn = draw(source, augment)
-    return drawn.labels, drawn.start, drawn.window, drawn.mirror, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
+    start = crop.refusing_too_large(drawn.start, drawn.size)
+    width = crop.width_to_resize_to(drawn.mirror, IMAGE_SIZE)
+    return drawn.labels, start, drawn.window, width, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
 
 
 def main() -> None:
