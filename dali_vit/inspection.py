@@ -20,7 +20,6 @@ from pipelines import probe
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
-from pipelines.readers import PLACEHOLDER, FileList
 
 __all__ = [
     "KINDS",
@@ -139,10 +138,8 @@ def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
     make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
     with _no_messages():
         failed = [i for i, decodes in probe.try_samples(_InMemory(images), make) if not decodes]
-        if failed:
-            good = FileList.from_paths([str(PLACEHOLDER)], [0])
-            if not all(decodes for _, decodes in probe.try_samples(good, make)):
-                raise UserError("DALI decodes no image here, not even one that is good: memory or threads may be short")
+        if failed and not probe.decodes_good_images(make):
+            raise UserError("DALI decodes no image here, not even one that is good: memory or threads may be short")
     return failed
 
 

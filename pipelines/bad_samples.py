@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines import probe
-from pipelines.readers import PLACEHOLDER, FileList, Samples
+from pipelines.readers import Samples
 
 __all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed"]
 
@@ -103,8 +103,7 @@ class BadSamples:
         """Whether of samples that all failed any can be read at all, and the device decodes what is good."""
         if all(_first_bytes(self._samples, payload) is None for payload in self._samples.payload(indices)):
             return False
-        good = FileList.from_paths([str(PLACEHOLDER)], [0])
-        return all(decodes for _, decodes in probe.try_samples(good, self._make))
+        return probe.decodes_good_images(self._make)
 
     def cut_short(self, indices: np.ndarray, last_bytes: np.ndarray) -> np.ndarray:
         """Of a batch, the JPEGs whose end is missing, or does not come last, and that were never tried; rising.

@@ -13,9 +13,9 @@ from pipelines import crop
 from pipelines.crop import Decoder
 from pipelines.handover import shut_down
 from pipelines.order import EvalOrder
-from pipelines.readers import EvalSource, Samples, read
+from pipelines.readers import PLACEHOLDER, EvalSource, FileList, Samples, read
 
-__all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "try_samples"]
+__all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "decodes_good_images", "try_samples"]
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
 
@@ -56,6 +56,12 @@ def decode_pipeline(
         device_id=device_id,
         prefetch_queue_depth=1,
     )
+
+
+def decodes_good_images(make: MakePipeline) -> bool:
+    """Whether what made samples fail is theirs: a device that is lost, or a lack of threads, fails all images."""
+    good = FileList.from_paths([str(PLACEHOLDER)], [0])
+    return all(decodes for _, decodes in try_samples(good, make))
 
 
 def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_SIZE) -> Iterator[tuple[int, bool]]:
