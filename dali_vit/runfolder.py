@@ -8,10 +8,10 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,6 +22,8 @@ from dali_vit.environment import describe_environment
 from dali_vit.files import dead_link
 from dali_vit.metrics import MetricLog
 from dali_vit.report import image_grid
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,21 @@ def current(config: Config) -> Path:
         return config.run_dir
     log.warning("%s was moved to %s while it runs: checkpoints go there", config.run_dir, path)
     return path
+
+
+def following(config: Config, write: Callable[..., T]) -> Callable[..., T]:
+    """`write` with the run's folder as its argument run_dir, called again where the folder is moved meanwhile."""
+
+    def anew(**arguments: Any) -> T:
+        while True:
+            run_dir = current(config)
+            try:
+                return write(run_dir=run_dir, **arguments)
+            except OSError:
+                if current(config) == run_dir:
+                    raise
+
+    return anew
 
 
 def _is_open_as(path: Path, descriptor: int) -> bool:

@@ -32,7 +32,7 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
-from dali_vit.runfolder import current, log_samples, profiling, write_run_files
+from dali_vit.runfolder import current, following, log_samples, profiling, write_run_files
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
@@ -100,12 +100,11 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         loader_states = gather_objects(loader.state_dict())
         if group.is_main:
             background.submit(
-                checkpoints.save,
+                following(config, checkpoints.save),
                 {
                     "model_state": model.state_dict(),
                     "trainer_state": {"optimizer": optimizer.state_dict(), "rng": random_states},
                 },
-                run_dir=current(config),
                 step=step,
                 config=config,
                 classes=dataset.classes,
@@ -120,8 +119,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
 
     def add_metrics(step: int, metrics: dict[str, float]) -> None:
         if group.is_main:
-            keep = config.run.keep_checkpoints
-            background.submit(checkpoints.add_metrics, run_dir=current(config), step=step, metrics=metrics, keep=keep)
+            write = following(config, checkpoints.add_metrics)
+            background.submit(write, step=step, metrics=metrics, keep=config.run.keep_checkpoints)
 
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dali_vit.step
 import dali_vit.train
-from dali_vit import runfolder
+from dali_vit import checkpoint, runfolder
 from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
@@ -63,3 +64,24 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
     assert caplog.messages[-1].endswith(f": {now}")
     renamed = replace(tiny_config, run=replace(tiny_config.run, name="renamed"))
     assert train(renamed, cpu, plan(renamed, 1)) == metrics
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("written", ["model.safetensors", "trainer.pt"])
+def test_a_checkpoint_is_written_again_where_the_folder_is_renamed_meanwhile(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "renamed"
+    hash_of = checkpoint.file_sha256
+
+    def renaming(path: Path) -> str:
+        if path.name == written and "step_000000005" in path.parent.name and before.exists():
+            before.rename(now)
+        return hash_of(path)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", renaming)
+    with runfolder.locked(tiny_config, cpu):
+        train(tiny_config, cpu, plan(tiny_config, 1))
+    assert not before.exists()
+    assert sorted(path.name for path in (now / "checkpoints").iterdir()) == [f"step_{step:09d}" for step in (5, 10, 12)]
+    assert checkpoint.read(now / "checkpoints" / "step_000000005").step == 5
