@@ -183,12 +183,12 @@ def _eval(argv: list[str]) -> int:
     if arguments.json:
         _keep_stdout()
     from dali_vit import distributed, inference
-    from dali_vit.launch import launch
+    from dali_vit.launch import launch_once
 
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(arguments.gpus)
         if processes > 1:
-            return launch(processes, ["eval", *argv], max_restarts=0)
+            return launch_once(processes, ["-m", "dali_vit", "eval", *argv])
     process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
         metrics = inference.evaluate_checkpoint(

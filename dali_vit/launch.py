@@ -7,13 +7,11 @@ import os
 import signal
 from collections.abc import Sequence
 
-__all__ = ["ONE_MACHINE", "REQUEUE", "hang_up_is_ignored", "launch"]
+__all__ = ["REQUEUE", "hang_up_is_ignored", "launch", "launch_once"]
 
 log = logging.getLogger(__name__)
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
-ONE_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
-"""Flags of torch's launcher for processes of this machine alone, whose own name need not be known to any server."""
 
 
 def hang_up_is_ignored() -> bool:
@@ -29,31 +27,55 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     not tried again.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    for attempt in range(max_restarts + 1):
+        try:
+            # Restarts are ours, because torch's would also repeat a mistake of the user.
+            # After a failure --no-resume would refuse what this very run has written; the last of the flags counts.
+            code = _start(num_processes, ["-m", "dali_vit", *argv, *(["--resume"] if attempt else [])])
+        except SignalException:
+            return REQUEUE
+        if code in (0, 2, REQUEUE):
+            return code
+        if attempt == max_restarts:
+            log.error("given up after %d restarts (--max-restarts)", max_restarts)
+            return 1
+        log.error("restart %d of %d, from the last checkpoint", attempt + 1, max_restarts)
+    raise AssertionError
+
+
+def launch_once(num_processes: int, program: Sequence[str]) -> int:
+    """Runs what keeps no checkpoints to go on from, a script or `-m MODULE` with arguments, in worker processes.
+
+    Returns its exit code: that of the first worker to fail, 1 where a signal killed it; 128 + the signal that this
+    process was told to stop by.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    try:
+        code = _start(num_processes, program)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return max(1, code) if code else 0
+
+
+def _start(num_processes: int, program: Sequence[str]) -> int:
+    """Exit code of the first worker to fail, which is named unless the mistake is the user's; 0 where all are done."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     # Seconds that workers have to write a checkpoint, of torch 2.15; 30 by default, and in older versions always.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told here
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
-    launcher = [*ONE_MACHINE, f"--nproc-per-node={num_processes}", f"--signals-to-handle={','.join(signals)}"]
-    for attempt in range(max_restarts + 1):
-        try:
-            # Restarts are ours, because torch's would also repeat a mistake of the user.
-            # After a failure --no-resume would refuse what this very run has written; the last of the flags counts.
-            main([*launcher, "-m", "dali_vit", *argv, *(["--resume"] if attempt else [])])
-            return 0
-        except SignalException:
-            return REQUEUE
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode in (2, REQUEUE):
-                return failure.exitcode
+    launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]  # no server need know us
+    try:
+        main([*launcher, f"--signals-to-handle={','.join(signals)}", *program])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode not in (2, REQUEUE):
             cause = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             log.error("rank %d (process %d) failed first, with %s", rank, failure.pid, cause)
-            if attempt == max_restarts:
-                log.error("given up after %d restarts (--max-restarts)", max_restarts)
-                return 1
-            log.error("restart %d of %d, from the last checkpoint", attempt + 1, max_restarts)
-    raise AssertionError
+        return failure.exitcode
+    return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from dali_vit.config import LocalUserError
 from dali_vit.distributed import Group
 from tests.conftest import environment, run
 from tests.test_distributed import MEETING, python
+from tests.test_faults import running, wait_for
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_MET = "though RANK and WORLD_SIZE are; start by torchrun or with --gpus, or unset RANK and WORLD_SIZE"
@@ -104,6 +107,50 @@ def test_a_folder_of_the_users_is_not_taken_for_a_package_of_ours(installed, tmp
             check=False,
         )
         assert (ended.returncode, ended.stderr) == (2, f"{program}: absent.jpg: no such image file\n")
+
+
+LAUNCH_ONCE = "import sys; from dali_vit.launch import launch_once; sys.exit(launch_once(2, sys.argv[1:]))"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("ends", "code", "told"),
+    [
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(2 if rank == 1 else 0)", 2, ""),  # that one has said what the mistake is
+        ("sys.exit(3 if rank == 1 else 0)", 3, "rank 1 (process 0) failed first, with exit code 3\n"),
+        (
+            "os.kill(os.getpid() if rank == 1 else 0, 9 * rank)",
+            1,
+            "rank 1 (process 0) failed first, with signal SIGKILL\n",
+        ),
+    ],
+)
+def test_how_workers_end_is_how_the_command_ends(ends, code, told, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\nrank = int(os.environ['RANK'])\nassert sys.argv[1:] == ['--flag']\n{ends}\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCH_ONCE, str(script), "--flag"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(),
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert re.sub(r"process \d+", "process 0", ended.stderr) == told
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_cannot_be_gone_on_with(number, tmp_path):
+    script, ready = tmp_path / "script.py", tmp_path / "ready"
+    script.write_text("import os, sys, time\nopen(sys.argv[1] + os.environ['RANK'], 'w')\ntime.sleep(100)\n")
+    with running("-c", LAUNCH_ONCE, str(script), str(ready)) as launcher:
+        wait_for(lambda: len(list(tmp_path.glob("ready?"))) == 2, "the start")
+        launcher.send_signal(number)
+        launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + number
 
 
 @pytest.mark.timeout(60)

@@ -250,6 +250,7 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
         (measure_kernels, 0, ["--gpu"], "measure_kernels.py: --gpu: no GPU is visible here"),
         (measure_ddp, 0, ["--gpus", "3"], "measure_ddp.py: --gpus 3: 0 visible on this machine"),
         (measure_ddp, 1, ["--processes", "1"], "measure_ddp.py: --processes 1: at least 2 have gradients to exchange"),
+        (measure_ddp, 0, ["--gpus", "0", "--rounds", "0"], "measure_ddp.py: --rounds 0: must be at least 1"),
         (measure_ddp, 4, ["--processes", "8"], "measure_ddp.py: --processes 8: there are 4 GPUs"),
         (measure_ddp, 4, ["--processes", "3", "--gpus", "2"], "measure_ddp.py: --processes 3: there are 2 GPUs"),
     ],

@@ -16,7 +16,6 @@ import functools
 import io
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.data import LoaderSettings
 from dali_vit.environment import cpu_count, describe_environment
-from dali_vit.launch import ONE_MACHINE
+from dali_vit.launch import launch_once
 from dali_vit.metrics import peak_flops
 from dali_vit.model import flops_per_image
 from dali_vit.parsing import named_recipe
@@ -122,7 +121,7 @@ def _main(argv: list[str]) -> int:
         processes = distributed.resolve_gpus(options.gpus)
         if processes > 1:
             plan.plan(config, processes)  # reports the user's mistakes once, before any worker starts
-            return _launch(processes, argv)
+            return launch_once(processes, [__file__, *argv])
     with distributed.connect(options.gpus) as group:
         benchmark(options, config, group)
     return 0
@@ -181,14 +180,6 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
         ),
     )
     return options, config
-
-
-def _launch(processes: int, argv: list[str]) -> int:
-    """This program once for each GPU, under torch's launcher; its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *ONE_MACHINE]
-    command = [*launcher, f"--nproc-per-node={processes}", __file__, *argv]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the launcher's own default, without its warning
-    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:

@@ -12,9 +12,7 @@ median step of each, slowest rank.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,11 +29,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit import distributed, recipes, step
-from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
+from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
-from dali_vit.launch import ONE_MACHINE
+from dali_vit.launch import launch_once
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
+from dali_vit.validation import check_range
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "neither": {"gradient_as_bucket_view": False, "static_graph": False},
@@ -57,22 +56,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="each setting once in a round; default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="steps of a setting in a round; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
-    if not distributed.is_worker():
-        try:  # once, before any process starts
-            report.check_json(arguments.json)
-            if arguments.processes < 2:
-                raise UserError(f"--processes {arguments.processes}: at least 2 have gradients to exchange")
-            create_model(ModelConfig(arguments.model), num_classes=1000, resolution=224)
-            gpus = distributed.resolve_gpus(arguments.gpus)
-            if 0 < gpus < arguments.processes:
-                raise UserError(f"--processes {arguments.processes}: there are {gpus} GPUs; --gpus 0 takes the CPU")
-        except UserError as error:
+    try:
+        sys.exit(_main(parser.parse_args()))
+    except UserError as error:
+        if process.number("RANK", 0) == 0 or isinstance(error, LocalUserError):
             print(f"measure_ddp.py: {error}", file=sys.stderr)
-            sys.exit(2)
-        launcher = [sys.executable, "-m", "torch.distributed.run", *ONE_MACHINE]
-        command = [*launcher, f"--nproc-per-node={arguments.processes}", __file__, *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode)
+        sys.exit(2)
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if not distributed.is_worker():  # mistakes are told once, before any process starts
+        report.check_json(arguments.json)
+        if arguments.processes < 2:
+            raise UserError(f"--processes {arguments.processes}: at least 2 have gradients to exchange")
+        for flag in ("batch_size", "rounds", "steps"):
+            check_range(f"--{flag.replace('_', '-')}", getattr(arguments, flag), 1)
+        create_model(ModelConfig(arguments.model), num_classes=1000, resolution=224)
+        gpus = distributed.resolve_gpus(arguments.gpus)
+        if 0 < gpus < arguments.processes:
+            raise UserError(f"--processes {arguments.processes}: there are {gpus} GPUs; --gpus 0 takes the CPU")
+        return launch_once(arguments.processes, [__file__, *sys.argv[1:]])
     with distributed.connect(arguments.gpus) as group:
         medians = measure(arguments, group)
     if group.is_main:
@@ -81,6 +84,7 @@ def main() -> None:
         if arguments.json is not None:
             written = {key: str(v) if isinstance(v, Path) else v for key, v in vars(arguments).items()}
             report.write_json(arguments.json, {"seconds": medians, "arguments": written})
+    return 0
 
 
 def measure(arguments: argparse.Namespace, group: Group) -> dict[str, float]:
