@@ -1,9 +1,9 @@
-"""The command line: the only module that prints results.
+"""The command line: commands by their arguments, and how they end.
 
 Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
 checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep; 1 a
-defect of ours (traceback). `stopping` ends a run that hangs with 70, and one that is told a second time to stop with
-128 + the signal.
+defect of ours (traceback). `stopping` ends a run that hangs with 70; with 128 + the signal ends one that is told a
+second time to stop, and an evaluation with --gpus N.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
@@ -32,7 +31,8 @@ from dali_vit.arguments import (
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.config_file import expand
-from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
+from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train
+from dali_vit.printing import say, show_json, show_table, tell
 
 if TYPE_CHECKING:
     from dali_vit.distributed import Group
@@ -44,18 +44,6 @@ def run() -> NoReturn:
     """`dali-vit` as a process."""
     process.end_at_ctrl_c()
     process.run(main)
-
-
-def _tell(line: str) -> None:
-    """Prints a line on stderr, if anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _say(what: object) -> None:
-    """Prints on stdout. UserError where that is a file on a full disk."""
-    with stdout_may_be_full():
-        print(what, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -75,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if told is None or not _is_the_users(told):
             raise
         if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):  # else all raise it
-            _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
+            tell(f"{PROGRAM}: {' '.join(str(told).split())}")
         code = 2
     if code:
         gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
@@ -112,12 +100,12 @@ def _dispatch(argv: list[str]) -> int:
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
-        _say(_overview())
+        say(_overview())
         return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 
-        _say(version("dali-vit"))
+        say(version("dali-vit"))
         return 0
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
@@ -155,7 +143,7 @@ def _train(argv: list[str]) -> int:
 
         validate(config)
         check_model(config.model, config.data.resolution)
-        _say(to_yaml(config).removesuffix("\n"))
+        say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runfolder, train
     from dali_vit.launch import REQUEUE, launch
@@ -173,7 +161,7 @@ def _train(argv: list[str]) -> int:
                 train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:
         if _rank() == 0:
-            _tell(f"{PROGRAM}: {stopped}")
+            tell(f"{PROGRAM}: {stopped}")
         return REQUEUE
     return 0
 
@@ -206,11 +194,11 @@ def _eval(argv: list[str]) -> int:
         if group.is_main:
             if arguments.json:
                 # JSON has no NaN or infinity, which a model that has diverged gives.
-                _say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
+                say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
             else:
                 for name, value in metrics.items():
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-                    _say(f"{name:<14} {shown}")
+                    say(f"{name:<14} {shown}")
     return 0
 
 
@@ -228,7 +216,7 @@ def _predict(argv: list[str]) -> int:
 
     process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
-        show = _show_json if arguments.json else _show_table
+        show = show_json if arguments.json else show_table
 
         def work() -> None:
             asked = arguments.checkpoint, arguments.images, group.device
@@ -239,32 +227,6 @@ def _predict(argv: list[str]) -> int:
 
         _by_main_alone(group, work)
     return 0
-
-
-def _show_json(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
-    """All at once, as half an array is no JSON; until then as text, which is a fraction of the size of the objects."""
-    from dali_vit.data import DecodeError
-
-    images = []
-    try:
-        for path, found in predictions:
-            images.append(json.dumps({"image": str(path), "predictions": found}))
-    except DecodeError:  # after the last of them
-        _say(f"[{', '.join(images)}]")
-        raise
-    _say(f"[{', '.join(images)}]")
-
-
-def _show_table(predictions: Iterable[tuple[Path, list[dict[str, Any]]]]) -> None:
-    for path, found in predictions:
-        lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found] or ["  cannot be used"]
-        _say("\n".join([str(path), *lines]))
-
-
-def _class_shown(prediction: dict[str, Any]) -> str:
-    """The class's name, with the first of its words where it has any."""
-    first_word = prediction.get("description", "").partition(", ")[0]
-    return f"{prediction['class']} {first_word}".rstrip()
 
 
 def _by_main_alone(group: Group, work: Callable[[], T]) -> T | None:
@@ -287,7 +249,7 @@ def _convert(argv: list[str]) -> int:
     from dali_vit import inference
 
     process.tidy_up_at_ctrl_c()
-    _say(inference.convert(arguments.source, arguments.target, arguments.resolution))
+    say(inference.convert(arguments.source, arguments.target, arguments.resolution))
     return 0
 
 
@@ -296,7 +258,7 @@ def _export(argv: list[str]) -> int:
     from dali_vit.export import export
 
     process.tidy_up_at_ctrl_c()
-    _say(export(arguments.checkpoint, arguments.out, arguments.resolution))
+    say(export(arguments.checkpoint, arguments.out, arguments.resolution))
     return 0
 
 
@@ -318,7 +280,7 @@ def _verify(argv: list[str]) -> int:
         logging.getLogger("dali_vit").setLevel(logging.WARNING)
     report = verify(arguments)
     if arguments.json:
-        _say(json.dumps(report.to_json()))
+        say(json.dumps(report.to_json()))
     return report.exit_code
 
 
@@ -336,7 +298,7 @@ def _preview(argv: list[str]) -> int:
             group, lambda: preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images)
         )
     if written is not None:
-        _say(written)
+        say(written)
     return 0
 
 
@@ -345,7 +307,7 @@ def _doctor(argv: list[str]) -> int:
     from dali_vit import doctor
 
     process.tidy_up_at_ctrl_c()
-    _say(doctor.report())
+    say(doctor.report())
     return 0
 
 
