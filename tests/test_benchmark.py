@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
 from dali_vit.metrics import StepTimer
+from dali_vit.model import create_model
 from pipelines.train import Decoder
 
 pytestmark = pytest.mark.timeout(120)
@@ -211,3 +213,30 @@ def test_randaugments_cost_is_a_median_over_rounds(tiny_config, cpu, monkeypatch
     assert layers == [0, 2] * 3
     assert cost == {"without": [100.0, 200.0, 50.0], "with": [99.0, 180.0, 49.0], "cost": pytest.approx(0.02)}
     assert report.randaug_cost(cost).startswith("RandAugment costs training 2.0 % of its images/s (99 of 100, 180")
+
+
+@pytest.mark.parametrize(("threshold", "left_out"), [(10.0, True), (modes.NEVER, False)])
+def test_no_step_of_a_benchmark_is_left_out_for_the_loss_of_a_batch_unlike_the_one_learned_by_heart(
+    threshold, left_out, tiny_config, cpu, monkeypatch
+):
+    norms = []
+
+    class Recorder:
+        def __init__(self, group):
+            pass
+
+        def add(self, loss, norm):
+            norms.append(float(norm))
+
+    monkeypatch.setattr(modes, "Window", Recorder)
+    monkeypatch.setattr(modes, "NEVER", threshold)
+    torch.manual_seed(0)
+    optim = replace(tiny_config.optim, lr=0.01, steps=10**6, mixup_alpha=0.0)
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    train_on, _ = modes.training_step(replace(tiny_config, optim=optim), model, 10**6, cpu)
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    for _ in range(200):
+        train_on(images, torch.zeros(8, dtype=torch.int64))
+    train_on(images, torch.ones(8, dtype=torch.int64))
+    assert not any(map(math.isnan, norms[:200]))
+    assert math.isnan(norms[200]) == left_out
