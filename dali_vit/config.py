@@ -249,7 +249,7 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`field: old -> new` for every field that differs and would change the trained weights."""
+    """`--flag old -> new` for every setting that differs and would change the trained weights."""
     lines = []
     for group, group_type in GROUPS.items():
         for f in dataclasses.fields(group_type):
@@ -257,5 +257,5 @@ def differences(old: Config, new: Config) -> list[str]:
                 continue
             before, after = (getattr(getattr(c, group), f.name) for c in (old, new))
             if before != after:
-                lines.append(f"{f.name}: {before} -> {after}")
+                lines.append(f"--{f.name.replace('_', '-')} {before} -> {after}")
     return lines

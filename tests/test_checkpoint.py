@@ -277,7 +277,7 @@ def test_what_another_process_wrote_since_the_plan_was_made_is_gone_on_from(tiny
     assert renewed.checkpoint.step == 12
     assert up_to_date(renewed, tiny_config) is renewed
     other = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, lr=0.5))
-    with pytest.raises(UserError, match=r"was begun with other settings \(lr: 0.001 -> 0.5\)"):
+    with pytest.raises(UserError, match=r"was begun with other settings \(--lr 0.001 -> 0.5\)"):
         up_to_date(planned, other)
 
 

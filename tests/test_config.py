@@ -105,7 +105,7 @@ def test_differences_leave_out_what_does_not_change_the_weights():
         run=dataclasses.replace(old.run, threads=3, log_every=7, gpus=0, compile="off"),
         optim=dataclasses.replace(old.optim, lr=2e-3),
     )
-    assert configs.differences(old, new) == ["lr: 0.001 -> 0.002"]
+    assert configs.differences(old, new) == ["--lr 0.001 -> 0.002"]
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
