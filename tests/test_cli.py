@@ -218,8 +218,8 @@ def test_train_eval_predict_end_to_end(image_folder, tmp_path, capsys):
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     code, _, err = run(*command, "--lr", "0.5", "--seed", "3", capsys=capsys)
     assert code == 2
-    assert "lr: 0.001 -> 0.5" in err
-    assert "seed: 0 -> 3" in err
+    assert "--lr 0.001 -> 0.5" in err
+    assert "--seed 0 -> 3" in err
     code, _, err = run(*command, "--no-resume", capsys=capsys)
     assert (code, "--no-resume" in err) == (2, True)
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
