@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -83,9 +83,9 @@ class PlainViT(VisionTransformer):
             return x
         if self.training:
             return self.head(x)
-        # Rounded to bfloat16 the two largest of 1,000 logits are equal now and then.
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.to(self.get_parameter("head.weight").dtype))
+        # Rounded to bfloat16 the two largest of 1,000 logits are equal now and then. Shapes alone have no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+            return self.head(x.to(next(self.head.parameters()).dtype))
 
 
 def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed: int = 0) -> nn.Module:

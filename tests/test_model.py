@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dali_vit.config import ModelConfig
-from dali_vit.model import PlainViT, create_model, flops_per_image, kept_bytes_per_image, num_parameters, sincos2d
+from dali_vit.model import (
+    PlainViT,
+    check_forward,
+    create_model,
+    flops_per_image,
+    kept_bytes_per_image,
+    num_parameters,
+    sincos2d,
+)
 from dali_vit.variants import resolve_variant
 
 TINY = ModelConfig(model="Ti/8", width=32, depth=2, num_heads=2, mlp_dim=48)
@@ -195,6 +203,13 @@ def test_counting_flops_changes_nothing(name: str, side: int) -> None:
         # On the CPU itself older versions of torch do not count attention.
         model.requires_grad_(False).to("meta")(torch.zeros(2, 3, side, side, device="meta"))
     assert flops == counter.get_total_flops() / 2
+
+
+def test_of_an_opened_model_the_operations_are_those_of_training() -> None:
+    model = create_model(ModelConfig(model="Ti/16"), num_classes=10, resolution=64)
+    in_training = flops_per_image(model, 64)
+    check_forward(model.eval(), 64, images=2)
+    assert flops_per_image(model, 64) == in_training
 
 
 def test_timm_model_takes_images_in_minus_one_to_one() -> None:
