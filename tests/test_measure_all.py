@@ -205,6 +205,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         "step-128": {"default": {"images_per_sec": 8_999.0}},
         "joint-128": joint(7_927.0, 1),
         "node": joint(63_000.0, 2),
+        "joint-cpu": joint(40.0, 0),
         "input": {"images_per_sec": 29_449.0, "cpu_us": 60.5, "python_us": 6.7, "threads": 2},
         "compare-1": compared,
         "compare": compared | {"config": {"run": {"gpus": 1}}},
@@ -225,6 +226,11 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         "training / step alone, all GPUs": (96, "missed"),
         "data wait, all GPUs": (2, "met"),
         "RandAugment's cost, all GPUs": (3.5, "missed"),
+        "loader alone, Ti/16 on the CPU": (16_000, ""),
+        "training, Ti/16 on the CPU": (40, ""),
+        "training / step alone, Ti/16 on the CPU": (96, ""),
+        "data wait, Ti/16 on the CPU": (2, ""),
+        "RandAugment's cost, Ti/16 on the CPU": (3.5, ""),
         "the CPU's part of a GPU's loader": (29_449, ""),
         "loader / best other, compare-1": (2.5, "met"),
         "loader / best other, compare": (2.5, ""),
@@ -237,7 +243,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert "secret" not in text
     assert "DIFFERS" not in text
     mixed = results | {"sweep": {"environment": where | {"gpus": "NVIDIA H100"}}}
-    assert "- gpus DIFFERS: NVIDIA H200 (joint-128, node); NVIDIA H100 (sweep)" in goals.summary(mixed, {})
+    assert "- gpus DIFFERS: NVIDIA H200 (joint-128, node, joint-cpu); NVIDIA H100 (sweep)" in goals.summary(mixed, {})
     assert text.endswith("- step-128: `tools/measure_step.py` (80 s)\n")
 
 

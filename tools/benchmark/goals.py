@@ -99,6 +99,7 @@ def _step(ways: dict[str, float], what: str, least: float | None = None) -> Iter
 
 
 def _joint(result: Mapping[str, Any], what: str) -> Iterator[Row]:
+    on_gpus = _num_gpus(result) > 0  # on the CPU loader and step share the cores: no goal
     if "loader" in result:
         goal = 15_000 * _num_gpus(result) or None
         yield Row(f"loader alone, {what}", result["loader"]["images_per_sec"], "images/s", goal)
@@ -106,10 +107,11 @@ def _joint(result: Mapping[str, Any], what: str) -> Iterator[Row]:
         rate = result["joint"]["images_per_sec"]
         yield Row(f"training, {what}", rate, "images/s", None, None, result["config"]["compiled"])
     if "joint_to_model" in result:
-        yield Row(f"training / step alone, {what}", 100 * result["joint_to_model"], "%", 97)
-        yield Row(f"data wait, {what}", 100 * result["stall_fraction"], "%", None, 3)
+        yield Row(f"training / step alone, {what}", 100 * result["joint_to_model"], "%", 97 if on_gpus else None)
+        yield Row(f"data wait, {what}", 100 * result["stall_fraction"], "%", None, 3 if on_gpus else None)
     if "randaug_cost" in result:
-        yield Row(f"RandAugment's cost, {what}", 100 * result["randaug_cost"]["cost"], "%", None, 3)
+        cost = 100 * result["randaug_cost"]["cost"]
+        yield Row(f"RandAugment's cost, {what}", cost, "%", None, 3 if on_gpus else None)
 
 
 def _num_gpus(result: Mapping[str, Any]) -> int:
