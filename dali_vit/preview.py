@@ -30,8 +30,9 @@ _BLANK = (128, 128, 128)
 def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: int = 32) -> str:
     """Writes the first `count` images of a step, as the training graph gives them, as a labelled grid.
 
-    They are those that a run of this config trains on at that step (before Mixup), pixel for pixel on the same
-    kind of device; above each is the image it was made of, below it the class. Returns one line to print.
+    They are those that a run of this config trains on at that step (before Mixup): on the CPU pixel for pixel, on a
+    GPU but for what other decoder settings, which the run may have found to be faster, round otherwise. Above each is
+    the image it was made of, below it the class. Returns one line to print.
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
     out = at_home(out)
