@@ -67,8 +67,7 @@ class TrainStep(nn.Module):
 class RunAhead:
     """Keeps the host at most two steps ahead of a GPU, which always has a whole step left to do.
 
-    Further ahead it would stand in launches that the GPU has no room for, some of them with Python's lock, which
-    RandAugment's node needs; and each step ahead holds a batch.
+    Further ahead it would stand in launches that the GPU has no room for; and each step ahead holds a batch.
     """
 
     MOST = 2  # steps

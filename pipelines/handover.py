@@ -8,7 +8,8 @@ break the capture of a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from nvidia.dali import Pipeline
@@ -20,29 +21,46 @@ from torch import Tensor
 __all__ = ["Runner", "shut_down"]
 
 
+Augment = Callable[[Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def _stream(device_id: int) -> torch.cuda.Stream:
+    """One for all loaders of a GPU: what torch keeps of memory freed on a stream is of use to that stream alone."""
+    return torch.cuda.Stream(device_id)
+
+
 class Runner:
     """Runs pipelines of one device, of the GPU device_id or of the CPU if that is None."""
 
     def __init__(self, device_id: int | None) -> None:
-        self._stream = None if device_id is None else torch.cuda.Stream(device_id)
+        self._stream = None if device_id is None else _stream(device_id)
 
-    def __call__(self, pipeline: Pipeline) -> list[Tensor]:
-        """The outputs of the next run, which must be dense; on a GPU they are ready for torch's current stream."""
+    def __call__(self, pipeline: Pipeline, augment: Augment | None = None) -> list[Tensor]:
+        """The outputs of the next run, which must be dense; on a GPU they are ready for torch's current stream.
+
+        augment takes the first of them, images, and the last, numbers; what it makes of both replaces the first.
+        """
         # Without a stream run() returns when the batch is finished, so that the time in it is the time spent waiting.
         outputs = pipeline.run()
         if self._stream is None:
-            return [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        # What RandAugment's node wrote is freed on the pipeline's stream, which waits for the copy. There is one by
-        # default; with stream_policy=PER_OPERATOR it might be written to while it is read.
+            return _augmented([torch.from_dlpack(output.as_tensor()) for output in outputs], augment)
         # In the current stream the copies, and with them DALI's buffers, would wait for the training step before.
         current = torch.cuda.current_stream(self._stream.device)
         with torch.cuda.stream(self._stream):
-            tensors = [_copy(output, self._stream) for output in outputs]
+            tensors = _augmented([_copy(output, self._stream) for output in outputs], augment)
         current.wait_stream(self._stream)
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(current)
         return tensors
+
+
+def _augmented(tensors: list[Tensor], augment: Augment | None) -> list[Tensor]:
+    if augment is None:
+        return tensors
+    images, *others, numbers = tensors
+    return [augment(images, numbers), *others]
 
 
 def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> Tensor:
@@ -56,8 +74,7 @@ def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> T
 def shut_down(pipelines: Sequence[Pipeline]) -> None:
     """Stops pipelines that are of no use any more and frees their memory, whoever still holds them.
 
-    An error's traceback may; and one that the garbage collector frees in a thread of another pipeline, within
-    RandAugment's node, waits there for a thread of its own that waits for that node.
+    An error's traceback may.
     """
     for pipeline in pipelines:
         getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed

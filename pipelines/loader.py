@@ -22,6 +22,7 @@ from pipelines.handover import Runner, shut_down
 from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.probe import LackOfMemory
+from pipelines.randaugment import behind_graph
 from pipelines.readers import Samples, allow_open_files
 from pipelines.train import Augment, train_pipeline
 
@@ -120,12 +121,21 @@ class TrainLoader:
         }
         probing = functools.partial(probe.decode_pipeline, **decoding)
         self._bad = BadSamples(samples, probing, bad_samples, max_bad_share, _on_cpu(decoding))
+        augment = augment or Augment()
+        self._rand_augment = behind_graph(
+            decoding["device_id"],
+            image_size=image_size,
+            layers=augment.randaug_layers,
+            magnitude=augment.randaug_magnitude,
+            contrast=augment.randaug_contrast,
+        )
         self._make_pipeline = functools.partial(
             train_pipeline,
             samples,
             self._order,
             image_size=image_size,
-            augment=augment or Augment(),
+            augment=augment,
+            randaug=self._rand_augment is None,
             bad=self._bad.mask,
             prefetch_queue_depth=prefetch,
             decoder=decoding["decoder"],
@@ -178,7 +188,7 @@ class TrainLoader:
         while True:
             pipeline = self._pipelines[(self._step - self._first_step) % self._lanes]
             try:
-                images, labels, last_bytes = self._run(pipeline)
+                images, labels, last_bytes = self._run(pipeline, self._rand_augment)
             except RuntimeError as error:
                 self.close()
                 probe.check_memory(error)

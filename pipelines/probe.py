@@ -19,7 +19,7 @@ __all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "d
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
 
-# Of DALI's allocator, of CUDA, of nvJPEG and, within RandAugment's node, of torch.
+# Of DALI's allocator, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
 _LACK_OF_MEMORY = re.compile("CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL|CUDA out of memory")
 
 # Samples tried at once before the ones that failed are tried one by one. A failed pipeline is of no use any more,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from nvidia.dali import fn, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
@@ -21,7 +22,15 @@ from pipelines import compiled as loops
 from pipelines import compiled_gpu as loops_gpu
 from pipelines import randaugment_ops as ops
 
-__all__ = ["MAX_MAGNITUDE", "NUM_UNIFORMS_PER_LAYER", "OPS", "apply_op", "is_compiled", "rand_augment"]
+__all__ = [
+    "MAX_MAGNITUDE",
+    "NUM_UNIFORMS_PER_LAYER",
+    "OPS",
+    "apply_op",
+    "behind_graph",
+    "draw_of",
+    "rand_augment",
+]
 
 OPS = (
     "auto_contrast",
@@ -70,9 +79,9 @@ def rand_augment(
 
     images: uint8 [image_size, image_size, 3], on either device; u: float32 [layers * NUM_UNIFORMS_PER_LAYER] in
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
-    did (big_vision issue 109), "mean" towards the mean of the image. The operations are compiled, by Numba for the CPU
-    and by Triton for a GPU, where `compiled` is true or, if that is None, where they can be; else they are DALI's
-    operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source:
+    did (big_vision issue 109), "mean" towards the mean of the image. On the CPU the operations are compiled by Numba
+    where `compiled` is true or, if that is None, where they can be; else, and on a GPU (but see `behind_graph`), they
+    are DALI's operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError. Source:
     big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
@@ -80,8 +89,8 @@ def rand_augment(
     _check(magnitude, contrast)
     if layers == 0:
         return images
-    if is_compiled(images.device, image_size) if compiled is None else compiled:
-        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size)
+    if _is_compiled(images, compiled):
+        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
     branches = _branches(image_size, magnitude, contrast)
     chosen, indices, draws = _draw(u, layers, image_size, branches)
     for layer in range(layers):
@@ -108,19 +117,39 @@ def apply_op(
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
     _check(magnitude, contrast)
-    if is_compiled(images.device, image_size) if compiled is None else compiled:
-        draw = [(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center]
-        u = types.Constant(np.array(draw, np.float32))
-        return _compiled(images, u, _settings(image_size, magnitude, contrast), image_size)
+    if _is_compiled(images, compiled):
+        u = types.Constant(draw_of(name, negative=negative, center=center))
+        return loops.rand_augment(images, u, _settings(image_size, magnitude, contrast), size=image_size)
     variant = (name, -1 if negative else 1)
     branch = next(b for b in _branches(image_size, magnitude, contrast) if variant in b.variants)
     pixel = np.floor(np.array(center, np.float32) * np.float32(image_size))
     return branch.apply(images, branch.variants.index(variant), types.Constant(pixel))
 
 
-def is_compiled(device: str, image_size: int) -> bool:
-    """Whether the operations are compiled on a device, `cpu` or `gpu`, if they are not asked to be or not to be."""
-    return loops.available() if device == "cpu" else loops_gpu.available(image_size)
+def draw_of(name: str, *, negative: bool = False, center: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """Uniforms, float32 [NUM_UNIFORMS_PER_LAYER], that draw an operation; negative and center as in `apply_op`."""
+    return np.array([(OPS.index(name) + 0.5) / len(OPS), 0.25 if negative else 0.75, *center], np.float32)
+
+
+def behind_graph(
+    device_id: int | None, *, image_size: int, layers: int, magnitude: float, contrast: str
+) -> loops_gpu.RandAugment | None:
+    """RandAugment for the batches that a graph gives; None where it is part of the graph, or off.
+
+    It is compiled by Triton, for a GPU where that works. The other arguments as in `rand_augment`. Raises ValueError.
+    """
+    _check(magnitude, contrast)
+    if device_id is None or layers == 0 or not loops_gpu.available(image_size):
+        return None
+    return loops_gpu.RandAugment(_settings(image_size, magnitude, contrast), torch.device("cuda", device_id))
+
+
+def _is_compiled(images: DataNode, wanted: bool | None) -> bool:
+    if images.device == "gpu":
+        if wanted:
+            raise ValueError("RandAugment is compiled on the CPU alone: behind_graph has it for a GPU")
+        return False
+    return loops.available() if wanted is None else wanted
 
 
 def _check(magnitude: float, contrast: str) -> None:
@@ -128,12 +157,6 @@ def _check(magnitude: float, contrast: str) -> None:
         raise ValueError(f"RandAugment's magnitude is from 0 to {MAX_MAGNITUDE}, not {magnitude}")
     if contrast not in _CONTRASTS:
         raise ValueError(f"RandAugment's contrast is one of {', '.join(_CONTRASTS)}, not {contrast!r}")
-
-
-def _compiled(images: DataNode, u: DataNode, settings: np.ndarray, size: int) -> DataNode:
-    if images.device == "cpu":
-        return loops.rand_augment(images, u, settings, size=size)
-    return loops_gpu.rand_augment(images, u, settings)
 
 
 def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:

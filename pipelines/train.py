@@ -1,8 +1,8 @@
 """The training graph: file -> window of the image -> flip -> RandAugment, uint8 [S, S, 3].
 
 One definition for both devices. Where Numba is, the window is drawn by an operator that it compiles, and so are, on the
-CPU, resize and RandAugment (see `compiled`), as DALI's own took 40 % of the time there; on a GPU RandAugment is one
-compiled by Triton (`compiled_gpu`).
+CPU, resize and RandAugment (see `compiled`), as DALI's own took 40 % of the time there. On a GPU RandAugment is
+compiled by Triton and comes right behind the graph (`compiled_gpu`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
 
-from pipelines import crop
+from pipelines import compiled, crop
 from pipelines.crop import Decoder
 from pipelines.order import TrainOrder
-from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, is_compiled, rand_augment
+from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, rand_augment
 from pipelines.readers import NUM_LAST_BYTES, Samples, TrainSource, read
 
 __all__ = ["Augment", "Decoder", "Drawn", "draw", "numbers_drawn", "train_pipeline"]
@@ -92,7 +92,9 @@ def draw(source: TrainSource, augment: Augment) -> Drawn:
 
 
 @pipeline_def
-def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str) -> Any:
+def _train_graph(
+    source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str, randaug: bool
+) -> Any:
     drawn = draw(source, augment)
     images = crop.decode_window(
         drawn.encoded,
@@ -105,7 +107,7 @@ def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder
         device=device,
         decoder=decoder,
     )
-    if augment.randaug_layers > 0:
+    if randaug and augment.randaug_layers > 0:
         images = rand_augment(
             images,
             drawn.uniforms,
@@ -115,7 +117,8 @@ def _train_graph(source: TrainSource, image_size: int, augment: Augment, decoder
             contrast=augment.randaug_contrast,
         )
     labels = drawn.labels.gpu() if device == "gpu" else drawn.labels
-    return images, labels, drawn.encoded[-NUM_LAST_BYTES:]
+    uniforms = drawn.uniforms.gpu() if device == "gpu" else drawn.uniforms
+    return images, labels, drawn.encoded[-NUM_LAST_BYTES:], *(() if randaug else (uniforms,))
 
 
 def numbers_drawn(augment: Augment) -> list[int]:
@@ -141,13 +144,15 @@ def train_pipeline(
     stride: int = 1,
     bad: np.ndarray | None = None,
     prefetch_queue_depth: int = 2,
+    randaug: bool = True,
 ) -> Pipeline:
     """The training pipeline, not built yet: run k gives step start_step + k stride, without end.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
     images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
-    images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. All its randomness comes from `order`: it
-    holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.
+    images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. Without randaug RandAugment is left to what is
+    behind the graph: its uniforms float32 [b, layers * NUM_UNIFORMS_PER_LAYER] come last. All randomness comes from
+    `order`: the pipeline holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.
     """
     device = "cpu" if device_id is None else "gpu"
     return _train_graph(
@@ -156,8 +161,9 @@ def train_pipeline(
         augment,
         decoder,
         device,
+        randaug,
         # Only DALI's own operators part the samples. To allow for it DALI rewrites all functions called, for a second.
-        enable_conditionals=augment.randaug_layers > 0 and not is_compiled(device, image_size),
+        enable_conditionals=randaug and augment.randaug_layers > 0 and not (device == "cpu" and compiled.available()),
         batch_size=order.local_batch_size,
         num_threads=num_threads,
         device_id=device_id,

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -55,8 +56,7 @@ def test_they_compile_for_every_gpu(capability: int, tmp_path: Path, monkeypatch
         assert not re.search(r"\bdiv\.(full|approx)", ptx), "a division that is not rounded correctly, likewise"
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_graph_can_be_laid_out_for_a_gpu(compiled: bool) -> None:
+def test_without_them_the_graph_can_be_laid_out_for_a_gpu() -> None:
     """DALI checks devices and arguments when it makes the graph; running it needs a GPU."""
 
     @pipeline_def(batch_size=2, num_threads=1, device_id=0, enable_conditionals=True)
@@ -65,15 +65,22 @@ def test_the_graph_can_be_laid_out_for_a_gpu(compiled: bool) -> None:
             lambda _: (), num_outputs=2, layout=["HWC", ""], dtype=[types.UINT8, types.FLOAT]
         )
         images = images.gpu()
-        outputs = [
-            rand_augment(images, u, image_size=64, contrast=contrast, compiled=compiled)
-            for contrast in ("paper", "mean")
-        ]
-        outputs += [apply_op(images, name, image_size=64, magnitude=4, compiled=compiled) for name in OPS]
+        outputs = [rand_augment(images, u, image_size=64, contrast=contrast) for contrast in ("paper", "mean")]
+        outputs += [apply_op(images, name, image_size=64, magnitude=4) for name in OPS]
         assert all(output.device == "gpu" for output in outputs)
         return tuple(outputs)
 
     pipeline()
+
+
+def test_no_operator_of_a_graph_is_compiled_for_a_gpu() -> None:
+    @pipeline_def(batch_size=2, num_threads=1, device_id=0)
+    def pipeline() -> Any:
+        images = types.Constant(np.zeros((64, 64, 3), np.uint8), device="gpu", layout="HWC")
+        return apply_op(images, "invert", image_size=64, magnitude=4, compiled=True)
+
+    with pytest.raises(ValueError, match="behind_graph has it for a GPU"):
+        pipeline()
 
 
 def test_where_they_fail_the_operators_stay_and_it_is_said_once(
@@ -118,19 +125,14 @@ def test_where_the_kernels_hang_dalis_operators_stay(
 
 @pytest.mark.timeout(60)
 def test_kernels_that_hang_do_not_keep_the_program_from_ending() -> None:
-    """Neither the thread that tries them out nor DALI, which shuts its pipelines down then."""
     program = """
-import threading, numpy, torch
-from nvidia.dali import fn, pipeline_def
+import threading, torch
 from dali_vit import process
 from pipelines import compiled_gpu
 
 def hang(size, device_id):
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def graph():
-        numbers = fn.external_source(lambda: numpy.zeros((1, 4), numpy.float32))
-        return fn.dl_tensor_python_function(numbers, function=lambda _: begun.set() or threading.Event().wait())
-    graph().run()
+    begun.set()
+    threading.Event().wait()
 
 def main():
     assert not compiled_gpu.available(224)

@@ -305,9 +305,10 @@ def test_a_lost_disk_is_not_blamed_on_every_file() -> None:
 # -------------------------------------------------------------------------------------------------- the GPU
 
 
+@pytest.mark.parametrize("randaug", [True, False])
 @pytest.mark.parametrize("region", ["window", "full"])
 @pytest.mark.parametrize("crop", ["tensorflow", "torchvision"])
-def test_the_training_graph_can_be_laid_out_for_a_gpu(files: FileList, crop: Any, region: Any) -> None:
+def test_the_training_graph_can_be_laid_out_for_a_gpu(files: FileList, crop: Any, region: Any, randaug: bool) -> None:
     # Building needs a GPU; laying out checks every operator's arguments and that pixels never leave the device.
     pipeline = train_pipeline(
         files,
@@ -317,8 +318,10 @@ def test_the_training_graph_can_be_laid_out_for_a_gpu(files: FileList, crop: Any
         decoder=Decoder(region=region, hw_decoder_load=0.9, preallocate_width_hint=640),
         device_id=0,
         num_threads=2,
+        randaug=randaug,
     )
-    assert output_devices(pipeline)[:2] == ["gpu", "gpu"]
+    # Images, labels, last bytes of the files and, where RandAugment is no part of the graph, its uniforms.
+    assert output_devices(pipeline) == ["gpu", "gpu", "cpu"] + ([] if randaug else ["gpu"])
 
 
 def test_the_evaluation_graph_can_be_laid_out_for_a_gpu(files: FileList) -> None:

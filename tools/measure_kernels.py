@@ -7,12 +7,13 @@
 
 Every operation runs in a DALI pipeline of its own on the same batch of smooth noise, and so does the policy of two
 layers; resize, on the CPU, on windows drawn uniformly in area from 456 x 402. The least of many runs, less that of a
-pipeline that only hands the batch on.
+pipeline that only hands the batch on. What is compiled for a GPU runs behind a pipeline, and is timed by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 import time
@@ -25,7 +26,16 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
 from pipelines import compiled
-from pipelines.randaugment import MAX_MAGNITUDE, NUM_UNIFORMS_PER_LAYER, OPS, apply_op, rand_augment
+from pipelines.compiled_gpu import RandAugment
+from pipelines.randaugment import (
+    MAX_MAGNITUDE,
+    NUM_UNIFORMS_PER_LAYER,
+    OPS,
+    apply_op,
+    behind_graph,
+    draw_of,
+    rand_augment,
+)
 
 LAYERS = 2
 POLICY = f"RandAugment, {LAYERS} layers"
@@ -55,12 +65,25 @@ def main() -> None:
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
     names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]
 
-    def graph(name: str, made: bool, images: list[np.ndarray] = squares) -> Pipeline:
+    def graph(name: str, made: bool, images: list[np.ndarray] = squares) -> Callable[[int], None]:
         shared: dict[str, Any] = {"batch_size": len(images), "device_id": 0 if arguments.gpu else None}
-        return _graph(images, name, made, arguments.size, arguments.magnitude, arguments.gpu, **shared)
+        pipeline = _graph(images, name, made, arguments.size, arguments.magnitude, arguments.gpu, **shared)
+        return functools.partial(run, pipeline)
 
-    empty = {name: graph("hand on", False) for name in names}
-    pipelines = {(name, made): graph(name, made) for name in names for made in (False, True)}
+    def compiled_for_gpu(name: str) -> Callable[[int], None]:
+        settings = {"image_size": arguments.size, "magnitude": arguments.magnitude, "contrast": "paper"}
+        augment = behind_graph(0, layers=LAYERS, **settings)
+        if augment is None:
+            raise SystemExit(1)  # which was said
+        draws = policy_draws(len(squares)) if name == POLICY else np.tile(draw_of(name), (len(squares), 1))
+        images, uniforms = (torch.from_numpy(array).cuda() for array in (np.stack(squares), draws))
+        return functools.partial(run_on_gpu, augment, images, uniforms)
+
+    empty: dict[str, Callable[[int], None]] = {name: graph("hand on", False) for name in names}
+    pipelines: dict[tuple[str, bool], Callable[[int], None]] = {}
+    for name in names:
+        pipelines[name, False] = graph(name, False)
+        pipelines[name, True] = compiled_for_gpu(name) if arguments.gpu else graph(name, True)
     if not arguments.gpu and arguments.size > 8:
         windows = [noise(rng, *window(rng, 402, 456)) for _ in range(arguments.batch_size)]
         empty["resize"] = graph("hand on", False, windows)
@@ -70,11 +93,12 @@ def main() -> None:
     clock = time.perf_counter if arguments.gpu else time.process_time
     least = {key: float("inf") for key in [*empty, *pipelines]}
     for _ in range(arguments.repeats):
-        for key, pipeline in itertools.chain(empty.items(), pipelines.items()):
-            least[key] = min(least[key], seconds(pipeline, clock))
+        for key, batches in itertools.chain(empty.items(), pipelines.items()):
+            least[key] = min(least[key], seconds(batches, clock))
     print("microseconds an image    DALI's operators   compiled")
     for name in names:
-        rates = (1e6 * (least[name, made] - least[name]) / arguments.batch_size for made in (False, True))
+        handing_on = (least[name], 0.0 if arguments.gpu else least[name])
+        rates = (1e6 * (least[name, made] - handing_on[made]) / arguments.batch_size for made in (False, True))
         print("{:24} {:16.2f} {:10.2f}".format(name, *rates))
 
 
@@ -92,6 +116,10 @@ def window(rng: np.random.Generator, height: int, width: int) -> tuple[int, int]
             return h, round(h * ratio)
 
 
+def policy_draws(count: int) -> np.ndarray:
+    return np.random.default_rng(1).random((count, LAYERS * NUM_UNIFORMS_PER_LAYER), np.float32)
+
+
 @pipeline_def(num_threads=1, enable_conditionals=True)
 def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude: float, on_gpu: bool) -> Any:
     # To a GPU they would take longer than what is measured: there the first stands for all.
@@ -100,7 +128,7 @@ def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude
         if on_gpu
         else fn.external_source(lambda _: images, layout="HWC")
     )
-    draws = np.random.default_rng(1).random((len(images), LAYERS * NUM_UNIFORMS_PER_LAYER), np.float32)
+    draws = policy_draws(len(images))
     uniforms = fn.external_source(lambda _: draws)
     if name == "hand on":
         return node, uniforms
@@ -115,12 +143,18 @@ def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude
     return apply_op(node, name, image_size=size, magnitude=magnitude, compiled=made), uniforms
 
 
-def seconds(pipeline: Pipeline, clock: Callable[[], float]) -> float:
-    """Seconds of a batch, by `clock`, from an idle pipeline to an idle one: nothing is left for the next to pay for."""
-    run(pipeline, WARM_UP)
+def seconds(batches: Callable[[int], None], clock: Callable[[], float]) -> float:
+    """Seconds of a batch, by `clock`, from an idle device to an idle one: nothing is left for the next to pay for."""
+    batches(WARM_UP)
     began = clock()
-    run(pipeline, RUNS)
+    batches(RUNS)
     return (clock() - began) / RUNS
+
+
+def run_on_gpu(augment: RandAugment, images: torch.Tensor, uniforms: torch.Tensor, times: int) -> None:
+    for _ in range(times):
+        augment(images, uniforms)
+    torch.cuda.synchronize()
 
 
 def run(pipeline: Pipeline, times: int) -> None:

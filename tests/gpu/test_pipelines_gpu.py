@@ -105,12 +105,15 @@ def test_a_loader_made_at_any_step_continues_bit_for_bit(files: FileList, hw_dec
 
 
 # The hardware decoder writes when it is called, whatever is queued before it: torchcodec's pull request 1634.
+@pytest.mark.parametrize("augment", [CROP_ONLY, Augment()])
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 1.0])
-def test_batches_stay_valid_while_kernels_still_read_them(files: FileList, hw_decoder_load: float) -> None:
+def test_batches_stay_valid_while_kernels_still_read_them(
+    files: FileList, hw_decoder_load: float, augment: Augment
+) -> None:
     """The host runs ahead of slow kernels, dropping each batch at once: no later batch may overwrite it."""
     weights = torch.randn(4096, 4096, device="cuda")
     sums = []
-    options = {"decoder": Decoder(hw_decoder_load=hw_decoder_load)}
+    options: dict[str, Any] = {"decoder": Decoder(hw_decoder_load=hw_decoder_load), "augment": augment}
     loader = train_loader(files, "cuda", **options)
     for _ in range(40):
         images, _ = next(loader)
@@ -127,8 +130,9 @@ def test_batches_stay_valid_while_kernels_still_read_them(files: FileList, hw_de
     assert [int(s) for s in sums] == expected
 
 
-def test_batches_can_be_kept(files: FileList) -> None:
-    loader = train_loader(files, "cuda")
+@pytest.mark.parametrize("augment", [CROP_ONLY, Augment()])
+def test_batches_can_be_kept(files: FileList, augment: Augment) -> None:
+    loader = train_loader(files, "cuda", augment=augment)
     kept = [(images, images.clone()) for images, _ in (next(loader) for _ in range(20))]
     loader.close()
     torch.cuda.synchronize()

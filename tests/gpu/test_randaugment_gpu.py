@@ -10,7 +10,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 
 from pipelines import compiled_gpu
-from pipelines.randaugment import OPS, _settings, apply_op, rand_augment
+from pipelines.randaugment import OPS, _settings, apply_op, behind_graph, draw_of
 from tests.randaugment_expected import photo
 
 pytestmark = [
@@ -36,15 +36,20 @@ def test_operation_is_that_of_the_cpu(name: str, negative: bool, magnitude: int,
     def graph() -> Any:
         images = fn.external_source(lambda _: photos, layout="HWC")
         settings: dict[str, Any] = {"image_size": 224, "magnitude": magnitude, "negative": negative}
-        return tuple(apply_op(node, name, **settings, compiled=compiled) for node in (images, images.gpu()))
+        on_cpu = apply_op(images, name, **settings, compiled=compiled)
+        return on_cpu if compiled else (on_cpu, apply_op(images.gpu(), name, **settings))
 
     pipeline = graph()
     pipeline.build()
-    on_cpu, on_gpu = pipeline.run()
-    error = np.abs(on_cpu.as_array().astype(int) - on_gpu.as_cpu().as_array())
+    on_cpu, *on_gpu = pipeline.run()
     if compiled:
-        assert (error == 0).all()
+        kernels = behind_graph(0, image_size=224, layers=1, magnitude=magnitude, contrast="paper")
+        assert kernels is not None
+        uniforms = torch.from_numpy(draw_of(name, negative=negative)).expand(4, -1).contiguous()
+        found = kernels(torch.from_numpy(photos).cuda(), uniforms.cuda()).cpu().numpy()
+        np.testing.assert_array_equal(found, on_cpu.as_array())
     else:
+        error = np.abs(on_cpu.as_array().astype(int) - on_gpu[0].as_cpu().as_array())
         assert (error <= 1).mean() >= 0.995
 
 
@@ -72,19 +77,20 @@ def test_the_mean_of_an_image_whose_sum_32_bits_do_not_hold() -> None:
 
 @pytest.mark.parametrize("size", [64, 224, 65])
 def test_the_policy_is_that_of_the_cpu(size: int) -> None:
-    """Bit for bit, over batches that DALI works ahead on, each with uniforms of its own."""
-    batches, count = 8, 128
+    """Bit for bit, batch after batch, each with uniforms of its own."""
+    from pipelines.kernels import randaugment
+
+    count = 128
     rng = np.random.default_rng(0)
     photos = np.stack([photo(size, seed) for seed in range(count)])
-    uniforms = [rng.random((count, 8), dtype=np.float32) for _ in range(batches)]
-
-    @pipeline_def(batch_size=count, num_threads=2, device_id=0, enable_conditionals=True)
-    def graph() -> Any:
-        images, u = fn.external_source(lambda i: (photos, uniforms[i % batches]), num_outputs=2, layout=["HWC", ""])
-        return tuple(rand_augment(node, u, image_size=size, compiled=True) for node in (images, images.gpu()))
-
-    pipeline = graph()
-    pipeline.build()
-    for _ in range(3 * batches):
-        on_cpu, on_gpu = pipeline.run()
-        np.testing.assert_array_equal(on_gpu.as_cpu().as_array(), on_cpu.as_array())
+    kernels = behind_graph(0, image_size=size, layers=2, magnitude=10, contrast="paper")
+    assert kernels is not None
+    images = torch.from_numpy(photos).cuda()
+    drawn = [rng.random((count, 8), dtype=np.float32) for _ in range(8)]
+    found = [kernels(images, torch.from_numpy(uniforms).cuda()) for uniforms in drawn]
+    settings, expected = _settings(size, 10, "paper"), np.empty_like(photos)
+    for uniforms, augmented in zip(drawn, found, strict=True):
+        for i in range(count):
+            randaugment.rand_augment(photos[i], uniforms[i], settings, expected[i])
+        np.testing.assert_array_equal(augmented.cpu().numpy(), expected)
+    np.testing.assert_array_equal(images.cpu().numpy(), photos)

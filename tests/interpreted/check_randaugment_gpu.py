@@ -5,16 +5,22 @@ They are in a process of their own because TRITON_INTERPRET=1 must be set before
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn, pipeline_def
+from PIL import Image
 
+import pipelines.loader
 from pipelines import compiled_gpu
+from pipelines.compiled_gpu import RandAugment
 from pipelines.kernels import randaugment, randaugment_gpu
-from pipelines.randaugment import OPS, _settings
+from pipelines.loader import TrainLoader
+from pipelines.randaugment import OPS, _settings, behind_graph
+from pipelines.readers import FileList
+from pipelines.train import Augment
 from tests.parity.conftest import references
 
 LEVELS = references("randaug")
@@ -89,63 +95,51 @@ def test_inputs_are_left_alone() -> None:
     np.testing.assert_array_equal(images, before)
 
 
-def test_the_node_of_the_graph() -> None:
-    """Batches through DALI, which works ahead: each with its own uniforms, in the layout of an image."""
-    batches = 12
+def loader(files: FileList, augment: Augment) -> TrainLoader:
+    return TrainLoader(
+        files,
+        batch_size=6,
+        image_size=48,
+        seed=0,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        num_threads=2,
+        augment=augment,
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"randaug_layers": 3, "randaug_magnitude": 4, "randaug_contrast": "mean"}])
+def test_behind_the_graph_it_gives_what_it_gives_within(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of a loader that works ahead, each with its own uniforms."""
     rng = np.random.default_rng(0)
-    images = [images_of(rng, 8, 64) for _ in range(batches)]
-    uniforms = [rng.random((8, 8), dtype=np.float32) for _ in range(batches)]
-    settings = _settings(64, 10, "paper")
+    paths = []
+    for i in range(18):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (60, 70, 3)).astype(np.uint8)).save(paths[-1])
+    files, augment = FileList.from_paths(paths, range(18)), Augment(**settings)
+    within, plain = loader(files, augment), loader(files, Augment(randaug_layers=0))
+    monkeypatch.setattr(compiled_gpu, "available", lambda size: True)
+    monkeypatch.setattr(compiled_gpu, "RandAugment", lambda numbers, _: RandAugment(numbers, torch.device("cpu")))
+    monkeypatch.setattr(pipelines.loader, "behind_graph", lambda _, **settings: behind_graph(0, **settings))
+    behind = loader(files, augment)
+    changed = 0
+    for _ in range(7):
+        (found, labels), (expected, expected_labels) = next(behind), next(within)
+        assert torch.equal(labels, expected_labels)
+        assert torch.equal(found, expected)
+        changed += int((found != next(plain)[0]).any(dim=(1, 2, 3)).sum())
+    assert changed > 30  # of 42 images
 
-    @pipeline_def(batch_size=8, num_threads=2, device_id=None, enable_conditionals=True)
-    def graph() -> Any:
-        node, u = fn.external_source(
-            lambda i: (images[i % batches], uniforms[i % batches]), num_outputs=2, layout=["HWC", ""]
-        )
-        return compiled_gpu.rand_augment(node, u, settings)
 
-    pipeline = graph()
-    for i in range(batches):
-        (output,) = pipeline.run()
-        assert output.layout() == "HWC"
-        np.testing.assert_array_equal(output.as_array(), on_cpu(images[i], uniforms[i], settings))
-
-
-def test_it_is_tried_out_while_a_graph_is_being_defined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, and a node that gives something else is found out."""
+def test_it_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and kernels that give something else are found out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-
-    def runs() -> bool:
-        compiled_gpu.available.cache_clear()
-        found = []
-
-        @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True)
-        def graph() -> Any:
-            node = fn.external_source(lambda: np.ones((1, 8), np.float32))
-            found.append(compiled_gpu.available(16))
-            return node + 1.0
-
-        assert (graph().run()[0].as_array() == 2).all()
-        return found[0]
-
-    assert runs()
+    compiled_gpu.available.cache_clear()
+    assert compiled_gpu.available(16)
     monkeypatch.setattr(randaugment_gpu, "rand_augment", lambda images, *_: images + 254)
-    assert not runs()
-
-
-def test_a_pipeline_that_works_ahead_can_be_dropped() -> None:
-    """Its threads may be about to call Python just then: they must not wait for the thread that waits for them."""
-    settings = _settings(32, 10, "paper")
-    images, uniforms = np.zeros((8, 32, 32, 3), np.uint8), np.full((8, 8), 0.5, np.float32)
-
-    @pipeline_def(batch_size=8, num_threads=2, device_id=None, enable_conditionals=True)
-    def graph() -> Any:
-        node, u = fn.external_source(lambda: (images, uniforms), num_outputs=2, layout=["HWC", ""])
-        return compiled_gpu.rand_augment(node, u, settings)
-
-    for i in range(20):
-        pipeline = graph()
-        for _ in range(i % 3):
-            pipeline.run()
-        del pipeline
+    compiled_gpu.available.cache_clear()
+    assert not compiled_gpu.available(16)
