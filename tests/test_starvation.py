@@ -51,13 +51,13 @@ def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp
 
 @pytest.mark.timeout(120)
 def test_a_fast_reader_is_not_warned_of(tiny_config, cpu, caplog, monkeypatch):
-    """The same 8 small images a step, for a step that takes 0.2 s."""
+    """8 small images a step, for a step that takes 0.5 s: longer than what a busy machine keeps a process waiting."""
 
     def build_update(*arguments: Any) -> Any:
         update, how = dali_vit.step.build_update(*arguments)
 
         def slow_update(*batch: Any) -> Any:
-            time.sleep(0.2)
+            time.sleep(0.5)
             return update(*batch)
 
         return slow_update, how
