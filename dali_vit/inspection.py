@@ -51,7 +51,7 @@ KINDS = {
     "too large": "has more pixels than --max-megapixels",
     "too long": "is so long and thin that an evaluation refuses it",
     "duplicate": "is in val, too, byte for byte",
-    "checksum": "is not the shard that prepare wrote",
+    "checksum": "is not the shard that prepare wrote: copy it again",
     "CMYK": "is decoded to RGB",
     "floats": "has floats for pixels, of which those above 1 become white: look at it with `preview`",
     "other format": "is decoded as what it is",

@@ -98,6 +98,9 @@ def class_names(folder: Path) -> list[str]:
     """Sorted names of the class folders, in UTF-8; UserError if there are none."""
     names = sorted(map(utf8_name, scan(folder, folders=True)))
     if not names:
+        if any(folder.glob("shard-*.tar")):  # of a set that `prepare` made, whose manifest would have been read
+            lost = f"{folder} has shards, but {folder.parent / 'dataset.json'} is not there"
+            raise UserError(f"{lost}: copy the set again with all its files, or prepare it again")
         flat = scan(folder, folders=False)
         what = "images but no class folders" if flat else "no class folders"
         remedy = f"put the images into {folder.name}/<class>/"

@@ -152,11 +152,13 @@ class MetricLog:
 
     `start_step` is the step the run goes on from: what an interrupted run logged past it is dropped from both,
     because those steps run again. What cannot be written (a full disk, a folder that became read-only) is lost with
-    a warning: of metrics.jsonl those lines, of TensorBoard's events all from there on.
+    a warning: of metrics.jsonl those lines, of TensorBoard's events all from there on. `now` tells where the folder is,
+    should it be moved meanwhile: events of up to two minutes before, which wait to be written, are lost then.
     """
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(self, run_dir: Path, start_step: int, now: Callable[[], Path] | None = None) -> None:
         self._start_step = start_step
+        self._run_dir, self._now = run_dir, now or (lambda: run_dir)
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
         # Of a run that begins again from scratch not even the sample images of step 0 stay.
@@ -208,6 +210,11 @@ class MetricLog:
         if self._events is None:
             return
         try:
+            if (moved := self._now()) != self._run_dir:  # their writer goes by the name of its file
+                self._run_dir = moved
+                with suppress(OSError):
+                    self._events.close()
+                self._events = SummaryWriter(str(moved))
             write(self._events)
         except OSError as error:  # which has ended the writer's thread
             log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)

@@ -140,9 +140,10 @@ def _check_same_images(
         )
     count, before = len(dataset.split("train")), checkpoint.loader["ranks"][0]["num_samples"]
     if before != count:
+        remedy = "put back what was removed, under the same names" if count < before else "remove what was added"
         raise UserError(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
-            " put back what was removed, under the same names, or choose another --name"
+            f" {remedy}, or choose another --name"
         )
     if checkpoint.loader.get("train_names", train_names) != train_names:  # older checkpoints have none
         raise UserError(

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,12 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
                 _move(path, target)
                 file.write("\t".join(map(_one_field, (path, problem.kind, problem.detail))) + "\n")
     except OSError as error:
-        raise UserError(f"--quarantine {folder}: {error.strerror or error}; mend that and run verify again") from error
+        reason = error.strerror or str(error)
+        if error.filename in moved:
+            what = f"{error.filename} cannot be moved away ({reason})"
+        else:
+            what = f"--quarantine {folder}: {reason}"
+        raise UserError(f"{what}; mend that and run verify again") from error
     finally:
         _lower_counts(root, moved, sizes)
     return sum(problem.hurts for problem in problems)
@@ -71,12 +77,18 @@ def _size(path: str) -> int:
 
 
 def _move(path: str, target: Path) -> None:
-    """Moves a file; a link by itself, so that it leads to where it did."""
-    if os.path.islink(path):
-        os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
-        os.unlink(path)
-    else:
-        shutil.move(path, target)
+    """Moves a file; a link by itself, so that it leads to where it did. Where it has to stay there is no copy of it."""
+    try:
+        if os.path.islink(path):
+            os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
+            os.unlink(path)
+        else:
+            shutil.move(path, target)
+    except OSError:
+        if os.path.lexists(path):
+            with suppress(OSError):
+                target.unlink()
+        raise
 
 
 def _one_field(text: str) -> str:

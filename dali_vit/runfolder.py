@@ -28,6 +28,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _locks: dict[Path, int] = {}  # folders as they were called, and descriptors of what was locked
+_moves: dict[Path, Path] = {}  # where those were found that were warned of
 
 PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
 
@@ -121,10 +122,11 @@ def _lock(config: Config, held: ExitStack) -> None:
         pass  # a file system without locks
     _locks[config.run_dir] = descriptor
     held.callback(_locks.pop, config.run_dir)
+    held.callback(_moves.pop, config.run_dir, None)
 
 
 def current(config: Config) -> Path:
-    """The run's folder, where it is now that it may have been moved or renamed, which is warned of at each call.
+    """The run's folder, where it is now that it may have been moved or renamed, which is warned of each time.
 
     By its old name another run may have a folder meanwhile. Where it was removed, the old name.
     """
@@ -137,7 +139,9 @@ def current(config: Config) -> Path:
         return config.run_dir
     if not _is_open_as(path, descriptor):
         return config.run_dir
-    log.warning("%s was moved to %s while it runs: checkpoints go there", config.run_dir, path)
+    if _moves.get(config.run_dir) != path:
+        _moves[config.run_dir] = path
+        log.warning("%s was moved to %s while it runs: what it writes goes there", config.run_dir, path)
     return path
 
 

@@ -78,7 +78,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
     writer = None
     if group.is_main:
-        writer = MetricLog(config.run_dir, start)
+        writer = MetricLog(config.run_dir, start, now=lambda: current(config))
         summary = report.summary(
             config,
             dataset,

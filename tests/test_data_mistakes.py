@@ -9,8 +9,10 @@ import pytest
 from dali_vit import data
 from dali_vit.data import check_images, load_dataset
 from dali_vit.listing import other_val
+from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
+from tests.conftest import write_image_folder
 from tests.test_data import fails, make_files, make_split
 
 
@@ -246,3 +248,13 @@ def test_check_looks_at_256_spread_files_of_many(monkeypatch):
     places = np.sort(np.array([int(place) for place in looked_at]))
     assert (len(places), places[0], places[-1]) == (256, 0, 99_999)
     assert set(np.diff(places)) == {392, 393}
+
+
+def test_shards_whose_manifest_was_left_behind_are_known_as_such(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    root = prepare(PrepareArguments(folder, tmp_path / "set"))
+    (root / "dataset.json").unlink()
+    fails(
+        lambda: load_dataset(root),
+        f"{root}/train has shards, but {root}/dataset.json is not there: copy the set again with all its files, or",
+    )

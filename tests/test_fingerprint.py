@@ -47,6 +47,16 @@ def test_a_run_does_not_go_on_with_images_renamed_or_moved(tmp_path, tiny_config
     with pytest.raises(UserError, match="other names or classes"):
         up_to_date(dataclasses.replace(first, train_names="other"), config)
 
+    for added, remedy in ((True, "remove what was added"), (False, "put back what was removed, under the same names")):
+        image = folder / "train" / to
+        if added:
+            (folder / "train/ant/zzz.jpg").write_bytes(image.read_bytes())
+        else:
+            (folder / "train/ant/zzz.jpg").unlink()
+            image.unlink()
+        with pytest.raises(UserError, match=rf"training images, .* was begun with \d+; {remedy}, or choose"):
+            plan(config, 1)
+
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(tmp_path / "shards")))
     assert plan(moved, 1).checkpoint.step == 12
 

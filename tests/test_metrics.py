@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dali_vit import metrics, report
 from dali_vit.distributed import Group
 from dali_vit.metrics import MetricLog, StepTimer, Window, peak_flops
 from dali_vit.train import _is_evaluated
+
+
+@pytest.fixture(autouse=True)
+def files_of_one_second_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read by their names, which end in a number that is the process's: 10 would come before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 def attempt(run_dir: Path, start: int, steps: range, value: float) -> None:

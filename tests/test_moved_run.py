@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dali_vit.step
 import dali_vit.train
@@ -30,11 +31,11 @@ def test_the_folder_is_followed_while_it_is_locked(
         assert runfolder.current(tiny_config) == now
         before.mkdir()  # another run of the old name
         assert runfolder.current(tiny_config) == now
-        assert caplog.messages == 2 * [f"{before} was moved to {now} while it runs: checkpoints go there"]
+        assert caplog.messages == [f"{before} was moved to {now} while it runs: what it writes goes there"]
         shutil.rmtree(now)
         assert runfolder.current(tiny_config) == before
     assert runfolder.current(tiny_config) == before
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.timeout(60)
@@ -61,6 +62,11 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
     assert not before.exists()
     assert sorted(path.name for path in (now / "checkpoints").iterdir()) == [f"step_{step:09d}" for step in (5, 10, 12)]
     assert [line["step"] for line in read_metrics(now) if "train/loss" in line] == list(range(1, 13))
+    events = EventAccumulator(str(now))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")][-6:] == list(range(7, 13))
+    assert "val/top1" in events.Tags()["scalars"]
+    assert sum("was moved to" in message for message in caplog.messages) == 1
     assert caplog.messages[-1].endswith(f": {now}")
     renamed = replace(tiny_config, run=replace(tiny_config.run, name="renamed"))
     assert train(renamed, cpu, plan(renamed, 1)) == metrics

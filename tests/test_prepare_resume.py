@@ -13,7 +13,7 @@ import pytest
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.prepare import prepare
+from dali_vit.prepare import prepare, targets
 from tests.conftest import environment, python
 from tests.datasets import NUM_TRAIN, VAL_IMAGES, prepare_fails, tree, write_source
 
@@ -144,3 +144,39 @@ def test_the_number_of_workers_does_not_matter(tmp_path, monkeypatch):
     arguments = replace(write_source("folder", tmp_path / "source"), shard_mb=1)
     one, four = (prepare(replace(arguments, target=tmp_path / str(n), workers=n)) for n in (1, 4))
     assert tree(one) == tree(four)
+
+
+def test_a_link_that_leads_nowhere_is_named_before_anything_is_begun(tmp_path):
+    """Else removing it would make the source another one, and what was prepared until then useless."""
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    image = next((tmp_path / "source").rglob("train/*/*.JPEG"))
+    image.unlink()
+    image.symlink_to("/nowhere.jpg")
+    with pytest.raises(UserError) as error:
+        prepare(arguments)
+    assert str(error.value) == f"{image}: No such file or directory; put it back, or remove it from the source"
+    image.unlink()
+    prepare(arguments)
+    assert load_dataset(tmp_path / "set", minival=0).counts["train"] == NUM_TRAIN - 1
+
+
+def test_of_a_source_file_that_cannot_be_read_it_is_said_what_doing_without_it_takes(tmp_path, monkeypatch):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set", workers=1)
+    image = next((tmp_path / "source").rglob("train/*/*.JPEG"))
+    read = targets.read_sample
+
+    def refused(samples, index):
+        if samples.path(index) == str(image):
+            raise PermissionError(errno.EACCES, "Permission denied", str(image))
+        return read(samples, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(targets, "read_sample", refused)
+        with pytest.raises(UserError) as error:
+            prepare(arguments)
+    assert str(error.value) == (
+        f"{image}: Permission denied; mend that and run the command again: it goes on where it stopped;"
+        f" to do without that file is to begin anew, with {tmp_path / 'set'}.partial removed"
+    )
+    prepare(arguments)
+    assert load_dataset(tmp_path / "set", minival=0).counts["train"] == NUM_TRAIN

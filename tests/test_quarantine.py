@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dali_vit.config import UserError
 from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
@@ -114,3 +117,25 @@ def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):
     assert load_dataset(target, minival=0).counts == {"train": 24, "val": 9}
     splits = json.loads((target / MANIFEST).read_text())["splits"]
     assert splits["train"]["bytes"] == sum(len(data) for _, _, data in IMAGES["train"])
+
+
+@pytest.mark.timeout(60)
+def test_of_a_set_that_cannot_be_written_to_nothing_is_copied_and_once_it_can_the_same_command_goes_on(
+    tmp_path, monkeypatch
+):
+    """A read-only mount, and a quarantine on another disk: there a file is moved by copying it."""
+    root, aside = broken_folder(tmp_path / "set"), tmp_path / "aside"
+
+    def across(source: str, target: Path) -> None:
+        shutil.copy2(source, target)
+        raise OSError(errno.EROFS, "Read-only file system", source)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "move", across)
+        with pytest.raises(
+            UserError, match=r"set/.* cannot be moved away \(Read-only file system\); mend that and run"
+        ):
+            verify(VerifyArguments(root, quarantine=aside))
+    assert not list(aside.rglob("*.JPEG"))
+    assert (aside / "quarantined.tsv").read_text() == ""
+    assert verify(VerifyArguments(root, quarantine=aside)).quarantined >= HURT - 1

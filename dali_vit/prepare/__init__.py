@@ -94,9 +94,10 @@ def prepare(arguments: PrepareArguments) -> Path:
             _prepare(arguments, target, partial, existing)
     except OSError as error:
         where = error.filename or f"preparing {target}"  # a write to a full disk does not say which file it was to
-        raise UserError(
-            f"{where}: {error.strerror or error}; mend that and run the command again: it goes on where it stopped"
-        ) from error
+        remedy = "mend that and run the command again: it goes on where it stopped"
+        if Path(str(where)).is_relative_to(at_home(arguments.source).absolute()):
+            remedy += f"; to do without that file is to begin anew, with {partial} removed"
+        raise UserError(f"{where}: {error.strerror or error}; {remedy}") from error
     return target
 
 
@@ -236,13 +237,13 @@ def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
 
 
 def _sizes(files: FileList) -> np.ndarray:
-    """Bytes of each file, int64 [N]; -1 where it cannot be looked at, which reading it will tell."""
+    """Bytes of each file, int64 [N]; UserError where one is not there, as a link may lead nowhere."""
 
     def size(i: int) -> int:
         try:
             return os.stat(files.path(i)).st_size
-        except OSError:
-            return -1
+        except OSError as error:  # now: found later it would have to be put back, as without it the set is another
+            raise UserError(f"{files.path(i)}: {error.strerror}; put it back, or remove it from the source") from error
 
     def sizes(first: int) -> list[int]:
         return [size(i) for i in range(first, min(first + 1000, len(files)))]
