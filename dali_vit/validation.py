@@ -116,7 +116,7 @@ def validate(config: Config) -> None:
         raise UserError(f"--max-hours {run.max_hours:g}: must be above 0")
     if run.seed >= 2**63:
         raise UserError(f"--seed {run.seed}: must be below 2^63")
-    if run.name == "":
+    if run.name is not None and not run.name.strip():
         raise UserError("--name: empty; give a name, or leave it out for the recipe's")
     check_local(run.runs_dir, "--runs-dir")
     name = run.name or run.recipe

@@ -69,6 +69,7 @@ def test_steps_take_the_place_of_epochs():
         ("run", {"name": 300 * "n"}, "--name n+...: longer than the 255 bytes"),
         ("run", {"name": os.fsdecode(b"\xff")}, "--name .: not UTF-8"),
         ("run", {"name": ""}, "--name: empty"),
+        ("run", {"name": " "}, "--name: empty"),
         ("run", {"runs_dir": Path(os.fsdecode(b"runs\xe9"))}, "--runs-dir runs.,.*: not UTF-8"),
         ("run", {"runs_dir": Path("s3://bucket/runs")}, "--runs-dir s3://bucket/runs: must be on this machine's disks"),
         ("run", {"seed": -1}, "--seed -1"),
