@@ -1,4 +1,4 @@
-"""The command line: commands by their arguments, and how they end.
+"""The command line: the only module that prints results.
 
 Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
 checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep; 1 a
@@ -31,8 +31,8 @@ from dali_vit.arguments import (
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.config_file import expand
-from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train
-from dali_vit.printing import say, show_json, show_table, tell
+from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
+from dali_vit.predictions import as_json, as_table
 
 if TYPE_CHECKING:
     from dali_vit.distributed import Group
@@ -44,6 +44,18 @@ def run() -> NoReturn:
     """`dali-vit` as a process."""
     process.end_at_ctrl_c()
     process.run(main)
+
+
+def _tell(line: str) -> None:
+    """Prints a line on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _say(what: object) -> None:
+    """Prints on stdout. UserError where that is a file on a full disk."""
+    with stdout_may_be_full():
+        print(what, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -63,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if told is None or not _is_the_users(told):
             raise
         if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):  # else all raise it
-            tell(f"{PROGRAM}: {' '.join(str(told).split())}")
+            _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
         code = 2
     if code:
         gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
@@ -100,12 +112,12 @@ def _dispatch(argv: list[str]) -> int:
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
-        say(_overview())
+        _say(_overview())
         return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 
-        say(version("dali-vit"))
+        _say(version("dali-vit"))
         return 0
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
@@ -143,7 +155,7 @@ def _train(argv: list[str]) -> int:
 
         validate(config)
         check_model(config.model, config.data.resolution)
-        say(to_yaml(config).removesuffix("\n"))
+        _say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runfolder, train
     from dali_vit.launch import REQUEUE, launch
@@ -161,7 +173,7 @@ def _train(argv: list[str]) -> int:
                 train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:
         if _rank() == 0:
-            tell(f"{PROGRAM}: {stopped}")
+            _tell(f"{PROGRAM}: {stopped}")
         return REQUEUE
     return 0
 
@@ -194,11 +206,11 @@ def _eval(argv: list[str]) -> int:
         if group.is_main:
             if arguments.json:
                 # JSON has no NaN or infinity, which a model that has diverged gives.
-                say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
+                _say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
             else:
                 for name, value in metrics.items():
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-                    say(f"{name:<14} {shown}")
+                    _say(f"{name:<14} {shown}")
     return 0
 
 
@@ -216,14 +228,15 @@ def _predict(argv: list[str]) -> int:
 
     process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
-        show = show_json if arguments.json else show_table
+        lines = as_json if arguments.json else as_table
 
         def work() -> None:
             asked = arguments.checkpoint, arguments.images, group.device
             found = inference.predict(*asked, top=arguments.top, resolution=arguments.resolution)
             # Of several processes the others would wait for the word of one that ends because nobody reads it.
             with contextlib.suppress(BrokenPipeError), contextlib.closing(found) as predictions:
-                show(predictions)
+                for text in lines(predictions):
+                    _say(text)
 
         _by_main_alone(group, work)
     return 0
@@ -249,7 +262,7 @@ def _convert(argv: list[str]) -> int:
     from dali_vit import inference
 
     process.tidy_up_at_ctrl_c()
-    say(inference.convert(arguments.source, arguments.target, arguments.resolution))
+    _say(inference.convert(arguments.source, arguments.target, arguments.resolution))
     return 0
 
 
@@ -258,7 +271,7 @@ def _export(argv: list[str]) -> int:
     from dali_vit.export import export
 
     process.tidy_up_at_ctrl_c()
-    say(export(arguments.checkpoint, arguments.out, arguments.resolution))
+    _say(export(arguments.checkpoint, arguments.out, arguments.resolution))
     return 0
 
 
@@ -280,7 +293,7 @@ def _verify(argv: list[str]) -> int:
         logging.getLogger("dali_vit").setLevel(logging.WARNING)
     report = verify(arguments)
     if arguments.json:
-        say(json.dumps(report.to_json()))
+        _say(json.dumps(report.to_json()))
     return report.exit_code
 
 
@@ -298,7 +311,7 @@ def _preview(argv: list[str]) -> int:
             group, lambda: preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images)
         )
     if written is not None:
-        say(written)
+        _say(written)
     return 0
 
 
@@ -307,7 +320,7 @@ def _doctor(argv: list[str]) -> int:
     from dali_vit import doctor
 
     process.tidy_up_at_ctrl_c()
-    say(doctor.report())
+    _say(doctor.report())
     return 0
 
 

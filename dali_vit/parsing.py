@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import tyro
 
 from dali_vit import recipes
-from dali_vit.config import Config, ModelConfig, UserError
+from dali_vit.config import Config, ModelConfig, UserError, mendable
 from dali_vit.config_file import expand
-from dali_vit.printing import stdout_may_be_full
 from dali_vit.variants import TIMM_PREFIX
 
-__all__ = ["PROGRAM", "named_recipe", "parse", "parse_train"]
+__all__ = ["PROGRAM", "named_recipe", "parse", "parse_train", "stdout_may_be_full"]
 
 PROGRAM = "dali-vit"
 
@@ -85,6 +87,20 @@ def parse(
         if exit_request.code in (0, None):
             raise
         raise UserError(_one_line(captured.getvalue(), command)) from None
+
+
+@contextlib.contextmanager
+def stdout_may_be_full() -> Iterator[None]:
+    """A refusal of what is printed meanwhile as a UserError, where the user can mend it."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # of --help, else the end of the process would
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the end from writing to it again
+        error.filename = "stdout"
+        raise mendable(error) or error from None
 
 
 def _one_line(box: str, command: str) -> str:

@@ -1,0 +1,42 @@
+"""Predictions of images as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["as_json", "as_table"]
+
+Predictions = Iterable[tuple[Path, list[dict[str, Any]]]]
+"""Images and the likeliest classes of each, none where it cannot be used; at the end it may raise a DecodeError."""
+
+
+def as_json(predictions: Predictions) -> Iterator[str]:
+    """All at once, as half an array is no JSON; until then as text, which is a fraction of the size of the objects."""
+    from dali_vit.data import DecodeError  # here, because --help must not wait for DALI
+
+    images = []
+    failed = None
+    try:
+        for path, found in predictions:
+            images.append(json.dumps({"image": str(path), "predictions": found}))
+    except DecodeError as error:  # after the last of them
+        failed = error
+    yield f"[{', '.join(images)}]"
+    if failed is not None:
+        raise failed
+
+
+def as_table(predictions: Predictions) -> Iterator[str]:
+    """A few lines for each image."""
+    for path, found in predictions:
+        lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found] or ["  cannot be used"]
+        yield "\n".join([str(path), *lines])
+
+
+def _class_shown(prediction: dict[str, Any]) -> str:
+    """The class's name, with the first of its words where it has any."""
+    first_word = prediction.get("description", "").partition(", ")[0]
+    return f"{prediction['class']} {first_word}".rstrip()
