@@ -11,7 +11,7 @@ import yaml
 from dali_vit.config import GROUPS, UserError
 from dali_vit.files import at_home
 
-__all__ = ["expand"]
+__all__ = ["expand", "named_file"]
 
 FLAG = "--config"
 _MEANT = "give a run's config.yaml, or what --print-config printed"
@@ -27,11 +27,21 @@ def expand(argv: list[str]) -> list[str]:
     path, rest = _taken(argv)
     if path is None:
         return argv
-    given = {argument.partition("=")[0] for argument in rest}
+    given = _names(rest)
     if "--recipe" in given:
         raise UserError(f"--recipe and {FLAG}: give one of them, not both; the file has all settings")
     taken = {name for flag in given for name in _TAKES.get(flag, ())}
     return [flag for name, flag in _flags(path) if name not in taken] + rest
+
+
+def named_file(argv: list[str], flag: str) -> str | None:
+    """The file of --config where a flag stands for a setting of it; None where the flag itself was given."""
+    path, rest = _taken(argv)
+    return None if flag in _names(rest) else path
+
+
+def _names(argv: list[str]) -> set[str]:
+    return {argument.partition("=")[0] for argument in argv}
 
 
 def _taken(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -112,16 +113,19 @@ def class_names(folder: Path) -> list[str]:
 
 
 def other_val(root: Path) -> str | None:
-    """The folder that may be meant where there is no val/: `validation`, `valid` or `test`; None of others.
+    """The folder that may be meant where there is no val/: `validation`, `valid`, `test` or `Val`; None of others.
 
     `test` only if it has folders: ImageNet's test images have no classes.
     """
     if (root / "val").exists():
         return None
-    for name in ("validation", "valid", "test"):
-        with suppress(OSError), os.scandir(root / name) as entries:
-            if any(entry.is_dir() or name != "test" for entry in entries):
-                return name
+    with suppress(OSError):
+        names = sorted(os.listdir(root), key=str.lower)
+        for meant, name in itertools.product(("val", "validation", "valid", "test"), names):
+            if name.lower() == meant:
+                with suppress(OSError), os.scandir(root / name) as entries:
+                    if any(entry.is_dir() or meant != "test" for entry in entries):
+                        return name
     return None
 
 
@@ -220,6 +224,8 @@ def check_root(root: Path, folder: str) -> None:
         remedy = f"give its parent, {root.parent}"
     elif folder == "val" and (other := other_val(root)):
         remedy = f"if {other}/ is meant, rename it to val/"
+    elif named := next((name for name in subfolders if name.lower() in (folder, f"{folder}ing")), None):
+        remedy = f"if {named}/ is meant, rename it to {folder}/"
     elif nested is not None:
         remedy = f"did you mean {root / nested}?"
     elif folder == "train" and "val" in subfolders:

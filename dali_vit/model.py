@@ -92,11 +92,19 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
     """A freshly initialised classifier on the CPU: [N, 3, resolution, resolution] in [-1, 1] to [N, num_classes].
 
     The weights are a function of `seed` alone: torch's random state is neither used nor changed. Raises UserError
-    (a ValueError) for an unknown name and for sizes that do not fit together.
+    (a ValueError) for an unknown name, for sizes that do not fit together, and where memory does not hold it.
     """
     check_model(config, resolution)
-    if config.model.startswith(TIMM_PREFIX):
-        return _create_timm(config, num_classes=num_classes, resolution=resolution, seed=seed)
+    create = _create_timm if config.model.startswith(TIMM_PREFIX) else _create_plain
+    try:
+        return create(config, num_classes=num_classes, resolution=resolution, seed=seed)
+    except RuntimeError as error:  # of torch's allocator, which has no class of its own for it on the CPU
+        if "allocate memory" not in str(error):
+            raise
+        raise UserError(f"--model {config.model}: memory does not hold its parameters; choose a smaller one") from error
+
+
+def _create_plain(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
     with _random_state(seed):
         model = PlainViT(
             **vit_arguments(config, resolution),

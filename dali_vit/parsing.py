@@ -16,7 +16,7 @@ import tyro
 
 from dali_vit import recipes
 from dali_vit.config import Config, ModelConfig, UserError, mendable
-from dali_vit.config_file import expand
+from dali_vit.config_file import expand, named_file
 from dali_vit.variants import TIMM_PREFIX
 
 __all__ = ["PROGRAM", "named_recipe", "parse", "parse_train", "stdout_may_be_full"]
@@ -27,17 +27,24 @@ PROGRAM = "dali-vit"
 def parse_train(argv: list[str]) -> tuple[Config, bool]:
     """The resolved Config and whether it is only to be printed."""
     print_config = "--print-config" in argv
-    argv = expand([argument for argument in argv if argument != "--print-config"])
-    config: Config = parse(
-        Config,
-        argv,
-        "train",
-        default=named_recipe(argv),
-        description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
-        "--print-config prints the resolved settings instead. --config FILE takes settings from such a print, or from"
-        " a run's config.yaml; flags beside it override them.\n\n"
-        f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
-    )
+    given = [argument for argument in argv if argument != "--print-config"]
+    argv = expand(given)
+    try:
+        config: Config = parse(
+            Config,
+            argv,
+            "train",
+            default=named_recipe(argv),
+            description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
+            "--print-config prints the resolved settings instead. --config FILE takes settings from such a print, or"
+            " from a run's config.yaml; flags beside it override them.\n\n"
+            f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
+        )
+    except UserError as error:
+        flag = re.search(r"--[a-z][\w-]*", str(error))
+        if flag and (file := named_file(given, flag[0])):
+            raise UserError(f"--config {file}: {error}") from error
+        raise
     return config, print_config
 
 

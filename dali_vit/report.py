@@ -72,6 +72,7 @@ def summary(
     classes = f"{len(dataset.classes)} class{'es' if len(dataset.classes) > 1 else ''}"
     on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     precision = f"bf16 autocast, {config.model.residual} residual stream"
+    epochs = total_steps * config.optim.batch_size / len(dataset.split("train"))
     rows = {
         "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
         "data": f"{dataset.root}: {counts} images, {classes}",
@@ -81,7 +82,7 @@ def summary(
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
         **how,
         "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
-        f" ({total_steps * config.optim.batch_size / len(dataset.split('train')):.1f} epochs)",
+        f" ({epochs:{'.1f' if epochs >= 1 else '.2g'}} epochs)",
     }
     if checkpoint is not None:
         rows["resuming"] = f"after step {checkpoint.step:,}"

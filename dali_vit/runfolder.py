@@ -63,6 +63,8 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         for folder in (config.run_dir, checkpoints):  # else it shows after hours
             if fault := dead_link(folder):
                 raise UserError(f"--runs-dir {config.run.runs_dir}: {fault}")
+            if folder.exists() and not folder.is_dir():
+                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
                 raise OSError(code, os.strerror(code), str(folder))
@@ -91,8 +93,9 @@ def _unwritable(config: Config, error: OSError) -> str:
     for folder in (config.run_dir, *config.run_dir.parents):
         if fault := dead_link(folder):
             return fault
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        return f"{config.run_dir.name} is a file there; choose another --name"
+    for folder in (config.run_dir, config.run_dir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            return f"{folder.relative_to(config.run_dir.parent)} is a file there; choose another --name"
     return f"cannot write {error.filename or 'there'} ({error.strerror})"
 
 

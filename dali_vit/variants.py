@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from dali_vit.config import ModelConfig, UserError
+from dali_vit.validation import MAX_RESOLUTION
 
 
 class Variant(NamedTuple):
@@ -44,11 +45,14 @@ def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
             f"--model {config.model}: no such model; give VARIANT/PATCH with a variant of {', '.join(VARIANTS)}"
             f" (such as S/16), or {TIMM_PREFIX}NAME"
         )
+    patch = int(match[2])
+    if patch > MAX_RESOLUTION:
+        raise UserError(f"--model {config.model}: its patch must be at most {MAX_RESOLUTION:,} pixels")
     overrides = {name: getattr(config, name) for name in Variant._fields if getattr(config, name) is not None}
     for name, value in overrides.items():
         if not 1 <= value <= _MAX_SIZE[name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {_MAX_SIZE[name]:,}")
-    return VARIANTS[match[1]]._replace(**overrides), int(match[2])
+    return VARIANTS[match[1]]._replace(**overrides), patch
 
 
 def check_model(config: ModelConfig, resolution: int) -> None:

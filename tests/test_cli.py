@@ -59,11 +59,12 @@ def test_a_mistake_is_one_line_code_2_and_nothing_written(flags, words, image_fo
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_in_place_of_the_runs_folder_is_named(image_folder, tmp_path, capsys):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").touch()
+@pytest.mark.parametrize("name", ["mine", "mine/checkpoints"])
+def test_a_file_in_place_of_a_runs_folder_is_named(name, image_folder, tmp_path, capsys):
+    (tmp_path / "runs" / name).parent.mkdir(parents=True)
+    (tmp_path / "runs" / name).touch()
     code, _, err = run(*good(image_folder, tmp_path), "--name", "mine", "--steps", "4", capsys=capsys)
-    assert (code, err) == (2, f"dali-vit: --runs-dir {tmp_path}/runs: mine is a file there; choose another --name\n")
+    assert (code, err) == (2, f"dali-vit: --runs-dir {tmp_path}/runs: {name} is a file there; choose another --name\n")
 
 
 def test_a_folder_that_takes_no_checkpoints_ends_the_run_before_its_first_step(

@@ -91,5 +91,16 @@ def test_a_flag_that_makes_no_sense_is_named(arguments: list[str], message: str)
     assert str(raised.value).startswith(message)
 
 
+def test_a_value_that_cannot_be_read_is_laid_to_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  lr: fast\n  eps: 1e-6\n")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", file)
+    assert str(caught.value).startswith(f"--config {file}: Error parsing --lr: ")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", file, "--lr=slow")
+    assert str(caught.value).startswith("Error parsing --lr: ")
+
+
 def test_without_it_the_flags_are_as_they_were() -> None:
     assert expand(["--lr", "1", "--name", "--x"]) == ["--lr", "1", "--name", "--x"]

@@ -70,6 +70,8 @@ def test_a_folder_of_kaggles_archive_above_the_images_is_given(above, tmp_path):
         (["test/1.jpg"], None),  # images without a class, as ImageNet's
         (["validation", "tests/a/1.jpg"], None),
         (["val/a/1.jpg", "validation/a/1.jpg"], None),
+        (["Val/a/1.jpg", "validation/a/1.jpg"], "Val"),
+        (["Test/1.jpg"], None),
     ],
 )
 def test_a_folder_that_may_be_meant_for_val(files, meant, tmp_path):
@@ -78,6 +80,13 @@ def test_a_folder_that_may_be_meant_for_val(files, meant, tmp_path):
     if meant:
         told = f"{tmp_path} has no val/: if {meant}/ is meant, rename it to val/"
         assert fails(lambda: load_dataset(tmp_path, split="val")) == told
+
+
+@pytest.mark.parametrize("name", ["Train", "TRAIN", "training"])
+def test_a_folder_that_may_be_meant_for_train(name, tmp_path):
+    make_split(tmp_path, name, "a", 1)
+    told = f"{tmp_path} has no train/: if {name}/ is meant, rename it to train/"
+    assert fails(lambda: load_dataset(tmp_path)) == told
 
 
 def test_an_empty_folder_is_not_meant_for_val(tmp_path):

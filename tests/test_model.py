@@ -238,6 +238,7 @@ def test_timm_model_of_fixed_size_is_built_for_the_resolution() -> None:
         ),
         (ModelConfig(model="S16"), 224, "no such model"),
         (ModelConfig(model="S/0"), 224, "no such model"),
+        (ModelConfig(model="S/8193"), 224, "--model S/8193: its patch must be at most 8,192 pixels"),
         (ModelConfig(), 225, "--resolution 225: not divisible by the patch of S/16; use 224"),
         (ModelConfig(), 8, "--resolution 8: not divisible by the patch of S/16; use 16"),
         (ModelConfig(width=100), 224, "--width 100: not divisible by 6 heads"),
@@ -263,6 +264,11 @@ def test_what_does_not_fit_is_named(config: ModelConfig, resolution: int, messag
     with pytest.raises(ValueError, match=message) as error:
         create_model(config, num_classes=10, resolution=resolution)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_memory_does_not_hold_is_named() -> None:
+    with pytest.raises(ValueError, match="--model mu/16: memory does not hold its parameters; choose a smaller one"):
+        create_model(ModelConfig(model="mu/16"), num_classes=2**45, resolution=32)  # past any address space
 
 
 def test_learned_positions_allow_any_width() -> None:
