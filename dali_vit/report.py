@@ -28,8 +28,11 @@ def model_line(config: ModelConfig, parameters: int, forward_flops: float, resol
     if config.model.startswith(TIMM_PREFIX):
         kind = config.model
     else:
-        kind = f"ViT-{config.model} {config.pool}, {config.posemb}, {config.head} head"
-    return f"{kind}, {parameters / 1e6:.1f} M parameters, {forward_flops / 1e9:.2f} GFLOP at {resolution} px"
+        sizes = {"width": config.width, "depth": config.depth, "heads": config.num_heads, "MLP": config.mlp_dim}
+        own = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
+        kind = f"ViT-{config.model}{f' ({own})' if own else ''} {config.pool}, {config.posemb}, {config.head} head"
+    millions, gflop = (f"{x:.2f}" if x >= 1 else f"{x:.2g}" for x in (parameters / 1e6, forward_flops / 1e9))
+    return f"{kind}, {millions} M parameters, {gflop} GFLOP at {resolution} px"
 
 
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:

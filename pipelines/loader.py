@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,8 @@ class TrainLoader:
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
     bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0);
-    DALI's RuntimeError when it fails for another reason, as when nothing can be read any more, LackOfMemory where
-    that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and ValueError for
+    DALI's RuntimeError when it fails for another reason and at whole images, too, as when nothing can be read any
+    more, LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and ValueError for
     arguments that do not fit together. After an error the loader is closed.
     """
 
@@ -119,8 +120,8 @@ class TrainLoader:
             "device_id": _device_id(device),
             "num_threads": num_threads,
         }
-        probing = functools.partial(probe.decode_pipeline, **decoding)
-        self._bad = BadSamples(samples, probing, bad_samples, max_bad_share, _on_cpu(decoding))
+        self._probing = functools.partial(probe.decode_pipeline, **decoding)
+        self._bad = BadSamples(samples, self._probing, bad_samples, max_bad_share, _on_cpu(decoding))
         augment = augment or Augment()
         self._rand_augment = behind_graph(
             decoding["device_id"],
@@ -192,7 +193,7 @@ class TrainLoader:
             except RuntimeError as error:
                 self.close()
                 probe.check_memory(error)
-                if not self._leave_out(self._next_samples(), failed=True):
+                if not self._leave_out(self._next_samples(), failed=True) and not self._decode_whole(error):
                     raise
                 log.debug("the pipeline is made anew after: %s", error)
             else:
@@ -217,6 +218,26 @@ class TrainLoader:
         except DecodeError:
             self.close()
             raise
+
+    def _decode_whole(self, error: RuntimeError) -> bool:
+        """Decodes whole images from now on where it was windows of them, and those are to blame; whether so.
+
+        They are the same pixels. A decoder may fail at the window of an image that decodes as a whole, and would do so
+        again at the same step.
+        """
+        decoder = self._make_pipeline.keywords["decoder"]
+        indices = self._order.indices(self._step)
+        whole = probe.try_samples(self._samples.subset(indices[~self._bad.mask[indices]][:1]), self._probing)
+        if decoder.region == "full" or not all(decodes for _, decodes in whole):  # the disk or the device is lost
+            return False
+        self._make_pipeline.keywords["decoder"] = replace(decoder, region="full")
+        log.warning(
+            "whole images are decoded from here on, which is slower: DALI failed at step %d, where all images decode as"
+            " a whole (%s)",
+            self._step,
+            " ".join(str(error).split())[:300],
+        )
+        return True
 
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
