@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
+from dali_vit.agreement import check_same_evaluation
 from dali_vit.config import UserError
 from dali_vit.data import DecodeError
-from dali_vit.distributed import Group
+from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, make_parent, replacing
 from dali_vit.image_files import list_images
@@ -45,7 +46,8 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
-    Collective over the group; every image counts once. The main process shows a bar where stderr is a terminal.
+    Collective over the group; every image counts once. A run's folder is its newest checkpoint as rank 0 finds it. The
+    main process shows a bar where stderr is a terminal.
     minival: share of the training images that is minival; None: what the checkpoint's run had, 0.01 where a file of
     weights does not say. With `v2` the classes are DATA's own folders and the scalars are `v2/*`. UserError and
     DecodeError name what does not fit.
@@ -58,21 +60,22 @@ def evaluate_checkpoint(
         raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
     if real is not None and split != "val":
         raise UserError(f"--real {real}: its labels are those of val; leave --split {split} out")
-    opened = checkpoint.open_model(path, resolution)
-    files: datasets.ImageList
-    if v2:
-        if opened.classes is None:
-            files = datasets.load_eval_folder(data, tuple(map(str, range(_num_outputs(opened)))))
-        else:
-            files = datasets.load_eval_folder(data, opened.classes)
-        split = "v2"
-    else:
-        if minival is None:
-            minival = 0.01 if opened.minival is None else opened.minival
-        dataset = datasets.load_dataset(data, minival=minival, split=split)
-        _check_classes(data, dataset.classes, opened)
-        files = dataset.split(split)
-    datasets.check_images(files)
+    named = "v2" if v2 else split
+    newest = together(lambda: checkpoint.newest(at_home(path)) if group.is_main and group.world_size > 1 else None)
+    name = gather_objects(newest and newest.path.name)[0]  # a run that goes on may write another meanwhile
+
+    def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
+        opened = checkpoint.open_model(path / "checkpoints" / name if name else path, resolution)
+        files, folder = _images(data, opened, split=split, minival=minival, v2=v2)
+        datasets.check_images(files)
+        if real is None:
+            return opened, files, folder, None
+        outputs = _num_outputs(opened)
+        accepted = datasets.load_real_labels(at_home(real), files, num_classes=outputs, split=named)
+        return opened, files, folder, accepted
+
+    opened, files, folder, real_labels = together(load)
+    check_same_evaluation(data, files, folder, opened.step)
     model = opened.model.to(group.device)
 
     def run(name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
@@ -89,12 +92,25 @@ def evaluate_checkpoint(
         finally:
             batches.close()
 
-    metrics = {f"{split}/{name}": value for name, value in run(split, files).items()}
-    if real is not None:
-        accepted = datasets.load_real_labels(at_home(real), files, num_classes=_num_outputs(opened), split=split)
-        result = run("real", datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(accepted))
+    metrics = {f"{named}/{name}": value for name, value in run(named, files).items()}
+    if real_labels is not None:
+        result = run("real", datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(real_labels))
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
+
+
+def _images(
+    data: str, opened: checkpoint.OpenedModel, *, split: str, minival: float | None, v2: bool
+) -> tuple[datasets.ImageList, Path]:
+    """What a model is to be evaluated on, and the folder in which the files of a list of files lie."""
+    if v2:
+        classes = opened.classes or tuple(map(str, range(_num_outputs(opened))))
+        return datasets.load_eval_folder(data, classes), at_home(data).absolute()
+    if minival is None:
+        minival = 0.01 if opened.minival is None else opened.minival
+    dataset = datasets.load_dataset(data, minival=minival, split=split)
+    _check_classes(data, dataset.classes, opened)
+    return dataset.split(split), dataset.root / ("val" if split == "val" else "train")
 
 
 @contextmanager

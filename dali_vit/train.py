@@ -22,6 +22,7 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import report
 from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
+from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, to_yaml
@@ -49,7 +50,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     """
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
-    _check_same_start(start, config)
+    names: dict[str, Any] = {"train_names": planned.train_names, "val_names": planned.val_names}
+    check_same_run(config, dataset, start=start, **names)
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
@@ -76,9 +78,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
-    writer = None
-    if group.is_main:
-        writer = MetricLog(config.run_dir, start, now=lambda: current(config))
+    writer = together(lambda: MetricLog(config.run_dir, start, now=lambda: current(config)) if group.is_main else None)
+    if writer is not None:
         summary = report.summary(
             config,
             dataset,
@@ -110,8 +111,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 classes=dataset.classes,
                 loader_state={
                     "world_size": group.world_size,
-                    "train_names": planned.train_names,
-                    "val_names": planned.val_names,
+                    **names,
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
@@ -264,15 +264,6 @@ def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]
     if not all(map(math.isfinite, metrics.values())):
         raise UserError(f"{config.run_dir}: its weights have become infinite or NaN; lower --lr, with another --name")
     return metrics
-
-
-def _check_same_start(start: int, config: Config) -> None:
-    starts = gather_objects(start)
-    if len(set(starts)) > 1:
-        raise UserError(
-            f"--runs-dir {config.run.runs_dir}: the processes would go on from different steps"
-            f" ({', '.join(map(str, starts))}); the folder must be on a file system that all nodes see"
-        )
 
 
 def _restore(

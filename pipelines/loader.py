@@ -84,10 +84,10 @@ class TrainLoader:
     A sample that cannot be read or decoded is named in a warning and left out for good: in its place comes a grey
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
-    bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0);
-    DALI's RuntimeError when it fails for another reason and at whole images, too, as when nothing can be read any
-    more, LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and ValueError for
-    arguments that do not fit together. After an error the loader is closed.
+    bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0); DALI's
+    RuntimeError when it fails for another reason, whole images included, as when nothing can be read any more,
+    LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and
+    ValueError for arguments that do not fit together. After an error the loader is closed.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds. Collective."""
     set_step_stream(options.step_stream, group)
-    planned = plan.plan(config, group.world_size)
+    planned = distributed.together(lambda: plan.plan(config, group.world_size))
     dataset, seconds = planned.dataset, options.seconds
     environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
     load, cores = os.getloadavg()[0], cpu_count()

@@ -1,0 +1,213 @@
+"""Processes with other settings, data or weights than the first do not train or evaluate beside it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dali_vit import agreement, checkpoint
+from dali_vit.agreement import check_same_evaluation, check_same_run
+from dali_vit.config import Config, DataConfig, UserError
+from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
+from dali_vit.names import fingerprint
+from tests.conftest import environment, write_image_folder
+from tests.test_inference import CONFIG, GREEN, RED, colour_model, paint
+
+
+class Ranks:
+    """The ranks one after the other in this process: each finds what those before it gave, and its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._given: list[list[Any]] = []
+        self._call = 0
+        monkeypatch.setattr(agreement, "gather_objects", self._gather)
+        monkeypatch.setattr(platform, "node", lambda: f"node{len(self._given) - 1}")
+
+    def begin(self) -> None:
+        self._given.append([])
+        self._call = 0
+
+    def forgive(self) -> None:
+        """Lets the rank that was the last have given what rank 0 did."""
+        self._given[-1] = self._given[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        self._given[-1].append(value)
+        self._call += 1
+        return [given[self._call - 1] for given in self._given]
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    return Ranks(monkeypatch)
+
+
+def train(ranks: Ranks, config: Config, dataset: Dataset, start: int = 0) -> None:
+    ranks.begin()
+    assert dataset.val is not None
+    check_same_run(
+        config,
+        dataset,
+        start=start,
+        train_names=fingerprint(dataset.split("train"), dataset.root / "train"),
+        val_names=fingerprint(dataset.val, dataset.root / "val"),
+    )
+
+
+def test_the_same_set_may_lie_elsewhere(ranks: Ranks, tiny_config: Config, tmp_path: Path) -> None:
+    for rank in range(3):
+        root = write_image_folder(tmp_path / str(rank))
+        data = replace(tiny_config.data, data=str(root))
+        run = replace(tiny_config.run, threads=rank + 1, runs_dir=root)
+        train(ranks, replace(tiny_config, data=data, run=run), load_dataset(root))
+
+
+def rename_an_image(root: Path) -> str:
+    image = min((root / "train").rglob("*.jpg"))
+    image.rename(image.with_name("other.jpg"))
+    return "training images"
+
+
+def remove_an_image(root: Path) -> str:
+    min((root / "val").rglob("*.jpg")).unlink()
+    return "val images"
+
+
+def swap_classes(root: Path) -> str:
+    for split in ("train", "val"):
+        first, second = sorted((root / split).iterdir())[:2]
+        first.rename(root / "aside")
+        second.rename(first)
+        (root / "aside").rename(second.with_name("zebra"))
+    return "classes"
+
+
+@pytest.mark.parametrize("change", [rename_an_image, remove_an_image, swap_classes])
+def test_another_set_is_named(change: Callable[[Path], str], ranks: Ranks, tiny_config: Config, tmp_path: Path) -> None:
+    roots = [write_image_folder(tmp_path / str(rank)) for rank in range(3)]
+    differing = change(roots[2])
+    for root in roots[:2]:
+        train(ranks, tiny_config, load_dataset(root))
+    with pytest.raises(UserError) as error:
+        train(ranks, tiny_config, load_dataset(roots[2]))
+    assert str(error.value) == (
+        f"--data {tiny_config.data.data}: rank 2 (on node2) has other {differing} there than rank 0 (on node0);"
+        " give all nodes the same set"
+    )
+
+
+def test_another_setting_is_named(ranks: Ranks, tiny_config: Config, image_folder: Path) -> None:
+    """One that decides on the weights, and one that only decides on when the ranks meet."""
+    dataset = load_dataset(image_folder)
+    train(ranks, tiny_config, dataset)
+    for flag, changed in (
+        ("--lr: rank 0 was given 0.001, rank 1 0.5", replace(tiny_config, optim=replace(tiny_config.optim, lr=0.5))),
+        ("--log-every: rank 0 was given 1, rank 2 7", replace(tiny_config, run=replace(tiny_config.run, log_every=7))),
+    ):
+        with pytest.raises(UserError, match=f"{flag}; give all processes the same"):
+            train(ranks, changed, dataset)
+        ranks.forgive()
+
+
+def test_another_step_is_named(ranks: Ranks, tiny_config: Config, image_folder: Path) -> None:
+    dataset = load_dataset(image_folder)
+    train(ranks, tiny_config, dataset, start=5)
+    with pytest.raises(UserError, match=r"would go on from different steps \(5, 10\); the folder must be on a file"):
+        train(ranks, tiny_config, dataset, start=10)
+
+
+def test_another_set_to_evaluate_is_named(ranks: Ranks, image_folder: Path) -> None:
+    val = load_dataset(image_folder).split("val")
+    folder = image_folder / "val"
+
+    def evaluate(files: ImageList, step: int | None = 4) -> None:
+        ranks.begin()
+        check_same_evaluation("DATA", files, folder, step)
+
+    evaluate(val)
+    for files, message in (
+        (val.subset(np.arange(1, len(val))), "--data DATA: rank 1 .on node1. has other images there than rank 0"),
+        (with_labels(val, val.labels[::-1].copy()), "--data DATA: rank 2 .on node2. has other labels there than rank"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(files)
+        ranks.forgive()
+    with pytest.raises(UserError, match=r"--checkpoint: the processes found weights of different steps \(4, 4, 4, 6"):
+        evaluate(val, step=6)
+
+
+# Run by each of two ranks: what eval says of the data and checkpoint of its own, one after the other.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+
+from dali_vit import distributed, inference
+from dali_vit.config import UserError
+
+results = []
+with distributed.connect(0) as group:
+    for checkpoint, data in json.loads(sys.argv[1])[group.rank]:
+        try:
+            found = inference.evaluate_checkpoint(Path(checkpoint), data, group, batch_size=2, threads=1)
+        except UserError as error:
+            found = str(error)
+        results.append(found)
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.timeout(150)
+def test_two_ranks_evaluate_the_same_or_say_why_not(tmp_path: Path) -> None:
+    """Of a run that goes on meanwhile both take the checkpoint that was the newest when rank 0 looked."""
+    classes = ("a", "b", "c")
+    for rank in ("0", "1"):
+        paint(tmp_path / rank / "val/a", RED, RED, GREEN)
+        paint(tmp_path / rank / "val/b", GREEN)
+        paint(tmp_path / rank / "val/c", RED)
+    (tmp_path / "1/val/a/ILSVRC2012_val_00000000.png").rename(tmp_path / "1/val/a/x.png")
+    for run, steps in (("run0", (2,)), ("run1", (2, 4))):
+        for step in steps:
+            model = colour_model(3)
+            with torch.no_grad():
+                model.head.weight.mul_(1 if step == 2 else -1)
+            checkpoint.save(
+                tmp_path / run,
+                step=step,
+                config=Config(model=CONFIG, data=DataConfig(resolution=32)),
+                classes=classes,
+                model_state=model.state_dict(),
+                trainer_state={},
+                loader_state={},
+            )
+    common = [str(tmp_path / "run0"), str(tmp_path / "0")]
+    of_ranks = [
+        [common, common, common],
+        [[str(tmp_path / "run1"), common[1]], [common[0], str(tmp_path / "1")], [common[0], str(tmp_path / "2")]],
+    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [sys.executable, *launcher, sys.executable, "-c", SCRIPT, json.dumps(of_ranks)],
+        capture_output=True,
+        text=True,
+        timeout=140,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    of_both = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(of_both) == 2
+    for metrics, other_images, absent in of_both:
+        assert (metrics["val/count"], metrics["val/top1"]) == (5, pytest.approx(60))
+        assert re.search(r"rank 1 \(on .*\) has other images there than rank 0 \(on ", other_images)
+        assert absent.startswith(f"rank 1: {tmp_path}/2: no such folder;")
