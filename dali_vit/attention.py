@@ -85,7 +85,9 @@ def choose_attention(
     names: list[str] = [wanted] if wanted != "auto" else [*BACKENDS, *(["packed"] if packs else [])]
     # On every rank: torch's first use of attention in a process puts an order of its own above the one asked for, which
     # must not be while the step is traced.
-    times, faults = gather_objects(measure(shape, group.device, names))[0]
+    of_ranks = gather_objects(measure(shape, group.device, names))
+    times = {name: time for name, time in of_ranks[0][0].items() if all(name in of_rank for of_rank, _ in of_ranks)}
+    faults = {name: fault for _, of_rank in reversed(of_ranks) for name, fault in of_rank.items()}
     if not times and wanted != "auto":
         raise UserError(f"--attention {wanted}: it does not run here ({faults[wanted]}); leave it out")
     if not times:

@@ -185,7 +185,7 @@ class RunConfig:
     max_hours: float | None = operational(None)
     """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
     max_restarts: int = operational(3)
-    """How often --gpus starts the processes again, from the last checkpoint, after one has died."""
+    """How often --gpus, of two or more, starts the processes again, from the last checkpoint, after one has died."""
     max_skipped_steps: int = operational(10)
     """Steps left out for a gradient that is not finite or a loss spike before the run stops."""
     hang_timeout: float = operational(600.0)

@@ -52,6 +52,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     start = checkpoint.step if checkpoint else 0
     names: dict[str, Any] = {"train_names": planned.train_names, "val_names": planned.val_names}
     check_same_run(config, dataset, start=start, **names)
+    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # now, as nodes may not reach each other
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
@@ -127,7 +128,6 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     loaders: dict[str, datasets.EvalLoader] = {}
     starving = report.StarvationWarning()
-    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)
     watchdog = Watchdog(group, config.run.hang_timeout)
     steps, done, stopping = range(start, total), start, None
     metrics: dict[str, float] = {}
