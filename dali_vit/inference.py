@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,9 +27,12 @@ from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
+from dali_vit.report import val_without_images
 from dali_vit.undecodable import saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_checkpoint(
@@ -66,7 +70,7 @@ def evaluate_checkpoint(
 
     def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
         opened = checkpoint.open_model(path / "checkpoints" / name if name else path, resolution)
-        files, folder = _images(data, opened, split=split, minival=minival, v2=v2)
+        files, folder = _images(data, opened, group, split=split, minival=minival, v2=v2)
         datasets.check_images(files)
         if real is None:
             return opened, files, folder, None
@@ -100,7 +104,7 @@ def evaluate_checkpoint(
 
 
 def _images(
-    data: str, opened: checkpoint.OpenedModel, *, split: str, minival: float | None, v2: bool
+    data: str, opened: checkpoint.OpenedModel, group: Group, *, split: str, minival: float | None, v2: bool
 ) -> tuple[datasets.ImageList, Path]:
     """What a model is to be evaluated on, and the folder in which the files of a list of files lie."""
     if v2:
@@ -110,6 +114,8 @@ def _images(
         minival = 0.01 if opened.minival is None else opened.minival
     dataset = datasets.load_dataset(data, minival=minival, split=split)
     _check_classes(data, dataset.classes, opened)
+    if group.is_main and split == "val" and (absent := val_without_images(dataset)):
+        log.warning("%s", absent)
     return dataset.split(split), dataset.root / ("val" if split == "val" else "train")
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "scan",
     "some",
     "utf8_name",
+    "without_images",
 ]
 
 # What DALI's decoders take on both devices (GIF is not among them); any case.
@@ -85,7 +86,9 @@ def scan(folder: Path | str, *, folders: bool, dead_links: bool = False) -> list
             # Symbolic links are not followed: that would be a stat for each.
             return sorted(e.name for e in entries if is_image(e.name) and not e.is_dir(follow_symlinks=False))
     except OSError as error:
-        raise UserError(f"{folder} cannot be listed ({error.strerror}): check its permissions") from error
+        lost = isinstance(error, FileNotFoundError)
+        remedy = "copy the set again, with its empty folders" if lost else "check its permissions"
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): {remedy}") from error
 
 
 def _is_folder(entry: os.DirEntry[str], dead_links: bool) -> bool:
@@ -130,7 +133,7 @@ def other_val(root: Path) -> str | None:
 
 
 def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
-    """The images of `folder/<class>/`, ordered by class and name; UserError if a class has none (unless allowed)."""
+    """Images of `folder/<class>/`, ordered by class and name; UserError as of `check_no_empty`, unless some_empty."""
     names = [folder_name(name) for name in classes]
     with ThreadPoolExecutor(IO_THREADS) as pool:
         paths = [os.path.join(folder, name) for name in names]
@@ -239,15 +242,24 @@ def check_root(root: Path, folder: str) -> None:
 
 
 def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:
-    """Raises UserError, with the names, where classes have no images; counts: of each class, int64 [classes]."""
-    empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    """Raises UserError, with the names, where classes have no images; counts: of each class, int64 [classes].
+
+    In val/ a class may have an empty folder, as long as others have images.
+    """
+    empty = without_images(classes, counts)
     if not empty:
         return
     fault = f"{folder} has classes without images ({some(empty)})"
     for files in left_out(folder / name for name in empty):  # nobody is to be told to remove what may be images
         where = files.kind.replace("other", "of another")
         raise UserError(f"{fault} but with files {where}, such as {files.example}: {LEFT_OUT[files.kind]}")
-    raise UserError(f"{fault}: add images or remove the folders")
+    if folder.name != "val" or not counts.any():
+        raise UserError(f"{fault}: add images or remove the folders")
+
+
+def without_images(classes: Sequence[str], counts: np.ndarray) -> list[str]:
+    """Names of the classes that have none; counts: of each class, int64 [classes]."""
+    return [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
 
 
 def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
@@ -258,7 +270,10 @@ def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
         if names
     ]
     if faults:
-        raise UserError(f"{root}: train/ and val/ differ in their classes, {'; '.join(faults)}: make them equal")
+        missing = next((name for name in train if name not in val), None)
+        remedy = f"; for a class without images in val, make an empty val/{missing}/" if missing else ""
+        differing = f"{root}: train/ and val/ differ in their classes, {'; '.join(faults)}: make them equal"
+        raise UserError(differing + remedy)
 
 
 def some(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
-from dali_vit.listing import other_val
+from dali_vit.listing import other_val, some, without_images
 from dali_vit.metrics import duration, peak_flops
 from dali_vit.variants import TIMM_PREFIX
 
@@ -46,6 +46,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
         if name := other_val(dataset.root):
             what += f"; if {name}/ is meant, rename it to val/"
         found.append(f"{dataset.root} has no val/{what}")
+    elif absent := val_without_images(dataset):
+        found.append(absent)
     warmup = config.optim.warmup_steps
     if 2 * warmup > total_steps:
         share = 100 * warmup / total_steps
@@ -54,6 +56,16 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
             f" ImageNet's 90 epochs have 9 %, here {total_steps // 11}"
         )
     return found
+
+
+def val_without_images(dataset: Dataset) -> str | None:
+    """What is said of classes that have no images in val; None where all have."""
+    assert dataset.val is not None
+    classes = dataset.classes
+    absent = without_images(classes, np.bincount(dataset.val.labels, minlength=len(classes)))
+    if not absent:
+        return None
+    return f"{dataset.root}: val has no images of {len(absent)} of {len(classes)} classes ({some(absent)})"
 
 
 def summary(

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_vit import data
+from dali_vit import data, report
+from dali_vit.config import Config
 from dali_vit.data import check_images, load_dataset
 from dali_vit.listing import other_val
 from dali_vit.prepare import PrepareArguments, prepare
@@ -137,6 +138,28 @@ def test_classes_that_differ(tmp_path):
     make_split(make_split(tmp_path, "train", "a b c d e f", 1), "val", "a z", 1)
     message = fails(lambda: load_dataset(tmp_path), str(tmp_path), "differ in their classes")
     assert "5 missing from val/ (b, c, d and 2 more); 1 missing from train/ (z)" in message
+    assert message.endswith(": make them equal; for a class without images in val, make an empty val/b/")
+    (tmp_path / "val" / "z").rename(tmp_path / "z")
+    for name in "bcdef":
+        (tmp_path / "val" / name).mkdir()
+    dataset = load_dataset(tmp_path, minival=0)
+    assert dataset.classes == tuple("abcdef")
+    assert (len(dataset.split("train")), dataset.split("val").labels.tolist()) == (6, [0])
+    told = f"{tmp_path}: val has no images of 5 of 6 classes (b, c, d and 2 more)"
+    assert report.remarks(Config(), dataset, 10**6) == [told]
+    for path in (tmp_path / "val" / "a").iterdir():
+        path.unlink()
+    fails(lambda: load_dataset(tmp_path), "val has classes without images (a, b, c and 3 more): add images or remove")
+
+
+def test_a_class_folder_that_a_copy_has_lost(tmp_path):
+    make_split(make_split(tmp_path / "source", "train", "a b", 1), "val", "a b", 1)
+    (tmp_path / "source/val/b").rename(tmp_path / "b")
+    (tmp_path / "source/val/b").mkdir()
+    target = prepare(PrepareArguments(tmp_path / "source", tmp_path / "set", to="folder"))
+    assert load_dataset(target, minival=0).split("val").labels.tolist() == [0]
+    (target / "val" / "b").rmdir()
+    fails(lambda: load_dataset(target), "val/b cannot be listed", "copy the set again, with its empty folders")
 
 
 def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):

@@ -97,12 +97,12 @@ def test_a_prepared_folder_of_which_a_split_is_moved_whole(tmp_path):
 @pytest.mark.timeout(60)
 def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
     root = datasets.write_folder(tmp_path / "set", IMAGES)
-    for path in (root / "val" / WNIDS[1]).iterdir():
+    for path in (root / "train" / WNIDS[1]).iterdir():
         path.write_bytes(b"")
     with caplog.at_level("INFO", "dali_vit"):
         report = verify(VerifyArguments(root, quarantine=tmp_path / "aside"))
     assert report.exit_code == 2
-    reason = f"{root / 'val'} has classes without images ({WNIDS[1]}): add images or remove the folders"
+    reason = f"{root / 'train'} has classes without images ({WNIDS[1]}): add images or remove the folders"
     assert report.refused == (reason,)
     assert f"training refuses the set: {reason}" in caplog.messages
     assert caplog.messages[-1] == "33 images of train, val: 1 problem that would hurt training"

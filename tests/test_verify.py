@@ -195,7 +195,8 @@ def test_all_faults_of_the_classes_are_said_and_the_images_read_nevertheless(tmp
     assert code == 2
     assert found["refused"] == [
         f"{root}: train/ and val/ differ in their classes, 2 missing from val/ ({WNIDS[0]}, n0empty);"
-        " 1 missing from train/ (n09999999): make them equal",
+        " 1 missing from train/ (n09999999): make them equal;"
+        f" for a class without images in val, make an empty val/{WNIDS[0]}/",
         f"{root}/train has classes without images (n0empty): add images or remove the folders",
     ]
     assert found["images"] == {"train": 24, "val": 9}
