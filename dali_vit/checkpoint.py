@@ -108,6 +108,8 @@ def save(
 
 def _refusal(error: Exception, folder: Path) -> str:
     """Why a checkpoint could not be written. torch and safetensors do not say it in these words."""
+    if os.strerror(errno.EFBIG) in str(error):
+        return "larger than a file may be here; raise that limit (ulimit -f)"
     if isinstance(error, OSError):
         return str(error)
     if shutil.disk_usage(folder).free < 2**16:
@@ -334,10 +336,8 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
     """The .safetensors file that a path given by the user means, and the checkpoint that it is of."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(
-                f"--checkpoint {path}: not a checkpoint; give a run folder, a step_* folder,"
-                " a .safetensors file or a big_vision .npz"
-            )
+            remedy = "give a run folder, a step_* folder, a .safetensors file or a big_vision .npz"
+            raise UserError(f"--checkpoint {path}: not a checkpoint; {remedy}")
         return path, None
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))

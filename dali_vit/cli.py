@@ -151,10 +151,14 @@ def _train(argv: list[str]) -> int:
     config, print_config = parse_train(argv)
     if print_config:
         from dali_vit.validation import validate
-        from dali_vit.variants import check_model
+        from dali_vit.variants import TIMM_PREFIX, check_model
 
         validate(config)
         check_model(config.model, config.data.resolution)
+        if config.model.model.startswith(TIMM_PREFIX):
+            from dali_vit.model import timm_name  # here, as timm takes seconds
+
+            timm_name(config.model)
         _say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runfolder, train

@@ -15,6 +15,7 @@ __all__ = ["expand", "named_file"]
 
 FLAG = "--config"
 _MEANT = "give a run's config.yaml, or what --print-config printed"
+_TEXTS = ("str", "str | None", "Path")
 # What a flag on the command line takes away from the file beside the setting of its own name.
 _TAKES = {"--steps": {"epochs"}, "--epochs": {"steps"}, "--model": {"width", "depth", "num_heads", "mlp_dim"}}
 
@@ -45,7 +46,7 @@ def _names(argv: list[str]) -> set[str]:
 
 
 def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file that is named, the last time, and the other arguments."""
+    """The file that is named, and the other arguments."""
     path, rest = None, []
     arguments = iter(argv)
     for argument in arguments:
@@ -53,6 +54,10 @@ def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
         if name != FLAG:
             rest.append(argument)
             continue
+        if path is not None:
+            raise UserError(
+                f"{FLAG} {path}: is not the only one; give one file, and flags for what is to differ from it"
+            )
         path = value if equals else next(arguments, "")
         if not path or path.startswith("--"):
             raise UserError(f"{FLAG}: names no file; {_MEANT}")
@@ -72,6 +77,10 @@ def _flags(path: str) -> list[tuple[str, str]]:
             if (fields[name] == "bool") != isinstance(value, bool):
                 wanted = "true or false" if fields[name] == "bool" else "neither true nor false"
                 raise UserError(f"{FLAG} {path}: {name} must be {wanted}")
+            if fields[name] in _TEXTS and not isinstance(value, str | None):
+                raise UserError(
+                    f"{FLAG} {path}: {name} {value} is a number to YAML, which may write it otherwise; quote it"
+                )
             flag = str(name).replace("_", "-")
             if isinstance(value, bool):
                 flags.append((name, f"--{flag}" if value else f"--no-{flag}"))

@@ -27,7 +27,7 @@ from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
-from dali_vit.report import val_without_images
+from dali_vit.report import val_without_images, with_sizes
 from dali_vit.undecodable import saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
@@ -222,7 +222,7 @@ def convert(source: Path, target: Path, resolution: int | None = None) -> str:
         raise UserError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     parameters = num_parameters(opened.model)
     without = "; class names have no place in it" if opened.classes and target.suffix == ".npz" else ""
-    return f"{target}: {opened.config.model} at {opened.resolution} px, {parameters:,} parameters{without}"
+    return f"{target}: {with_sizes(opened.config)} at {opened.resolution} px, {parameters:,} parameters{without}"
 
 
 def _num_outputs(opened: checkpoint.OpenedModel) -> int:

@@ -239,8 +239,8 @@ def _lecun_normal(layer: nn.Module) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
-    """A timm classifier with timm's initialisation, its input statistics applied to images in [-1, 1]."""
+def timm_name(config: ModelConfig) -> str:
+    """What timm calls the model; UserError where it has none of that name."""
     name = config.model.removeprefix(TIMM_PREFIX)
     if "." in name:
         name, tag = name.split(".", 1)
@@ -249,6 +249,12 @@ def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise UserError(f"--model {config.model}: no such model in timm {timm.__version__}; {hint}")
+    return name
+
+
+def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed: int) -> nn.Module:
+    """A timm classifier with timm's initialisation, its input statistics applied to images in [-1, 1]."""
+    name = timm_name(config)
     pretrained_cfg = timm.get_pretrained_cfg(name)
     native = pretrained_cfg.input_size[-1] if pretrained_cfg is not None else resolution
     fixed = pretrained_cfg is not None and pretrained_cfg.fixed_input_size and native != resolution

@@ -28,11 +28,16 @@ def model_line(config: ModelConfig, parameters: int, forward_flops: float, resol
     if config.model.startswith(TIMM_PREFIX):
         kind = config.model
     else:
-        sizes = {"width": config.width, "depth": config.depth, "heads": config.num_heads, "MLP": config.mlp_dim}
-        own = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
-        kind = f"ViT-{config.model}{f' ({own})' if own else ''} {config.pool}, {config.posemb}, {config.head} head"
+        kind = f"ViT-{with_sizes(config)} {config.pool}, {config.posemb}, {config.head} head"
     millions, gflop = (f"{x:.2f}" if x >= 1 else f"{x:.2g}" for x in (parameters / 1e6, forward_flops / 1e9))
     return f"{kind}, {millions} M parameters, {gflop} GFLOP at {resolution} px"
+
+
+def with_sizes(config: ModelConfig) -> str:
+    """The model's name, and those sizes that are not its name's."""
+    sizes = {"width": config.width, "depth": config.depth, "heads": config.num_heads, "MLP": config.mlp_dim}
+    own = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
+    return f"{config.model} ({own})" if own else config.model
 
 
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
@@ -96,15 +101,16 @@ def summary(
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
         **how,
-        "length": f"{total_steps:,} steps of {config.optim.batch_size} images"
+        "length": f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {config.optim.batch_size} images"
         f" ({epochs:{'.1f' if epochs >= 1 else '.2g'}} epochs)",
     }
     if checkpoint is not None:
         rows["resuming"] = f"after step {checkpoint.step:,}"
         before = checkpoint.loader.get("world_size", group.world_size)
         if before != group.world_size:
+            processes = f"{group.world_size} process{'es' if group.world_size > 1 else ''}"
             rows["resuming"] += (
-                f", with {group.world_size} processes instead of {before}: batch size and data order stay,"
+                f", with {processes} instead of {before}: batch size and data order stay,"
                 f" {config.optim.batch_size // group.world_size} images a process instead of"
                 f" {config.optim.batch_size // before}"
             )

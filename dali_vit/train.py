@@ -254,8 +254,9 @@ def _close(background: BackgroundWriter) -> None:
     try:
         background.close()
     except OSError as error:
+        remedy = "make room" if "space" in str(error) else "mend that"
         raise UserError(
-            f"the last checkpoint could not be written in full ({error}); make room and start again"
+            f"the last checkpoint could not be written in full ({error}); {remedy} and start again"
         ) from error
 
 

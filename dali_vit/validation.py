@@ -75,8 +75,7 @@ def validate(config: Config) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(optim, name)}: has no effect on {optim.optimizer}; leave it out"
             )
-    if optim.eps <= 0:
-        raise UserError(f"--eps {optim.eps:g}: must be above 0")
+    check_range("--eps", optim.eps, 1e-37, MAX_FLOAT32)  # one that is 0 in float32 makes NaN
     if optim.grad_clip_norm is not None and optim.grad_clip_norm <= 0:
         raise UserError(f"--grad-clip-norm {optim.grad_clip_norm:g}: must be above 0; None switches clipping off")
     for flag, number in [

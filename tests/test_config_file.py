@@ -65,6 +65,8 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
         ("optim: {lr: [1, 2]}", "lr has more than one value; give it one"),
         ("data: {antialias: maybe}", "antialias must be true or false"),
         ("optim: {lr: true}", "lr must be neither true nor false"),
+        ("run: {name: 007}", "name 7 is a number to YAML, which may write it otherwise; quote it"),
+        ("run: {runs_dir: 1.50}", "runs_dir 1.5 is a number to YAML"),
     ],
 )
 def test_another_file_is_named(text: str | None, message: str, tmp_path: Path) -> None:
@@ -80,6 +82,10 @@ def test_another_file_is_named(text: str | None, message: str, tmp_path: Path) -
     ("arguments", "message"),
     [
         (["--config"], "--config: names no file"),
+        (
+            ["--config", "a.yaml", "--config=b.yaml"],
+            "--config a.yaml: is not the only one; give one file",
+        ),
         (["--config="], "--config: names no file"),
         (["--config", "--lr", "1"], "--config: names no file"),
         (["--config", "x.yaml", "--recipe=demo"], "--recipe and --config: give one of them, not both"),

@@ -146,7 +146,12 @@ def test_a_folder_that_becomes_read_only_is_warned_of_and_costs_no_checkpoint(im
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError(27, "File too large"), "[Errno 27] File too large"),
+        (OSError(27, "File too large"), "larger than a file may be here; raise that limit (ulimit -f)"),
+        (
+            SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+            "larger than a file may be here; raise that limit (ulimit -f)",
+        ),
+        (OSError(5, "Input/output error"), "[Errno 5] Input/output error"),
         (
             RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 202176 vs 202068\nmore"),
             "no space left on the disk, or a quota or limit is reached",

@@ -151,7 +151,7 @@ def test_workers_end_with_a_killed_launcher_and_the_run_goes_on(image_folder, tm
     # Two workers go on as one, with the same steps; the number of processes is no setting of the run.
     result = dali_vit(*command(image_folder, tmp_path, "--max-hours", str(1 / 3600), steps=4000))
     assert result.returncode == 75, result.stderr
-    assert "with 1 processes instead of 2" in result.stdout
+    assert "with 1 process instead of 2" in result.stdout
 
 
 @pytest.mark.timeout(120)
@@ -204,7 +204,7 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(first, second
             check=False,
         )
         assert result.returncode == code, result.stderr
-    assert f"with {second} processes instead of {first}" in result.stdout
+    assert f"with {second} process{'es' if second > 1 else ''} instead of {first}" in result.stdout
     losses = [
         [m["train/loss"] for m in read_metrics(tmp_path / n / "run") if "train/loss" in m] for n in ("one", "mixed")
     ]

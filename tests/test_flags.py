@@ -92,6 +92,12 @@ def test_steps_replace_the_recipes_epochs(flags, capsys):
     assert (optim["steps"], optim["epochs"]) == (20_000, None)
 
 
+def test_a_model_that_timm_lacks_is_not_printed(capsys):
+    code, out, err = run("train", "--model", "timm:nope", "--print-config", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("dali-vit: --model timm:nope: no such model in timm ")
+
+
 def test_epochs_and_steps_are_not_both_taken(capsys):
     code, _, err = run("train", "--epochs", "3", "--steps=20", "--print-config", capsys=capsys)
     assert (code, err) == (2, "dali-vit: --epochs and --steps: give one of them, not both\n")
