@@ -4,6 +4,7 @@
         model.safetensors   parameters and buffers, float32, named as in timm; its metadata says how to build it
         trainer.pt          optimiser state and random states; loaded with weights_only
         checkpoint.json     format, step, config, class names, loader state, metrics, SHA-256 of the other files
+    checkpoints/best        link to the best of them by minival top-1, without a minival by val's
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a folder named step_*
 is complete. An evaluation's metrics are added to checkpoint.json afterwards. Nothing that is loaded can run code.
@@ -341,10 +342,8 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
         return path, None
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))
-    if (path / "checkpoint.json").exists() or (path / "model.safetensors").exists():
-        checkpoint: Checkpoint | None = read(path)
-    else:
-        checkpoint = newest(path)
+    whole = (path / "checkpoint.json").exists() or (path / "model.safetensors").exists()
+    checkpoint = read(path) if whole else newest(path)
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors", checkpoint

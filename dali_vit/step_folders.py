@@ -11,6 +11,8 @@ from pathlib import Path
 
 __all__ = ["last_step", "prune", "step_folder", "step_folders"]
 
+BEST = "best"
+"""Link beside the folders of a run's checkpoints that leads to the best of them."""
 BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
 
 
@@ -30,7 +32,8 @@ def _step(folder: Path) -> int:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one."""
+    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one, to which the
+    link `BEST` leads from then on."""
     # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
@@ -43,6 +46,8 @@ def prune(folder: Path, keep: int, written: Path) -> None:
         if score is not None:
             scores[step_folder] = score
     best = max(scores, key=lambda f: (scores[f], _step(f))) if scores else None
+    if best is not None:
+        _link(folder / BEST, best.name)
     for step_folder in folders[:-keep]:
         if step_folder == best or step_folder.is_symlink():
             continue
@@ -51,6 +56,17 @@ def prune(folder: Path, keep: int, written: Path) -> None:
         with suppress(OSError):
             os.replace(step_folder, going)
             shutil.rmtree(going)
+
+
+def _link(link: Path, target: str) -> None:
+    """Has a link lead to a folder beside it; nothing where the file system has no links, or something else is there."""
+    temporary = link.with_name(f".tmp-{link.name}")
+    with suppress(OSError):
+        if os.path.lexists(link) and os.readlink(link) == target:  # OSError for what is no link
+            return
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
 
 
 def last_step(run_dir: Path) -> int | None:

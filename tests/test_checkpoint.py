@@ -73,10 +73,24 @@ def test_every_way_to_name_a_checkpoint_opens_the_same_model(tmp_path):
 
 
 def test_the_last_k_and_the_best_are_kept(tmp_path):
+    """The best is the one of highest minival top-1, and has a link of its own."""
+    best = tmp_path / "checkpoints" / "best"
     for step, top1 in [(1, 10.0), (2, 90.0), (3, 20.0), (4, 30.0), (5, 40.0)]:
         save(tmp_path, step, {"minival/top1": top1, "val/top1": 100 - top1})
-    kept = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+        assert os.readlink(best) == f"step_{min(step, 2):09d}"
+    kept = sorted(f.name for f in (tmp_path / "checkpoints").glob("step_*"))
     assert kept == ["step_000000002", "step_000000004", "step_000000005"]
+    assert checkpoint.open_model(best).step == 2
+    assert checkpoint.newest(tmp_path).step == 5
+
+
+def test_what_is_called_best_and_is_no_link_of_ours_is_left_alone(tmp_path):
+    best = tmp_path / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    save(tmp_path, 1, {"val/top1": 1.0})
+    assert not best.is_symlink()
+    assert best.is_dir()
+    assert sorted(os.listdir(best.parent)) == ["best", "step_000000001"]
 
 
 @pytest.mark.timeout(60)
@@ -105,7 +119,7 @@ def test_metrics_are_those_of_the_very_weights(tiny_config, cpu):
         tiny_config, run=dataclasses.replace(tiny_config.run, eval_every=1, keep_checkpoints=100)
     )
     train(config, cpu, plan(config, 1))
-    found = [checkpoint.read(folder) for folder in sorted((config.run_dir / "checkpoints").iterdir())]
+    found = [checkpoint.read(folder) for folder in sorted((config.run_dir / "checkpoints").glob("step_*"))]
     logged = {line["step"]: line for line in read_metrics(config.run_dir) if "val/top1" in line}
     assert sorted(logged) == [7, 12]
     assert [c.step for c in found] == [5, 7, 10, 12]
@@ -140,10 +154,10 @@ def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path):
     for step in (4, 6):
         save(tmp_path, step, config=keep_one)
         assert checkpoint.newest(tmp_path).step == step
-    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step_000000006", "step_000000009"]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").glob("step_*")) == ["step_000000006", "step_000000009"]
     save(tmp_path, 9, config=keep_one)
     assert checkpoint.newest(tmp_path).step == 9
-    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000000009"]
+    assert [f.name for f in (tmp_path / "checkpoints").glob("step_*")] == ["step_000000009"]
 
 
 def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):

@@ -60,7 +60,9 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
     with caplog.at_level(logging.INFO), runfolder.locked(tiny_config, cpu):
         metrics = train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
-    assert sorted(path.name for path in (now / "checkpoints").iterdir()) == [f"step_{step:09d}" for step in (5, 10, 12)]
+    assert sorted(path.name for path in (now / "checkpoints").glob("step_*")) == [
+        f"step_{step:09d}" for step in (5, 10, 12)
+    ]
     assert [line["step"] for line in read_metrics(now) if "train/loss" in line] == list(range(1, 13))
     events = EventAccumulator(str(now))
     events.Reload()
@@ -89,5 +91,7 @@ def test_a_checkpoint_is_written_again_where_the_folder_is_renamed_meanwhile(
     with runfolder.locked(tiny_config, cpu):
         train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
-    assert sorted(path.name for path in (now / "checkpoints").iterdir()) == [f"step_{step:09d}" for step in (5, 10, 12)]
+    assert sorted(path.name for path in (now / "checkpoints").glob("step_*")) == [
+        f"step_{step:09d}" for step in (5, 10, 12)
+    ]
     assert checkpoint.read(now / "checkpoints" / "step_000000005").step == 5
