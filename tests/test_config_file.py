@@ -106,6 +106,10 @@ def test_a_value_that_cannot_be_read_is_laid_to_where_it_stands(tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         parsed("--config", file, "--lr=slow")
     assert str(caught.value).startswith("Error parsing --lr: ")
+    file.write_text("optim:\n  eps: 1e-6\n")
+    with pytest.raises(UserError) as caught:
+        parsed("--config", file, "stray")
+    assert str(caught.value).startswith("Unrecognized options: stray")
 
 
 def test_without_it_the_flags_are_as_they_were() -> None:
