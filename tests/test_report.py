@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dali_vit.config import Config, OptimConfig
+from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
-from dali_vit.report import remarks
+from dali_vit.distributed import Group
+from dali_vit.report import model_line, remarks, summary, with_sizes
 
 
 def dataset(*, minival: int, val: int) -> Dataset:
@@ -58,3 +60,26 @@ def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     )
     half = replace(Config(), optim=OptimConfig(warmup_steps=5511))
     assert remarks(half, dataset(minival=1, val=1), total) == []
+
+
+def test_sizes_that_are_not_the_names_are_told() -> None:
+    assert with_sizes(ModelConfig("S/16")) == "S/16"
+    own = ModelConfig("Ti/8", width=96, depth=3)
+    assert model_line(own, 84_000, 640_000.0, 32) == (
+        "ViT-Ti/8 (width 96, depth 3) gap, sincos2d, mlp head, 0.084 M parameters, 0.00064 GFLOP at 32 px"
+    )
+    assert model_line(ModelConfig("timm:resnet50"), 25_557_032, 8.2e9, 224) == (
+        "timm:resnet50, 25.56 M parameters, 8.20 GFLOP at 224 px"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "length"), [(1, "1 step of 1 images (0.11 epochs)"), (1000, "1,000 steps of 1 images (111.1 epochs)")]
+)
+def test_the_length_of_a_run(steps: int, length: str) -> None:
+    group = Group(0, 1, 0, 1, torch.device("cpu"))
+    config = replace(Config(), optim=OptimConfig(batch_size=1))
+    text = summary(
+        config, dataset(minival=1, val=1), group, model="M", how={}, total_steps=steps, checkpoint=None, threads=1
+    )
+    assert f"length    {length}" in text.splitlines()
