@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dali_vit.config import GROUPS, Config, UserError
 from dali_vit.data import Dataset, ImageList
 from dali_vit.distributed import gather_objects
 from dali_vit.names import fingerprint
 
-__all__ = ["check_same_evaluation", "check_same_run"]
+__all__ = ["check_same_evaluation", "check_same_run", "check_same_settings"]
 
 # Where a machine has its own; which checkpoint a folder of runs holds is compared by itself.
 _OWN = ("data", "runs_dir", "gpus", "threads")
@@ -30,21 +34,14 @@ def check_same_run(config: Config, dataset: Dataset, *, start: int, train_names:
             f"--runs-dir {config.run.runs_dir}: the processes would go on from different steps"
             f" ({', '.join(map(str, starts))}); the folder must be on a file system that all nodes see"
         )
-    settings = {
-        field.name: getattr(getattr(config, group), field.name)
-        for group, group_type in GROUPS.items()
-        for field in dataclasses.fields(group_type)
-        if field.name not in _OWN
-    }
-    of_ranks = gather_objects(settings)
-    for rank, theirs in enumerate(of_ranks):
-        changed = [name for name, value in theirs.items() if value != of_ranks[0][name]]
-        if changed:
-            flag = f"--{changed[0].replace('_', '-')}"
-            raise UserError(
-                f"{flag}: rank 0 was given {of_ranks[0][changed[0]]}, rank {rank} {theirs[changed[0]]}; give all"
-                " processes the same"
-            )
+    check_same_settings(
+        {
+            field.name: getattr(getattr(config, group), field.name)
+            for group, group_type in GROUPS.items()
+            for field in dataclasses.fields(group_type)
+            if field.name not in _OWN
+        }
+    )
     of_data = {
         "classes": _digest("\0".join(dataset.classes).encode("utf-8", "surrogateescape")),
         "training images": train_names,
@@ -53,21 +50,38 @@ def check_same_run(config: Config, dataset: Dataset, *, start: int, train_names:
     _check_same_data(config.data.data, of_data)
 
 
-def check_same_evaluation(data: str, files: ImageList, folder: Path, step: int | None) -> None:
-    """UserError, on every rank alike, where ranks differ in the images, their labels, or the weights' training step.
+def check_same_settings(settings: dict[str, Any]) -> None:
+    """UserError, on every rank alike, for the first setting that differs between ranks. Collective."""
+    of_ranks = gather_objects(settings)
+    for rank, theirs in enumerate(of_ranks):
+        for name, value in theirs.items():
+            if value != of_ranks[0][name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: rank 0 was given {of_ranks[0][name]}, rank {rank} {value}; give all"
+                    " processes the same"
+                )
 
-    folder: where the files of a list of files lie. Collective.
+
+def check_same_evaluation(
+    data: str, files: ImageList, folder: Path, *, weights: int | str | None, real_labels: np.ndarray | None = None
+) -> None:
+    """UserError, on every rank alike, where ranks differ in the images, their labels, those of --real, or the weights.
+
+    folder: where the files of a list of files lie; weights: the step or the checksum of what is evaluated. Collective.
     """
-    steps = gather_objects(step)
-    if len(set(steps)) > 1:
+    found = gather_objects(weights)
+    if len(set(found)) > 1:
         raise UserError(
-            f"--checkpoint: the processes found weights of different steps ({', '.join(map(str, steps))}); it must be"
-            " the same on all nodes"
+            f"--checkpoint: the processes found different weights ({', '.join(map(str, found))}); they must be the same"
+            " on all nodes"
         )
-    _check_same_data(data, {"images": fingerprint(files, folder), "labels": _digest(files.labels.tobytes())})
+    of_data = {"images": fingerprint(files, folder), "labels": _digest(files.labels.tobytes())}
+    if real_labels is not None:
+        of_data["labels of --real"] = _digest(real_labels.tobytes())
+    _check_same_data(data, of_data)
 
 
-def _check_same_data(data: str | None, own: dict[str, str | None]) -> None:
+def _check_same_data(data: str | None, own: Mapping[str, str | None]) -> None:
     (first, expected), *others = gather_objects((platform.node(), own))
     for rank, (node, theirs) in enumerate(others, start=1):
         differing = [name for name, value in theirs.items() if value != expected[name]]

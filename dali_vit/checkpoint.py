@@ -214,8 +214,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
                 log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
         else:
             if folders:
-                every = f"{run_dir / 'checkpoints'}: every checkpoint is damaged"
-                raise UserError(f"{every}; move the folder away to start over")
+                raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move it away to start over")
             return None
 
 
@@ -340,6 +339,8 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
             remedy = "give a run folder, a step_* folder, a .safetensors file or a big_vision .npz"
             raise UserError(f"--checkpoint {path}: not a checkpoint; {remedy}")
         return path, None
+    if path.is_symlink():  # as `best`, which may lead elsewhere in the middle
+        path = path.parent / os.readlink(path)
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))
     whole = (path / "checkpoint.json").exists() or (path / "model.safetensors").exists()

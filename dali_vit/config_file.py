@@ -38,11 +38,14 @@ def expand(argv: list[str]) -> list[str]:
 def named_file(argv: list[str], flag: str) -> str | None:
     """The file of --config where a flag stands for a setting of it; None where the flag itself was given."""
     path, rest = _taken(argv)
-    return None if flag in _names(rest) else path
+    if path is None or flag in _names(rest) or flag not in _names([own for _, own in _flags(path)]):
+        return None
+    return path
 
 
 def _names(argv: list[str]) -> set[str]:
-    return {argument.partition("=")[0] for argument in argv}
+    """Flags as they are documented; the parser takes them with underscores, too."""
+    return {argument.partition("=")[0].replace("_", "-") for argument in argv}
 
 
 def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -79,7 +82,7 @@ def _flags(path: str) -> list[tuple[str, str]]:
                 raise UserError(f"{FLAG} {path}: {name} must be {wanted}")
             if fields[name] in _TEXTS and not isinstance(value, str | None):
                 raise UserError(
-                    f"{FLAG} {path}: {name} {value} is a number to YAML, which may write it otherwise; quote it"
+                    f"{FLAG} {path}: {name} {value} is no text to YAML, which may write it otherwise; quote it"
                 )
             flag = str(name).replace("_", "-")
             if isinstance(value, bool):

@@ -16,18 +16,19 @@ from tqdm import tqdm
 
 from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
-from dali_vit.agreement import check_same_evaluation
+from dali_vit.agreement import check_same_evaluation, check_same_settings
 from dali_vit.config import UserError
 from dali_vit.data import DecodeError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate
-from dali_vit.files import at_home, make_parent, replacing
+from dali_vit.files import at_home, file_sha256, make_parent, replacing
 from dali_vit.image_files import list_images
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
-from dali_vit.report import val_without_images, with_sizes
+from dali_vit.report import with_sizes
+from dali_vit.structure import val_without_images
 from dali_vit.undecodable import saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
@@ -56,6 +57,8 @@ def evaluate_checkpoint(
     weights does not say. With `v2` the classes are DATA's own folders and the scalars are `v2/*`. UserError and
     DecodeError name what does not fit.
     """
+    same = {"split": split, "minival": minival, "v2": v2, "batch_size": batch_size, "resolution": resolution}
+    check_same_settings({**same, "real": real is not None})
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
     if threads is not None:
         check_range("--threads", threads, 1, MAX_THREADS)
@@ -65,11 +68,11 @@ def evaluate_checkpoint(
     if real is not None and split != "val":
         raise UserError(f"--real {real}: its labels are those of val; leave --split {split} out")
     named = "v2" if v2 else split
-    newest = together(lambda: checkpoint.newest(at_home(path)) if group.is_main and group.world_size > 1 else None)
-    name = gather_objects(newest and newest.path.name)[0]  # a run that goes on may write another meanwhile
+    newest = together(lambda: _newest(at_home(path)) if group.is_main and group.world_size > 1 else None)
+    chosen = gather_objects(newest)[0]  # a run that goes on may write another meanwhile
 
     def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
-        opened = checkpoint.open_model(path / "checkpoints" / name if name else path, resolution)
+        opened = checkpoint.open_model(path / chosen if chosen else path, resolution)
         files, folder = _images(data, opened, group, split=split, minival=minival, v2=v2)
         datasets.check_images(files)
         if real is None:
@@ -79,7 +82,9 @@ def evaluate_checkpoint(
         return opened, files, folder, accepted
 
     opened, files, folder, real_labels = together(load)
-    check_same_evaluation(data, files, folder, opened.step)
+    if group.world_size > 1:
+        weights = file_sha256(at_home(path)) if at_home(path).is_file() else opened.step
+        check_same_evaluation(data, files, folder, weights=weights, real_labels=real_labels)
     model = opened.model.to(group.device)
 
     def run(name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
@@ -101,6 +106,14 @@ def evaluate_checkpoint(
         result = run("real", datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(real_labels))
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
+
+
+def _newest(path: Path) -> str | None:
+    """What a run's folder, or the link to its best checkpoint, stands for now, from there; None for anything else."""
+    if path.is_symlink() and (path / "checkpoint.json").exists():
+        return os.path.join(os.pardir, path.resolve().name)
+    newest = checkpoint.newest(path)
+    return None if newest is None else os.path.join("checkpoints", newest.path.name)
 
 
 def _images(

@@ -227,10 +227,10 @@ def check_root(root: Path, folder: str) -> None:
         remedy = f"give its parent, {root.parent}"
     elif folder == "val" and (other := other_val(root)):
         remedy = f"if {other}/ is meant, rename it to val/"
-    elif named := next((name for name in subfolders if name.lower() in (folder, f"{folder}ing")), None):
-        remedy = f"if {named}/ is meant, rename it to {folder}/"
     elif nested is not None:
         remedy = f"did you mean {root / nested}?"
+    elif folder == "train" and (named := next((n for n in subfolders if n.lower() in ("train", "training")), None)):
+        remedy = f"if {named}/ is meant, rename it to train/"
     elif folder == "train" and "val" in subfolders:
         remedy = "training needs train/<class>/* beside val/"
     elif any(scan(root / name, folders=False) for name in subfolders[:3]):

@@ -41,8 +41,9 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
             f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
         )
     except UserError as error:
-        flag = re.search(r"--[a-z][\w-]*", str(error).partition(f" (`{PROGRAM}")[0])
-        if flag and (file := named_file(given, flag[0])):
+        said = str(error).partition(f" (`{PROGRAM}")[0]
+        flag = re.search(r"(?<![\w=-])--[a-z][\w-]*(?![\w.-])", said)
+        if flag and not said.startswith("Unrecognized") and (file := named_file(given, flag[0])):
             raise UserError(f"--config {file}: {error}") from error
         raise
     return config, print_config

@@ -17,8 +17,9 @@ from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
-from dali_vit.listing import other_val, some, without_images
+from dali_vit.listing import other_val
 from dali_vit.metrics import duration, peak_flops
+from dali_vit.structure import val_without_images
 from dali_vit.variants import TIMM_PREFIX
 
 log = logging.getLogger(__name__)
@@ -61,16 +62,6 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
             f" ImageNet's 90 epochs have 9 %, here {total_steps // 11}"
         )
     return found
-
-
-def val_without_images(dataset: Dataset) -> str | None:
-    """What is said of classes that have no images in val; None where all have."""
-    assert dataset.val is not None
-    classes = dataset.classes
-    absent = without_images(classes, np.bincount(dataset.val.labels, minlength=len(classes)))
-    if not absent:
-        return None
-    return f"{dataset.root}: val has no images of {len(absent)} of {len(classes)} classes ({some(absent)})"
 
 
 def summary(

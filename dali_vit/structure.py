@@ -11,11 +11,11 @@ import numpy as np
 from dali_vit.config import UserError
 from dali_vit.data import Dataset, load_dataset
 from dali_vit.files import at_home
-from dali_vit.listing import check_no_empty, check_same_classes, class_names, list_split
+from dali_vit.listing import check_no_empty, check_same_classes, class_names, list_split, some, without_images
 from dali_vit.manifest import read_manifest
 from dali_vit.remote import is_remote
 
-__all__ = ["load_with_faults"]
+__all__ = ["load_with_faults", "val_without_images"]
 
 
 def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
@@ -41,6 +41,17 @@ def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
         if not faults:
             raise
         return Dataset(root.name, root, tuple(every), splits["train"], None, splits.get("val")), tuple(faults)
+
+
+def val_without_images(dataset: Dataset) -> str | None:
+    """What is said of classes that have no images in val; None where all have, or there is no val."""
+    if dataset.val is None:
+        return None
+    classes = dataset.classes
+    absent = without_images(classes, np.bincount(dataset.val.labels, minlength=len(classes)))
+    if not absent:
+        return None
+    return f"{dataset.root}: val has no images of {len(absent)} of {len(classes)} classes ({some(absent)})"
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:

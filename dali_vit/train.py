@@ -8,6 +8,7 @@ uninterrupted run bit for bit.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
@@ -254,7 +255,8 @@ def _close(background: BackgroundWriter) -> None:
     try:
         background.close()
     except OSError as error:
-        remedy = "make room" if "space" in str(error) else "mend that"
+        full = "no space left" in str(error) or getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "mend that"
         raise UserError(
             f"the last checkpoint could not be written in full ({error}); {remedy} and start again"
         ) from error

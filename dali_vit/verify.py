@@ -28,7 +28,7 @@ from dali_vit.listing import LeftOut, left_out
 from dali_vit.manifest import read_manifest
 from dali_vit.prepare.sources import read_sample
 from dali_vit.quarantine import LIST, check_quarantine, move_aside
-from dali_vit.structure import load_with_faults
+from dali_vit.structure import load_with_faults, val_without_images
 from dali_vit.validation import MAX_THREADS, check_range
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
@@ -127,6 +127,9 @@ def verify(arguments: VerifyArguments) -> Report:
         refused = _refused(arguments.path)
     report = Report({name: len(samples) for name, samples in splits.items()}, tuple(problems), moved, remarks, refused)
     _summarise(report, arguments.quarantine)
+    left = dataset if not moved or refused else load_with_faults(arguments.path)[0]
+    if not refused and (absent := val_without_images(left)):
+        _log.warning("%s", absent)
     return report
 
 

@@ -85,7 +85,7 @@ class TrainLoader:
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
     bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0); DALI's
-    RuntimeError when it fails for another reason, whole images included, as when nothing can be read any more,
+    RuntimeError when it fails for another reason, again and at whole images, as when nothing can be read any more,
     LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and
     ValueError for arguments that do not fit together. After an error the loader is closed.
     """
@@ -146,6 +146,7 @@ class TrainLoader:
         self._lanes = _num_lanes(num_threads) if decoding["device_id"] is None else 1
         self._threads = num_threads
         self._pipelines: list[Pipeline] = []
+        self._failed_at: int | None = None  # the last step that failed through no sample
         self._first_step = start_step
         self._open()
 
@@ -193,7 +194,7 @@ class TrainLoader:
             except RuntimeError as error:
                 self.close()
                 probe.check_memory(error)
-                if not self._leave_out(self._next_samples(), failed=True) and not self._decode_whole(error):
+                if not self._leave_out(self._next_samples(), failed=True) and not self._try_again(error):
                     raise
                 log.debug("the pipeline is made anew after: %s", error)
             else:
@@ -219,24 +220,27 @@ class TrainLoader:
             self.close()
             raise
 
-    def _decode_whole(self, error: RuntimeError) -> bool:
-        """Decodes whole images from now on where it was windows of them, and those are to blame; whether so.
+    def _try_again(self, error: RuntimeError) -> bool:
+        """Whether a step that failed through no sample is to be made again: once as it was, then of whole images.
 
-        They are the same pixels. A decoder may fail at the window of an image that decodes as a whole, and would do so
-        again at the same step.
+        Something may have failed once; or a decoder fails at the window of an image that decodes as a whole, and would
+        do so at each start. They are the same pixels. Where nothing decodes, the disk or the device is lost.
         """
         decoder = self._make_pipeline.keywords["decoder"]
-        indices = self._order.indices(self._step)
-        whole = probe.try_samples(self._samples.subset(indices[~self._bad.mask[indices]][:1]), self._probing)
-        if decoder.region == "full" or not all(decodes for _, decodes in whole):  # the disk or the device is lost
+        again = self._failed_at == self._step
+        if again and decoder.region == "full":
             return False
-        self._make_pipeline.keywords["decoder"] = replace(decoder, region="full")
-        log.warning(
-            "whole images are decoded from here on, which is slower: DALI failed at step %d, where all images decode as"
-            " a whole (%s)",
-            self._step,
-            " ".join(str(error).split())[:300],
-        )
+        indices = self._order.indices(self._step)
+        tried = probe.try_samples(self._samples.subset(indices[~self._bad.mask[indices]][:1]), self._probing)
+        if not any(decodes for _, decodes in tried):
+            return False
+        self._failed_at = self._step
+        said = " ".join(str(error).split())[:300]
+        if again:
+            self._make_pipeline.keywords["decoder"] = replace(decoder, region="full")
+            log.warning("step %d fails again: whole images are decoded from here on, which is slower", self._step)
+        else:
+            log.warning("step %d is loaded again, as DALI failed at no image that is bad: %s", self._step, said)
         return True
 
     def close(self) -> None:

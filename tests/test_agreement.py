@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -131,20 +132,22 @@ def test_another_set_to_evaluate_is_named(ranks: Ranks, image_folder: Path) -> N
     val = load_dataset(image_folder).split("val")
     folder = image_folder / "val"
 
-    def evaluate(files: ImageList, step: int | None = 4) -> None:
+    def evaluate(files: ImageList, weights: int | str = 4, real: np.ndarray | None = None) -> None:
         ranks.begin()
-        check_same_evaluation("DATA", files, folder, step)
+        check_same_evaluation("DATA", files, folder, weights=weights, real_labels=real)
 
-    evaluate(val)
-    for files, message in (
-        (val.subset(np.arange(1, len(val))), "--data DATA: rank 1 .on node1. has other images there than rank 0"),
-        (with_labels(val, val.labels[::-1].copy()), "--data DATA: rank 2 .on node2. has other labels there than rank"),
+    real = np.array([[0, 1], [2, -1]])
+    evaluate(val, real=real)
+    for files, labels, message in (
+        (val.subset(np.arange(1, len(val))), real, "rank 1 .on node1. has other images there than rank 0 "),
+        (with_labels(val, val.labels[::-1].copy()), real, "rank 2 .on node2. has other labels there than rank 0 "),
+        (val, real[::-1].copy(), "rank 3 .on node3. has other labels of --real there than rank 0"),
     ):
-        with pytest.raises(UserError, match=message):
-            evaluate(files)
+        with pytest.raises(UserError, match=f"--data DATA: {message}"):
+            evaluate(files, real=labels)
         ranks.forgive()
-    with pytest.raises(UserError, match=r"--checkpoint: the processes found weights of different steps \(4, 4, 4, 6"):
-        evaluate(val, step=6)
+    with pytest.raises(UserError, match=r"--checkpoint: the processes found different weights \(4, 4, 4, 4, 6\); they"):
+        evaluate(val, weights=6, real=real)
 
 
 # Run by each of two ranks: what eval says of the data and checkpoint of its own, one after the other.
@@ -157,9 +160,10 @@ from dali_vit.config import UserError
 
 results = []
 with distributed.connect(0) as group:
-    for checkpoint, data in json.loads(sys.argv[1])[group.rank]:
+    for checkpoint, data, resolution in json.loads(sys.argv[1])[group.rank]:
+        options = {"batch_size": 2, "threads": 1, "resolution": resolution}
         try:
-            found = inference.evaluate_checkpoint(Path(checkpoint), data, group, batch_size=2, threads=1)
+            found = inference.evaluate_checkpoint(Path(checkpoint), data, group, **options)
         except UserError as error:
             found = str(error)
         results.append(found)
@@ -190,11 +194,18 @@ def test_two_ranks_evaluate_the_same_or_say_why_not(tmp_path: Path) -> None:
                 trainer_state={},
                 loader_state={},
             )
-    common = [str(tmp_path / "run0"), str(tmp_path / "0")]
+    data = [str(tmp_path / name) for name in ("0", "1", "2")]
+    run, other = (str(tmp_path / name) for name in ("run0", "run1"))
     of_ranks = [
-        [common, common, common],
-        [[str(tmp_path / "run1"), common[1]], [common[0], str(tmp_path / "1")], [common[0], str(tmp_path / "2")]],
+        [[run, data[0], None], [f"{run}/best", data[0], None], *[[run, data[0], 32]] * 3],
+        [
+            [other, data[0], None],
+            [f"{other}/best", data[0], None],
+            *[[run, *own] for own in zip(data, (48, 32, 32), strict=True)],
+        ],
     ]
+    for folder, step in ((run, 2), (other, 4)):
+        os.symlink(f"checkpoints/step_{step:09d}", f"{folder}/best")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(
         [sys.executable, *launcher, sys.executable, "-c", SCRIPT, json.dumps(of_ranks)],
@@ -207,7 +218,9 @@ def test_two_ranks_evaluate_the_same_or_say_why_not(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     of_both = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(of_both) == 2
-    for metrics, other_images, absent in of_both:
-        assert (metrics["val/count"], metrics["val/top1"]) == (5, pytest.approx(60))
+    for newest, best, resolution, other_images, absent in of_both:
+        for metrics in (newest, best):
+            assert (metrics["val/count"], metrics["val/top1"]) == (5, pytest.approx(60))
+        assert resolution == "--resolution: rank 0 was given 32, rank 1 48; give all processes the same"
         assert re.search(r"rank 1 \(on .*\) has other images there than rank 0 \(on ", other_images)
         assert absent.startswith(f"rank 1: {tmp_path}/2: no such folder;")

@@ -186,9 +186,32 @@ def test_a_window_that_fails_of_an_image_that_decodes_whole_ends_no_run(
     assert broken
     assert training.bad_samples == (17,)
     told = [message for message in caplog.messages if "left out" not in message]
-    assert len(told) == 1
-    assert told[0].startswith("whole images are decoded from here on, which is slower: DALI failed at step 0, where")
+    assert len(told) == 2
+    assert told[0].startswith("step 0 is loaded again, as DALI failed at no image that is bad: ")
     assert "\n" not in told[0]
+    assert told[1] == "step 0 fails again: whole images are decoded from here on, which is slower"
+
+
+def test_what_fails_once_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = write(tmp_path / "images", with_bad(40, {}))
+    expected = take(loader(files), 20)
+    training, run, failing = loader(files), Pipeline.run, {5: 1, 9: 1}
+
+    def once(pipeline: Pipeline) -> Any:
+        if pipeline in training._pipelines and failing.get(training.step):  # not where samples are tried
+            failing[training.step] -= 1
+            raise RuntimeError("Input/output error")
+        return run(pipeline)
+
+    monkeypatch.setattr(Pipeline, "run", once)
+    assert_equal(take(training, 20), expected)
+    again = "is loaded again, as DALI failed at no image that is bad: Input/output error"
+    assert caplog.messages == [f"step {step} {again}" for step in (5, 9)]
+    failing[training.step] = 3
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        next(training)
 
 
 def test_a_lost_disk_is_not_blamed_on_the_samples(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,6 +88,8 @@ def test_a_folder_that_may_be_meant_for_train(name, tmp_path):
     make_split(tmp_path, name, "a", 1)
     told = f"{tmp_path} has no train/: if {name}/ is meant, rename it to train/"
     assert fails(lambda: load_dataset(tmp_path)) == told
+    make_split(tmp_path / "imagenet", "train", "a", 1)
+    fails(lambda: load_dataset(tmp_path), f"{tmp_path} has no train/: did you mean {tmp_path / 'imagenet'}?")
 
 
 def test_an_empty_folder_is_not_meant_for_val(tmp_path):

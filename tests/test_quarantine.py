@@ -108,6 +108,19 @@ def test_a_class_that_quarantine_leaves_empty_is_said(tmp_path, caplog):
     assert caplog.messages[-1] == "33 images of train, val: 1 problem that would hurt training"
 
 
+def test_a_class_that_quarantine_leaves_without_val_images_is_remarked_on(tmp_path, caplog):
+    root = datasets.write_folder(tmp_path / "set", IMAGES)
+    for path in (root / "val" / WNIDS[1]).iterdir():
+        path.write_bytes(b"")
+    for arguments in (VerifyArguments(root, quarantine=tmp_path / "aside"), VerifyArguments(root)):
+        caplog.clear()
+        with caplog.at_level("INFO", "dali_vit"):
+            report = verify(arguments)
+        assert (report.exit_code, report.refused) == (0, ())
+        assert caplog.messages[-1] == f"{root}: val has no images of 1 of {len(WNIDS)} classes ({WNIDS[1]})"
+
+
+@pytest.mark.timeout(60)
 def test_a_prepared_folder_is_trusted_again_after_quarantine(tmp_path):
     source = broken_folder(tmp_path / "source")
     (source / "val" / WNIDS[2] / "gone.JPEG").unlink()

@@ -127,7 +127,7 @@ def _open_folder(root: Path) -> Source:
 def _open_flat_val(root: Path, val_labels: Path) -> Source:
     """An image folder whose val/ holds the images themselves, as in Kaggle's download of ImageNet.
 
-    A class may have no image in val/, unlike in one of class folders, by which `eval` would number the classes.
+    A class may have no image in val/.
     """
     dataset = load_dataset(root, minival=0, split="train")
     names = _flat_images(root / "val", val_labels)
