@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
 from dali_vit.model import create_model
+from dali_vit.train import _close
 from tests.conftest import dali_vit, environment, read_metrics
 from tests.test_checkpoint import save
 from tests.test_faults import LAUNCH, command, logged_steps, running, wait_for
@@ -246,3 +249,18 @@ def test_convert_on_a_full_disk_is_said_in_one_line(tmp_path, small_disk, capsys
             convert(tmp_path / "m.safetensors", small_disk / name)
         assert "\n" not in str(raised.value)
     assert not list(small_disk.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "remedy"),
+    [
+        (OSError("step_000000001: no space left on the disk"), None, "make room"),
+        (OSError("step_000000001: Disk quota exceeded"), OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+        (OSError(errno.EACCES, "Permission denied", "/workspace/no space"), None, "mend that"),
+        (OSError("step_000000001: larger than a file may be here; raise that limit (ulimit -f)"), None, "mend that"),
+    ],
+)
+def test_what_to_do_about_a_last_checkpoint_that_was_not_written(error, cause, remedy):
+    error.__cause__ = cause
+    with pytest.raises(UserError, match=f"; {remedy} and start again$"):
+        _close(SimpleNamespace(close=lambda: (_ for _ in ()).throw(error)))
