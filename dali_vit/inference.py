@@ -60,8 +60,6 @@ def evaluate_checkpoint(
     same = {"split": split, "minival": minival, "v2": v2, "batch_size": batch_size, "resolution": resolution}
     check_same_settings({**same, "real": real is not None})
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
-    if threads is not None:
-        check_range("--threads", threads, 1, MAX_THREADS)
     if v2 and (split != "val" or minival is not None):
         flag = f"--minival {minival:g}" if split == "val" else f"--split {split}"
         raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
@@ -72,6 +70,8 @@ def evaluate_checkpoint(
     chosen = gather_objects(newest)[0]  # a run that goes on may write another meanwhile
 
     def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
+        if threads is not None:
+            check_range("--threads", threads, 1, MAX_THREADS)
         opened = checkpoint.open_model(path / chosen if chosen else path, resolution)
         files, folder = _images(data, opened, group, split=split, minival=minival, v2=v2)
         datasets.check_images(files)
