@@ -246,11 +246,7 @@ def test_timm_model_of_fixed_size_is_built_for_the_resolution() -> None:
         (ModelConfig(depth=0), 224, "--depth 0: must be from 1 to 1,024"),
         (ModelConfig(mlp_dim=10**9), 224, "--mlp-dim 1000000000: must be from 1 to 262,144"),
         (ModelConfig(model="timm:resnet5O"), 224, r"--model timm:resnet5O: no such model.*did you mean .*resnet50"),
-        (
-            ModelConfig(model="timm:resnet50.a1_in1k"),
-            224,
-            "a1_in1k names weights, and training begins without; give timm:r",
-        ),
+        (ModelConfig("timm:resnet50.a1_in1k"), 224, "a1_in1k names weights, and training begins without; give timm:r"),
         (ModelConfig(model="timm:resnet50", head="linear"), 224, "--head linear: has no effect on timm:resnet50"),
         (
             ModelConfig(model="timm:deit_tiny_patch16_224"),
@@ -268,7 +264,7 @@ def test_what_does_not_fit_is_named(config: ModelConfig, resolution: int, messag
 
 def test_a_model_that_memory_does_not_hold_is_named() -> None:
     with pytest.raises(ValueError, match="--model mu/16: memory does not hold its parameters; choose a smaller one"):
-        create_model(ModelConfig(model="mu/16"), num_classes=2**45, resolution=32)  # past any address space
+        create_model(ModelConfig("mu/16"), num_classes=2**45, resolution=32)  # past any address space
 
 
 def test_learned_positions_allow_any_width() -> None:
