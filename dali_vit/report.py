@@ -186,7 +186,7 @@ def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, flo
     parts = [
         f"step {step:>{len(str(total))}}/{total}",
         f"epoch {epoch:.2f}",
-        f"loss {scalars['train/loss']:.4f}",
+        f"loss {_short(scalars['train/loss'])}",
         f"lr {scalars['train/lr']:.2e}",
         f"{scalars['perf/images_per_sec']:,.0f} img/s",
         f"data wait {scalars['perf/data_wait_pct']:.1f} %",
@@ -200,8 +200,12 @@ def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     parts = []  # none where nothing was evaluated
     for split in sorted({name.split("/")[0] for name in metrics}):
         values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
-        parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {values['loss']:.4f}")
+        parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {_short(values['loss'])}")
     return " | ".join([f"step {step:>{len(str(total))}}/{total}", *parts])
+
+
+def _short(loss: float) -> str:
+    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.4g}"  # of a run that diverges it may have 38 digits
 
 
 def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:

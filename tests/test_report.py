@@ -12,7 +12,7 @@ import torch
 from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
-from dali_vit.report import model_line, remarks, summary, with_sizes
+from dali_vit.report import evaluation_line, model_line, progress_line, remarks, summary, with_sizes
 
 
 def dataset(*, minival: int, val: int) -> Dataset:
@@ -83,3 +83,15 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
         config, dataset(minival=1, val=1), group, model="M", how={}, total_steps=steps, checkpoint=None, threads=1
     )
     assert f"length    {length}" in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"), [(0.69312, "0.6931"), (99_999.0, "99999.0000"), (3.4e38, "3.4e+38"), (float("nan"), "nan")]
+)
+def test_a_loss_is_short_however_large(loss: float, said: str) -> None:
+    """Of the largest float32 it would be 38 digits."""
+    scalars = {"train/loss": loss, "train/lr": 1e-3, "perf/images_per_sec": 1000.0, "perf/data_wait_pct": 0.0}
+    line = progress_line(5, 10, 0.5, scalars, 60.0)
+    assert line.split(" | ")[:3] == ["step  5/10", "epoch 0.50", f"loss {said}"]
+    metrics = {"val/top1": 50.0, "val/top5": 60.0, "val/loss": loss}
+    assert evaluation_line(5, 10, metrics) == f"step  5/10 | val top1 50.00 % top5 60.00 % loss {said}"
