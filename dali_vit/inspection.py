@@ -51,6 +51,7 @@ KINDS = {
     "too large": "has more pixels than --max-megapixels",
     "too long": "is so long and thin that an evaluation refuses it",
     "duplicate": "is in val, too, byte for byte",
+    "shared": "is val's image itself, by a link: leave it to one of the two",
     "checksum": "is not the shard that prepare wrote: copy it again",
     "CMYK": "is decoded to RGB",
     "floats": "has floats for pixels, of which those above 1 become white: look at it with `preview`",

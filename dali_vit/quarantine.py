@@ -36,8 +36,8 @@ def check_quarantine(root: Path, quarantine: Path) -> None:
 
 def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
     """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many
-    problems went with them."""
-    moved: dict[str, Problem] = {problem.path: problem for problem in problems if problem.hurts}
+    problems went with them. An image of train that links in val lead to stays, as val would lose it."""
+    moved = {problem.path: problem for problem in problems if problem.hurts and problem.kind != "shared"}
     if not moved:
         return 0
     sizes: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
         raise UserError(f"{what}; mend that and run verify again") from error
     finally:
         _lower_counts(root, moved, sizes)
-    return sum(problem.hurts for problem in problems)
+    return sum(problem.hurts and problem.path in moved for problem in problems)
 
 
 def _size(path: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -207,17 +208,24 @@ def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[
 def _duplicates(
     train: ImageList, val: ImageList, train_digests: np.ndarray, val_digests: np.ndarray
 ) -> list[tuple[int, Problem]]:
-    """Training images whose bytes are those of a validation image."""
+    """Training images whose bytes are those of a validation image, or which a link in val leads to."""
     in_val = {int(digest): i for i, digest in enumerate(val_digests)}
+    twins = np.flatnonzero(np.isin(val_digests, train_digests)).tolist()
+    files = {os.path.realpath(val.path(i)): val.path(i) for i in twins}
     found = []
     for i in np.flatnonzero(np.isin(train_digests, val_digests)).tolist():
         twin = in_val[int(train_digests[i])]
         try:
             data = read_sample(train, i)
-            if data and data == read_sample(val, twin):
-                found.append((i, Problem("duplicate", "train", train.path(i), f"the same bytes as {val.path(twin)}")))
+            if not data or data != read_sample(val, twin):
+                continue
         except OSError:  # reported already
             continue
+        path = train.path(i)
+        problem = Problem("duplicate", "train", path, f"the same bytes as {val.path(twin)}")
+        if not os.path.islink(path) and (other := files.get(os.path.realpath(path))):
+            problem = Problem("shared", "train", path, f"the same file as {other}")
+        found.append((i, problem))
     return found
 
 

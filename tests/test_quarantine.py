@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
@@ -80,6 +81,41 @@ def test_quarantine_takes_a_class_that_is_linked_twice(tmp_path):
     assert sorted(kinds) == ["not an image", "not an image", "unreadable", "unreadable"]
     assert report.quarantined == sum(problem.hurts for problem in report.problems)
     assert report.exit_code == 0
+
+
+@pytest.mark.timeout(60)
+def test_an_image_that_val_has_by_a_link_stays(tmp_path):
+    """Moved, it would be lost to val, which was a folder of dangling links after that. What is broken goes anyway."""
+    root, aside, pool = tmp_path / "set", tmp_path / "aside", tmp_path / "pool"
+    write_source("folder", root)
+    shutil.move(root / "train" / WNIDS[0], pool)
+    (root / "train" / WNIDS[0]).symlink_to(pool)
+    of_train = [root / "train" / wnid / name for wnid in WNIDS[:2] for name in ("a.jpg", "b.jpg", "bad.jpg")]
+    for i, path in enumerate(of_train):
+        Image.new("RGB", (40, 30), (9 * i, 0, 90)).save(path)
+    for path in (of_train[2], of_train[5]):
+        path.write_bytes(b"no image")
+    of_val = [root / "val" / path.parent.name / path.name for path in of_train]
+    for here, there in zip(of_val, of_train, strict=True):
+        here.symlink_to(there.resolve())
+    copied, linked = root / "train" / WNIDS[2] / "copy.jpg", root / "train" / WNIDS[2] / "link.jpg"
+    shutil.copyfile(of_train[0], copied)
+    linked.symlink_to(of_train[1])
+
+    report = verify(VerifyArguments(root, quarantine=aside))
+    found = [(problem.path, problem.kind) for problem in report.problems if problem.hurts]
+    stayed = [path for path in of_train if path.name != "bad.jpg"]
+    assert {path for path, kind in found if kind == "shared"} == set(map(str, of_train))
+    assert {path for path, kind in found if kind == "duplicate"} == {str(copied), str(linked)}
+    assert (len(found), report.quarantined, report.exit_code) == (12, 8, 2)  # four of bad.jpg are two problems
+    assert all(path.exists() for path in stayed)
+    assert not copied.exists()
+    assert not linked.is_symlink()
+    assert [path.exists() for path in of_val] == [True, True, False] * 2
+    again = verify(VerifyArguments(root, quarantine=aside))
+    assert ({problem.kind for problem in again.problems if problem.hurts}, again.quarantined) == ({"shared"}, 0)
+    details = [problem.detail for problem in again.problems if problem.hurts]
+    assert details == [f"the same file as {path}" for path in of_val if path.name != "bad.jpg"]
 
 
 @pytest.mark.timeout(60)
