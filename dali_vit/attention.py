@@ -71,8 +71,8 @@ def choose_attention(
 ) -> Attention:
     """The kernel that is wanted, or for `auto` the fastest for `images` a process; `compiled`: whether the step is.
 
-    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective; takes a second, or
-    ten where Triton has to compile the packed kernels first. UserError where the one that is wanted does not run.
+    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective; takes some seconds
+    where the packed kernels have to be compiled first. UserError where the one that is wanted does not run.
     """
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
@@ -170,15 +170,20 @@ def _torchs(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
     return run
 
 
-def _packed(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
+def _packed(qkv: Tensor, upstream: Tensor, shape: Shape, *, compiled: bool = False) -> _Run:
     """The packed attention, its gradient and that of the bias, which others sum up elsewhere."""
     from dali_vit.packed_attention import PackedAttention
 
     qkv = qkv.requires_grad_()
     bias = torch.zeros(qkv.shape[-1], device=qkv.device, requires_grad=True)
 
+    def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+        return PackedAttention.apply(qkv, bias, shape.heads)
+
+    attention = torch.compile(attend, fullgraph=True, dynamic=False) if compiled else attend
+
     def run() -> tuple[Tensor, ...]:
-        out = PackedAttention.apply(qkv, bias, shape.heads)
+        out = attention(qkv, bias)
         return out, *torch.autograd.grad(out, (qkv, bias), upstream)
 
     return run
@@ -199,12 +204,15 @@ def _milliseconds(made: Callable[[Tensor, Tensor, Shape], _Run], shape: Shape, d
 
 
 def _check_packed(shape: Shape, device: torch.device) -> None:
-    """RuntimeError where a few images come out otherwise than by torch's plain attention in float32."""
+    """RuntimeError where a few images come out otherwise than by torch's plain attention in float32.
+
+    Compiled, as in a step: torch may then give the kernels other types of numbers than to a call.
+    """
     qkv, upstream = _draw(shape._replace(images=_CHECKED), device)
     with sdpa_kernel(SDPBackend.MATH):
         out, gradient = _torchs(qkv.float(), upstream.float(), shape)()
     right = out.flatten(2), gradient.flatten(2), gradient.sum((0, 1)).flatten()
-    for what, ours, torchs in zip(_RESULTS, _packed(qkv, upstream, shape)(), right, strict=True):
+    for what, ours, torchs in zip(_RESULTS, _packed(qkv, upstream, shape, compiled=True)(), right, strict=True):
         error = float(((ours - torchs).norm() / torchs.norm()).detach())
         if not error < _TOLERANCE:
             raise RuntimeError(f"the {what} it gives differs from torch's by {100 * error:.1f} %")

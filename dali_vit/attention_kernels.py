@@ -19,13 +19,16 @@ def attention_forward(
     tokens,
     heads,
     padded,
-    scale,
+    scale: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """A block of queries of a head. The blocks of a head follow each other, as they read the same keys and values."""
+    """A block of queries of a head. The blocks of a head follow each other, as they read the same keys and values.
+
+    scale: log2(e) / sqrt(D), a constant here, as a number from a compiled step would be of float64 by torch 2.11.
+    """
     blocks: tl.constexpr = FULL + (TAIL > 0)
     sequence = tl.program_id(0) // blocks
     image = (sequence // heads).to(tl.int64)
@@ -65,7 +68,7 @@ def _attend_to(
     first,
     tokens,
     row,
-    scale,
+    scale: tl.constexpr,
     weighted,
     top,
     total,
@@ -97,8 +100,8 @@ def attention_backward(
     sums,
     tokens,
     heads,
-    scale,
-    factor,
+    scale: tl.constexpr,
+    factor: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -189,7 +192,7 @@ def _queries(qkv, out, dout, deltas, first, tokens, heads, D: tl.constexpr, SIZE
 
 
 @triton.jit
-def _tile(q, do, logs, deltas, first, k, v, inside, scale, dq, dk, dv, SIZE: tl.constexpr):
+def _tile(q, do, logs, deltas, first, k, v, inside, scale: tl.constexpr, dq, dk, dv, SIZE: tl.constexpr):
     """The gradients with what `SIZE` queries and a block of keys have to do with each other."""
     at = first + tl.arange(0, SIZE)
     s = tl.dot(k, tl.trans(q))

@@ -154,7 +154,8 @@ def test_packed_kernels_that_compute_something_else_are_left_out(
     """A twentieth off, where rounding to bfloat16 is a few thousandths."""
     shape = Shape(64, 196, 3, 64)
 
-    def packed(qkv: torch.Tensor, upstream: torch.Tensor, shape: Shape) -> object:
+    def packed(qkv: torch.Tensor, upstream: torch.Tensor, shape: Shape, *, compiled: bool) -> object:
+        assert compiled  # as in a step
         out, gradient = attention._torchs(qkv, upstream, shape)()
         results = [out.flatten(2), gradient.flatten(2), gradient.float().sum((0, 1)).flatten()]
         if wrong is not None:
