@@ -161,6 +161,7 @@ class MetricLog:
         self._run_dir, self._now = run_dir, now or (lambda: run_dir)
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
+        _put_events_before_now(run_dir)
         # Of a run that begins again from scratch not even the sample images of step 0 stay.
         self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else 0)
         path = run_dir / "metrics.jsonl"
@@ -219,6 +220,21 @@ class MetricLog:
         except OSError as error:  # which has ended the writer's thread
             log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)
             self._events = None
+
+
+def _put_events_before_now(run_dir: Path) -> None:
+    """Renames TensorBoard's files that an earlier start, by a clock that was ahead of this one, or in this very second,
+    gave names of now or later. They are read in the order of their names, and this start's has to come last."""
+    latest = int(time.time())
+    names = []
+    for path in sorted(run_dir.glob("events.out.tfevents.*"), reverse=True):
+        stamp, dot, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        if dot and stamp.isdecimal():
+            latest = min(int(stamp), latest - 1)
+            names.append((path, path.with_name(f"events.out.tfevents.{latest:010d}.{rest}")))
+    for path, name in reversed(names):  # the earliest first, which makes room for the next
+        if name != path:
+            path.rename(name)
 
 
 def _append(file: FileIO, line: bytes) -> None:

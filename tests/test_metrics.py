@@ -19,12 +19,6 @@ from dali_vit.metrics import MetricLog, StepTimer, Window, peak_flops
 from dali_vit.train import _is_evaluated
 
 
-@pytest.fixture(autouse=True)
-def files_of_one_second_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read by their names, which end in a number that is the process's: 10 would come before 9."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
 def attempt(run_dir: Path, start: int, steps: range, value: float) -> None:
     log = MetricLog(run_dir, start)
     if start == 0:
@@ -147,6 +141,24 @@ def test_the_time_left_forgets_the_first_steps(monkeypatch: pytest.MonkeyPatch) 
     assert found == [80, 70, 0]
 
 
+@pytest.mark.parametrize("clocks", [(5000, 1000, 990), (1000, 1000, 1000), (1000, 2000, 1001), (1000, 999, 1001)])
+def test_a_clock_that_goes_back_or_stands_still_hides_nothing(
+    clocks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of processes of the same number, too, as in containers: their files then differ in the second alone."""
+    name = "events.out.tfevents.%010d.host.7.0"
+    (tmp_path / "events.out.tfevents.of-others").write_bytes(b"")
+    for start, now in zip((0, 3, 5), clocks, strict=True):
+        monkeypatch.setattr(event_file_writer.time, "time", lambda now=now: float(now))
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+        monkeypatch.setattr(event_file_writer.socket, "gethostname", lambda: "host")
+        monkeypatch.setattr(event_file_writer.os, "getpid", lambda: 7)
+        attempt(tmp_path, start, range(start + 1, start + 4), float(start))
+    assert logged(tmp_path) == ([(1, 0), (2, 0), (3, 0), (4, 3), (5, 3), (6, 5), (7, 5), (8, 5)], 1)
+    files = sorted(path.name for path in tmp_path.glob("*.host.*"))
+    assert (len(files), files[-1]) == (3, name % clocks[-1])
+
+
 def test_texts_of_a_run_that_goes_on_stand_at_the_step_it_goes_on_from(tmp_path: Path) -> None:
     for start, text in ((0, "first"), (7, "second")):
         log = MetricLog(tmp_path, start)
@@ -154,6 +166,5 @@ def test_texts_of_a_run_that_goes_on_stand_at_the_step_it_goes_on_from(tmp_path:
         log.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    # Of the same second, their files are read in the order of a counter's digits.
-    texts = sorted((e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary"))
+    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary")]
     assert texts == [(0, "```\nfirst\n```"), (7, "```\nsecond\n```")]
