@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from types import SimpleNamespace
@@ -57,6 +58,38 @@ def test_parts_add_up_to_the_whole(parts, label_smoothing, tiny_config, cpu, mon
     assert in_parts == pytest.approx(loss, rel=1e-6)
     for one, other in zip(added_up, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_are_exchanged_with_the_last_part_alone(parts):
+    held_back, exchanged = [], []
+
+    class Replicas:
+        @contextlib.contextmanager
+        def no_sync(self):
+            held_back.append(1)
+            yield
+            held_back.pop()
+
+    def step(images, *_):
+        exchanged.append(not held_back)
+        return images.float().mean() * torch.ones((), requires_grad=True)
+
+    passes = accumulation.forward_and_backward(step, parts, Replicas())
+    passes(torch.zeros(8, 2, 2, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), torch.tensor(0.7))
+    assert exchanged == [False] * (parts - 1) + [True]
+
+
+def test_label_smoothing_reaches_the_loss(tiny_config, cpu):
+    model = create_model(tiny_config.model, num_classes=4, resolution=32, seed=1).train()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(2))  # of zeros it is log 4 anyway
+    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    labels, lam = torch.tensor([0, 1, 2, 3, 3, 1, 1, 0]), torch.tensor(LAMBDA)
+    config = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, label_smoothing=0.1))
+    update, _ = build_update(config, model, create_optimizer(model, config.optim), cpu)
+    smoothed, hard = (dali_vit.step.TrainStep(model, label_smoothing=s)(images, labels, lam).item() for s in (0.1, 0.0))
+    assert abs(smoothed - hard) > 1e-3
+    assert update(images, labels, LAMBDA, 0.0)[0].item() == pytest.approx(smoothed, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,16 @@ def test_unknown_field_of_another_version_is_refused():
         configs.from_dict({"data": {"bogus": 1}})
 
 
+def test_what_a_run_that_goes_on_may_change():
+    """All else changes the weights, and is refused by its name where it differs."""
+    fields = [field for group in configs.GROUPS.values() for field in dataclasses.fields(group)]
+    assert sorted(field.name for field in fields if field.metadata.get("operational")) == [
+        *("attention", "autotune", "checkpoint_every", "compile", "data", "eval_every", "gpus", "grad_accum_steps"),
+        *("hang_timeout", "keep_checkpoints", "log_every", "max_bad_share", "max_hours", "max_restarts"),
+        *("max_skipped_steps", "name", "profile", "recipe", "resume", "runs_dir", "spike_threshold", "threads"),
+    ]
+
+
 def test_differences_leave_out_what_does_not_change_the_weights():
     old = Config()
     new = dataclasses.replace(

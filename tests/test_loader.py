@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,21 @@ def test_the_evaluation_graph_can_be_laid_out_for_a_gpu(files: FileList) -> None
     order = EvalOrder(NUM_FILES, 8, 0, 1)
     pipeline = eval_pipeline(files, order, image_size=32, decoder=Decoder(), device_id=0, num_threads=2)
     assert output_devices(pipeline)[:2] == ["gpu", "gpu"]
+
+
+def test_on_a_gpu_chroma_is_interpolated_in_evaluations_and_repeated_in_training(files: FileList) -> None:
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "image_size": 32,
+        "rank": 0,
+        "world_size": 1,
+        "num_threads": 1,
+        "device": "cpu",
+    }
+    with closing(TrainLoader(files, seed=0, **options)) as loader:
+        training = loader._make_pipeline.keywords["decoder"]
+    evaluation = EvalLoader(files, **options)._make_pipeline.keywords["decoder"]
+    assert (training.fancy_upsampling, evaluation.fancy_upsampling) == (False, True)
 
 
 def output_devices(pipeline: Pipeline) -> list[str]:

@@ -17,6 +17,8 @@ from dali_vit import checkpoint
 from dali_vit import data as datasets
 from dali_vit.config import Config, ModelConfig, UserError
 from dali_vit.distributed import Group
+from dali_vit.mixup import sample_lambda
+from dali_vit.model import create_model
 from dali_vit.plan import plan
 from dali_vit.stopping import Interrupted
 from dali_vit.train import train
@@ -62,6 +64,32 @@ def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypa
     found = {name: given[name] for name in ("batch_size", "image_size", "seed", "rank", "world_size", "start_step")}
     assert found == {"batch_size": 8, "image_size": 32, "seed": 9, "rank": 1, "world_size": 2, "start_step": 4}
     assert (given["max_bad_share"], given["num_threads"]) == (0.5, 1)
+
+
+@pytest.mark.timeout(60)
+def test_seed_and_alpha_reach_the_weights_and_mixup(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = replace(tiny_config.optim, steps=4, mixup_alpha=0.7)
+    config = replace(tiny_config, optim=optim, run=replace(tiny_config.run, seed=9))
+    lambdas: list[float] = []
+    build = loop.build_update
+
+    def build_recording(*arguments: Any) -> tuple[Any, dict[str, str]]:
+        update, how = build(*arguments)
+
+        def record(images: Any, labels: Any, lam: float, lr: float) -> Any:
+            lambdas.append(lam)
+            return update(images, labels, lam, lr)
+
+        return record, how
+
+    monkeypatch.setattr(loop, "build_update", build_recording)
+    planned = plan(config, 1)
+    expected = create_model(config.model, num_classes=4, resolution=32, seed=9).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in planned.model.state_dict().items())
+    train(config, cpu, planned)
+    assert lambdas == [sample_lambda(0.7, 9, step) for step in range(4)]
 
 
 def test_a_timm_model_that_takes_no_images_of_the_size_is_named(tiny_config: Config) -> None:
@@ -118,9 +146,17 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
     assert (kept.step, kept.loader["evaluation_due"]) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("Ti", (192, 12, 768, 3)), ("S", (384, 12, 1536, 6)), ("B", (768, 12, 3072, 12))]
-)
-def test_the_variants_are_the_papers(name: str, expected: tuple[int, ...]) -> None:
+def test_the_variants_are_big_visions() -> None:
     """Width, blocks, width of the MLP, heads: of these no count of parameters tells the last."""
-    assert tuple(VARIANTS[name]) == expected
+    assert {name: tuple(sizes) for name, sizes in VARIANTS.items()} == {
+        "mu": (32, 1, 128, 2),
+        "Ti": (192, 12, 768, 3),
+        "S": (384, 12, 1536, 6),
+        "M": (512, 12, 2048, 8),
+        "B": (768, 12, 3072, 12),
+        "L": (1024, 24, 4096, 16),
+        "So400m": (1152, 27, 4304, 16),
+        "H": (1280, 32, 5120, 16),
+        "g": (1408, 40, 6144, 16),
+        "G": (1664, 48, 8192, 16),
+    }

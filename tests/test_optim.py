@@ -232,6 +232,13 @@ def test_clipping_is_by_the_global_norm(max_norm: float | None, scale: float) ->
     assert gradient(parameters[1]).tolist() == pytest.approx([12 * scale], rel=1e-7)
 
 
+def test_clipping_adds_nothing_to_a_small_norm() -> None:
+    """torch's clip_grad_norm_ adds 1e-6, which would be a thousandth of this one."""
+    parameters = parameters_with_gradients([3e-4, 4e-4], [12e-4])
+    clip_grad_norm(parameters, 1e-4)
+    assert gradient(parameters[1]).tolist() == pytest.approx([12e-4 / 13], rel=1e-6)
+
+
 def test_clipping_of_gradients_that_are_zero_or_not_finite() -> None:
     zero = parameters_with_gradients([0.0, 0.0])
     assert clip_grad_norm(zero, 1.0) == 0

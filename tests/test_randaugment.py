@@ -87,6 +87,13 @@ def test_value_operations_stay_within_a_level_on_every_pixel(size: int, magnitud
             assert difference.max() <= 1, f"{name} at {magnitude} on {kind}"
 
 
+@pytest.mark.parametrize("name", ["solarize", "solarize_add"])
+def test_levels_are_cut_off_and_not_rounded(name: str) -> None:
+    """256 x 0.78 and 110 x 0.78 have fractions above a half."""
+    images = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(1, 64, 64, 3)
+    np.testing.assert_array_equal(run_op(images, name, magnitude=7.8)[0], EXPECTED[name](images[0], 0.78))
+
+
 @pytest.mark.parametrize("size", [224, 64])
 @pytest.mark.parametrize("magnitude", [10, 7.3, 5, 2, 0.03, 0])
 def test_geometric_operations_take_the_right_pixels(size: int, magnitude: float, form: str) -> None:

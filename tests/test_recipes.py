@@ -33,6 +33,9 @@ PAPER = {
     "grad_clip_norm": 1.0,
     "label_smoothing": 0.0,
     "mixup_alpha": 0.2,
+    # Not the paper's, but what the documentation says.
+    "spike_threshold": 10.0,
+    "eval_every": 2.0,
 }
 ROWS = {
     "": {},
@@ -79,6 +82,8 @@ def test_recipe_resolves_to_the_papers_row(name):
 
 def test_there_is_no_recipe_outside_the_table_but_the_demo():
     assert set(recipes.RECIPES) == {*TABLE, "demo"}
+    demo = flat(recipes.get("demo"))
+    assert (demo["randaug_layers"], demo["randaug_magnitude"], demo["mixup_alpha"]) == (1, 2.0, 0.0)
 
 
 def test_default_recipe_is_the_90_epoch_row():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dali_vit import report
 from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
@@ -83,6 +84,14 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
         config, dataset(minival=1, val=1), group, model="M", how={}, total_steps=steps, checkpoint=None, threads=1
     )
     assert f"length    {length}" in text.splitlines()
+
+
+def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "peak_flops", lambda _: 1000.0)
+    group = Group(0, 2, 0, 2, torch.device("cpu"))
+    scalars = report.speed(3, 2.0, 0.0, batch_size=8, train_flops=50.0, group=group)
+    assert (scalars["perf/images_per_sec"], scalars["perf/images_per_sec_per_gpu"]) == (12, 6)
+    assert scalars["perf/mfu_pct"] == pytest.approx(100 * 12 * 50 / 2000)
 
 
 @pytest.mark.parametrize(

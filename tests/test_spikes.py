@@ -73,6 +73,7 @@ def test_where_a_loss_becomes_a_spike(level, noise, bound):
 
 
 def test_nothing_is_a_spike_during_warm_up():
+    assert (WARM_UP, MEMORY) == (100, 1000)
     assert spikes_in([1.0] * (WARM_UP - 1) + [1e6]) == []
     assert spikes_in([1.0] * WARM_UP + [1e6]) == [WARM_UP]
 

@@ -26,7 +26,10 @@ pytestmark = pytest.mark.timeout(60)
     ],
 )
 def test_images_of_the_evaluation_graph(eval_preprocess_reference: Reference, tmp_path: Path, device: str) -> None:
-    """Within 1.5 of 255 levels in the mean; a crop offset by one pixel costs 5."""
+    """Within 1.5 of 255 levels in the mean, on the CPU 0.95; a crop offset by one pixel costs 5.
+
+    A resize that is not stretched to whole pixels would give one of the pictures 0.99 on the CPU.
+    """
     arrays = eval_preprocess_reference.arrays
     names = sorted(name.removesuffix("/jpeg") for name in arrays if name.endswith("/jpeg"))
     assert names
@@ -45,4 +48,4 @@ def test_images_of_the_evaluation_graph(eval_preprocess_reference: Reference, tm
         )
         images, labels = next(iter(loader))
         assert labels.tolist() == [i]
-        assert np.abs(images[0].cpu().numpy() - expected).mean() <= (1.0 if device == "cpu" else 1.5), name
+        assert np.abs(images[0].cpu().numpy() - expected).mean() <= (0.95 if device == "cpu" else 1.5), name
