@@ -45,6 +45,8 @@ def compile_fault(device: torch.device) -> str | None:
     A sum is compiled: a second, or for the first time on a machine half a minute on the CPU.
     """
     atexit.unregister(_limit_compile_workers)
+    # Of a machine with CUDA's compiler and no GPU it warns that there is none, which is told elsewhere.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
     except Exception as error:  # of any of the many things that have to fit together

@@ -23,6 +23,29 @@ __all__ = ["PROGRAM", "named_recipe", "parse", "parse_train", "stdout_may_be_ful
 
 PROGRAM = "dali-vit"
 
+_OTHERS = {
+    **dict.fromkeys(("--data-dir", "--data-path", "--dataset"), "did you mean --data?"),
+    **dict.fromkeys(("-b", "--batch"), "did you mean --batch-size?"),
+    **dict.fromkeys(("--output", "--output-dir", "--workdir"), "did you mean --runs-dir?"),
+    **dict.fromkeys(("--img-size", "--input-size", "--image-size"), "did you mean --resolution?"),
+    **dict.fromkeys(("-j", "--workers", "--num-workers"), "did you mean --threads?"),
+    "--aa": "did you mean --randaug-layers and --randaug-magnitude?",
+    "--checkpoint-hist": "did you mean --keep-checkpoints?",
+    "--clip-grad": "did you mean --grad-clip-norm?",
+    "--experiment": "did you mean --name?",
+    "--log-interval": "did you mean --log-every?",
+    "--mixup": "did you mean --mixup-alpha?",
+    "--opt": "did you mean --optimizer?",
+    "--smoothing": "did you mean --label-smoothing?",
+    "--torchcompile": "did you mean --compile?",
+    "--warmup-epochs": "did you mean --warmup-steps?",
+    "--wd": "did you mean --weight-decay, which is not multiplied by --lr?",
+    "--amp": "on GPUs matrix products are in bfloat16 anyway",
+    "--num-classes": "the classes are those of --data",
+    **dict.fromkeys(("--pretrained", "--initial-checkpoint", "--finetune"), "every run starts from scratch"),
+}
+"""What is here in place of flags that timm's and big_vision's scripts, or others, have."""
+
 
 def parse_train(argv: list[str]) -> tuple[Config, bool]:
     """The resolved Config and whether it is only to be printed."""
@@ -94,7 +117,7 @@ def parse(
     except SystemExit as exit_request:
         if exit_request.code in (0, None):
             raise
-        raise UserError(_one_line(captured.getvalue(), command)) from None
+        raise UserError(_one_line(captured.getvalue(), command, argv)) from None
 
 
 @contextlib.contextmanager
@@ -111,7 +134,7 @@ def stdout_may_be_full() -> Iterator[None]:
         raise mendable(error) or error from None
 
 
-def _one_line(box: str, command: str) -> str:
+def _one_line(box: str, command: str, argv: list[str]) -> str:
     """The message inside the box that tyro draws around an error, without the help that follows a ruler in it."""
     message: list[str] = []
     for line in box.splitlines()[1:]:  # the first is the box's title
@@ -120,6 +143,19 @@ def _one_line(box: str, command: str) -> str:
             message.append(text)
         elif message:  # without UTF-8 a ruler comes before the message, too
             break
+    text = " ".join(message)
     similar = re.search(r"Perhaps you meant.*?(--[\w-]+)", box, re.DOTALL)
-    hint = f"; did you mean {similar[1]}?" if similar else ""
-    return f"{' '.join(message)}{hint} (`{PROGRAM} {command} --help` lists the options)"
+    hint = f"did you mean {similar[1]}?" if similar else ""
+    unknown = re.match(r"Unrecognized options: ([^,\s]+)", text)
+    if unknown and command in ("train", "preview"):
+        hint = _what_instead(unknown[1], argv) or hint
+    return f"{text}{'; ' if hint else ''}{hint} (`{PROGRAM} {command} --help` lists the options)"
+
+
+def _what_instead(unknown: str, argv: list[str]) -> str | None:
+    """Of the first argument that is none of ours, as far as others' habits tell."""
+    if unknown.startswith("-"):
+        return _OTHERS.get(unknown.partition("=")[0])
+    if "--resume" in argv[:-1] and argv[argv.index("--resume") + 1] == unknown:
+        return "--resume takes nothing: --runs-dir and --name say which run"
+    return f"did you mean --data {unknown}?" if os.path.isdir(unknown) else None

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ def with_sizes(config: ModelConfig) -> str:
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
     """What about a run that is allowed may not be what was meant."""
     found = []
+    if config.data.data == "demo" and Path("demo", "train").is_dir():
+        found.append("--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo")
+    decay, rate = config.optim.weight_decay, config.optim.lr
+    if config.optim.optimizer == "adamw" and decay > rate:
+        found.append(
+            f"--weight-decay {decay:g} is not multiplied by --lr: torch and timm call it {decay / rate:g}; what they"
+            f" call 0.1 is {0.1 * rate:g} here"
+        )
     if other_val_images:
         found.append(f"{dataset.root}: val has other images than before; what is measured on it is not to be compared")
     if not dataset.counts.get("val"):

@@ -41,9 +41,10 @@ def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
     """Sizes and patch side of a VARIANT/PATCH model, the config's overrides applied; UserError for other names."""
     match = re.fullmatch(r"(\w+)/([1-9]\d*)", config.model)
     if match is None or match[1] not in VARIANTS:
+        timms = config.model if re.fullmatch(r"[a-z]\w*_\w+", config.model) else "NAME"
         raise UserError(
             f"--model {config.model}: no such model; give VARIANT/PATCH with a variant of {', '.join(VARIANTS)}"
-            f" (such as S/16), or {TIMM_PREFIX}NAME"
+            f" (such as S/16), or {TIMM_PREFIX}{timms}"
         )
     patch = int(match[2])
     if patch > MAX_RESOLUTION:

@@ -36,6 +36,30 @@ def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val
     assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
 
 
+def test_a_decay_that_is_torchs_is_remarked_on() -> None:
+    """timm's usual 0.1, by which nothing is learned here; ours is multiplied by the schedule alone."""
+    config = replace(Config(), optim=replace(Config().optim, weight_decay=0.1))
+    assert remarks(config, dataset(minival=1, val=1), 112_603) == [
+        "--weight-decay 0.1 is not multiplied by --lr: torch and timm call it 100; what they call 0.1 is 0.0001 here"
+    ]
+    sgd = replace(config, optim=replace(config.optim, optimizer="sgd"))
+    assert remarks(sgd, dataset(minival=1, val=1), 112_603) == []
+
+
+def test_a_folder_of_the_name_demo_is_remarked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "train").mkdir(parents=True)
+    for data, said in (
+        ("./demo", []),
+        (
+            "demo",
+            ["--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo"],
+        ),
+    ):
+        config = replace(Config(), data=replace(Config().data, data=data))
+        assert remarks(config, dataset(minival=1, val=1), 112_603) == said
+
+
 def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
     (tmp_path / "validation" / "a").mkdir(parents=True)
     (tmp_path / "validation" / "a" / "1.jpg").touch()
