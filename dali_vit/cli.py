@@ -78,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
         code = 2
     if code:
-        gc.collect()  # as `distributed.connect` does, which the frames of an error had outlived
+        gc.collect()  # once more: what the error's frames held outlived the collection in `distributed.connect`
     sys.exit(code)
 
 
 def _rank() -> int:
-    """This process's among those a launcher started, as `distributed` will have it: srun's variables it has yet to take
-    over, and torch it imports."""
+    """This process's among those a launcher started. `distributed` is not asked: it imports torch, and has not taken
+    over srun's variables yet."""
     rank, tasks = process.number("RANK", 0), process.number("SLURM_STEP_NUM_TASKS", 1)
     if os.environ.get("RANK"):
         return rank if os.environ.get("WORLD_SIZE") else 0
@@ -123,7 +123,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
     try:
         os.getcwd()
-    except FileNotFoundError:  # of which torch's libraries would say that they are not there
+    except FileNotFoundError:  # torch would report its own libraries as missing
         raise LocalUserError("the working directory was removed; cd to another") from None
     return commands[argv[0]](argv[1:])
 

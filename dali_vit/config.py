@@ -150,14 +150,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out. What is learned depends on the seed alone of these, and on the number of processes,
-    whose shares of a batch are mixed each in itself; of a model with batch norm on --grad-accum-steps, too."""
+    """How the run is carried out. Of these the seed alone is to change what is learned. So does the number of
+    processes, as Mixup pairs images within a process's share; and, with batch norm, --grad-accum-steps."""
 
     recipe: str = operational("s16-90ep")
     """Recipe that supplies every default; the help of `dali-vit train` lists them."""
     name: str | None = operational(None)
     """Name of the run's folder; default: the recipe's name."""
-    runs_dir: Path = field(default=Path("runs"), metadata={"operational": True})
+    runs_dir: Path = operational(Path("runs"))
     """Folder that holds the runs."""
     seed: int = 0
     """Seed of the initial weights, the data order, the augmentation and Mixup."""

@@ -26,7 +26,7 @@ def evaluate(
     `batches` yields images uint8 [N, S, S, 3] and labels int64 [N]; a label of -1 marks padding. With
     `acceptable` (ReaL: int64 [images, K], the right classes of each image, filled up with -1) a label is
     instead the image's row, rows without any class are left out, and top5 and loss are not reported.
-    Counts are integers, summed over ranks, so that the result does not depend on the number of ranks.
+    Counts are integers, summed over ranks, so that the accuracies do not depend on the number of ranks.
     """
     was_training = model.training
     model.eval()
@@ -75,11 +75,11 @@ def evaluate_splits(
     """`<split>/top1`, `/top5` and `/loss` on minival and val, and `/bad_samples` where images were left out.
 
     loaders: empty at first, kept from one call to the next: they take time to make, most of all on a GPU, and remember
-    which images cannot be decoded. `progress` is called before each batch, equally often on every rank, and may end the
-    evaluation by an exception.
+    which images cannot be decoded. `progress` is called before each batch is fetched and after the last, equally often
+    on every rank, and may end the evaluation by an exception.
     """
 
-    def counted(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def announced(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         progress()
         for batch in batches:
             yield batch
@@ -102,7 +102,7 @@ def evaluate_splits(
                 threads=datasets.num_threads(config, group),
                 max_bad_share=config.data.max_bad_share,
             )
-        result = evaluate(model, counted(loaders[name]), group.device)
+        result = evaluate(model, announced(loaders[name]), group.device)
         bad = len(files) - int(result.pop("count"))
         if bad:
             result["bad_samples"] = bad

@@ -140,7 +140,7 @@ def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False
         stamps = index_cache.stamps(paths, pool)  # before the listing: a change in between shows the next time
         listing = index_cache.load(folder, names, stamps, IMAGE_SUFFIXES)
         if listing is None:
-            listed = pool.map(lambda path: _list_class(path), paths)
+            listed = pool.map(_list_class, paths)
             listing = _collect(classes, listed)
             index_cache.save(folder, names, stamps, IMAGE_SUFFIXES, listing)
     if not some_empty:

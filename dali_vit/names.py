@@ -15,7 +15,7 @@ _CHUNK = 1 << 16
 
 
 def chunks_of_names(samples: ImageList, folder: Path) -> Iterator[list[bytes]]:
-    """`class/file` of every sample in order, in the file system's encoding, some thousands at a time.
+    """`class/file` of every sample in order, in the file system's encoding, 65,536 at a time.
 
     folder: where the files of a FileList lie, which is no part of their names here.
     """

@@ -25,7 +25,7 @@ def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
     """The factor in [0, 1] on the peak learning rate at `step` (from 0): linear warm-up, then cosine to 0.
 
     Step 0 has 0 and `total_steps` would have 0 again. Raises UserError unless the warm-up ends before the run
-    does. Source: big_vision, utils.create_learning_rate_schedule.
+    does, but of a run of one step, which `plan` looks at. Source: big_vision, utils.create_learning_rate_schedule.
     """
     if warmup_steps >= total_steps > 1:
         raise UserError(

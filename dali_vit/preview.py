@@ -36,7 +36,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
     out = at_home(out)
-    _check(config, out, step, count)
+    _check(config, out, count)
     assert config.data.data is not None
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     samples = dataset.split("train")
@@ -68,7 +68,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     return f"{out}: {len(names)} images of step {step}, {grid.width} x {grid.height} pixels"
 
 
-def _check(config: Config, out: Path, step: int, count: int) -> None:
+def _check(config: Config, out: Path, count: int) -> None:
     validate(config)
     if config.data.data is None:
         raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")

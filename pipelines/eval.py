@@ -16,7 +16,7 @@ __all__ = ["MAX_ASPECT_RATIO", "eval_pipeline"]
 
 # A JPEG of 65,000 x 1 pixels would be scaled up to 256 times its side, 12 GB.
 MAX_ASPECT_RATIO = 100
-"""Of an image of which `eval_pipeline` resizes the smaller side as it should; one beyond 256 / 224 as much fails."""
+"""Longer side by shorter up to which `eval_pipeline` resizes as it should; from 256 / 224 times as much on it fails."""
 
 
 @pipeline_def

@@ -172,7 +172,7 @@ class TrainLoader:
         return self._bad.indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, what else the stream depends on besides the samples, and the bad ones."""
+        """The bad samples, which a loader that goes on is to be given, how many samples there are, and the position."""
         return {
             "step": self._step,
             "seed": self._order.seed,

@@ -267,7 +267,7 @@ def rand_augment(image, uniforms, settings, out):
     """One operation for each four uniforms, in turn: image uint8 [S, S, 3] -> out uint8 [S, S, 3].
 
     uniforms: float32 [layers * 4] as `randaugment.rand_augment` has them; settings: float32 [44], the numbers that
-    the magnitude decides, as `randaugment.settings` gives them.
+    the magnitude decides, as `randaugment._settings` gives them.
     """
     layers, size = uniforms.shape[0] // 4, F(image.shape[0])
     spare = np.empty(out.shape, np.uint8)

@@ -138,7 +138,7 @@ def compare(
     files = dataset.split("train")
     if not isinstance(files, FileList):
         raise UserError(f"--compare: {dataset.root} holds shards, which the other loaders cannot read; give a folder")
-    together(lambda: _check_shared_memory(config, group, workers))
+    together(lambda: _check_shared_memory(config, workers))
     contestants: dict[str, Contestant] = others(config, files, group, workers)
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
@@ -155,7 +155,7 @@ def compare(
     return {"workers": workers * group.world_size, **summarize(rounds)}
 
 
-def _check_shared_memory(config: Config, group: Group, workers: int) -> None:
+def _check_shared_memory(config: Config, workers: int) -> None:
     """UserError where the batches that the other loaders' workers hand over do not fit; containers have 64 MB."""
     images = workers * (_PREFETCH + 1) * config.optim.batch_size  # of all processes; loaders take turns
     needed = images * 3 * config.data.resolution**2
