@@ -11,6 +11,7 @@ In a folder of its own because timm before 1.0.29 fails where it finds two files
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -45,8 +46,9 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     """
     check_local(target, "--out")
     target = at_home(target)
+    taken = UserError(f"--out {target}: exists; choose another folder or remove it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {target}: exists; choose another folder or remove it")
+        raise taken
     opened = checkpoint.open_model(source, resolution)
     state = dict(opened.model.state_dict())
     classifier: dict[str, Tensor] = {}
@@ -70,6 +72,8 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     try:
         _write(target, config, files, opened.classes)
     except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOTEMPTY:  # made meanwhile by another
+            raise taken from error
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--out {target}: cannot write there ({reason})") from error
     what = f"[N, {stock.num_features}] features" if classifier else f"[N, {num_classes}] logits"
@@ -135,8 +139,9 @@ def _write(
     An empty folder that is there already, which may be the one that the user is in, is filled, config.json coming last.
     """
     make_parent(target)
+    is_there = target.is_dir()  # one that another makes meanwhile is not filled
     name = f".{target.name}.{os.getpid()}.tmp"
-    temporary = target / name if target.is_dir() else target.with_name(name)
+    temporary = target / name if is_there else target.with_name(name)
     try:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -144,7 +149,7 @@ def _write(
             named = {"classes": json.dumps(classes)} if name == _CLASSIFIER and classes else {}
             (temporary / name).parent.mkdir(exist_ok=True)
             weights.write(temporary / name, tensors, {"format": "pt", **named})
-        if target.is_dir():
+        if is_there:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 file.rename(target / file.name)
         else:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, weights
 from dali_vit.config import ModelConfig
 from dali_vit.model import create_model
 from tests.conftest import run
@@ -124,6 +124,23 @@ def test_another_resolution_and_the_nearest_registered_name(tmp_path, capsys):
         assert json.loads((folder / "config.json").read_text())["architecture"] == registered
         x = images(64) * 2 - 1
         assert torch.equal(loaded(folder)(x), checkpoint.open_model(source, 64).model(x))
+
+
+def test_of_two_exports_at_once_one_says_that_the_folder_is_there(tmp_path, monkeypatch, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
+    out = tmp_path / "out"
+    write = weights.write
+
+    def write_meanwhile(*arguments):
+        write(*arguments)
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("of the other")
+
+    monkeypatch.setattr(weights, "write", write_meanwhile)
+    code, _, err = run("export", "--checkpoint", str(source), "--out", str(out), capsys=capsys)
+    assert (code, err) == (2, f"dali-vit: --out {out}: exists; choose another folder or remove it\n")
+    assert (out / "config.json").read_text() == "of the other"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "out"]
 
 
 def test_nothing_is_overwritten_and_nothing_left_half_done(tmp_path, capsys):
