@@ -142,7 +142,8 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
             elif names == [name]:
                 faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of at most 64"
         except Exception as error:  # not built for this chip, or not for these sizes; whatever Triton meets
-            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())
+            # What follows an empty line is advice to torch's developers.
+            faults[name] = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
             log.debug("attention %s: %s", name, faults[name])
     return times, faults
 

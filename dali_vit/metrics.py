@@ -223,18 +223,27 @@ class MetricLog:
 
 
 def _put_events_before_now(run_dir: Path) -> None:
-    """Renames TensorBoard's files that an earlier start, by a clock that was ahead of this one, or in this very second,
-    gave names of now or later. They are read in the order of their names, and this start's has to come last."""
+    """Renames TensorBoard's files that a start by a clock ahead of this one has given names of later times.
+
+    They are read in the order of their names, and this start's has to come last; a start within the same second waits
+    for the next. A TensorBoard that had a renamed file open may have to be started again.
+    """
+    files = []
+    for path in sorted(run_dir.glob("events.out.tfevents.*"), reverse=True):
+        seconds, dot, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        if dot and seconds.isdecimal():
+            files.append((path, int(seconds), rest))
+    while any(stamp == int(time.time()) for _, stamp, _ in files):
+        time.sleep(0.01)
     latest = int(time.time())
     names = []
-    for path in sorted(run_dir.glob("events.out.tfevents.*"), reverse=True):
-        stamp, dot, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
-        if dot and stamp.isdecimal():
-            latest = min(int(stamp), latest - 1)
-            names.append((path, path.with_name(f"events.out.tfevents.{latest:010d}.{rest}")))
+    for path, stamp, rest in files:
+        if stamp < latest:
+            break
+        latest -= 1
+        names.append((path, path.with_name(f"events.out.tfevents.{latest:010d}.{rest}")))
     for path, name in reversed(names):  # the earliest first, which makes room for the next
-        if name != path:
-            path.rename(name)
+        path.rename(name)
 
 
 def _append(file: FileIO, line: bytes) -> None:

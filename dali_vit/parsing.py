@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,7 @@ _OTHERS = {
     **dict.fromkeys(("--pretrained", "--initial-checkpoint", "--finetune"), "every run starts from scratch"),
 }
 """What is here in place of flags that timm's and big_vision's scripts, or others, have."""
+_UNRECOGNIZED = "Unrecognized options: "
 
 
 def parse_train(argv: list[str]) -> tuple[Config, bool]:
@@ -146,16 +148,23 @@ def _one_line(box: str, command: str, argv: list[str]) -> str:
     text = " ".join(message)
     similar = re.search(r"Perhaps you meant.*?(--[\w-]+)", box, re.DOTALL)
     hint = f"did you mean {similar[1]}?" if similar else ""
-    unknown = re.match(r"Unrecognized options: ([^,\s]+)", text)
-    if unknown and command in ("train", "preview"):
-        hint = _what_instead(unknown[1], argv) or hint
+    if command == "train" and text.startswith(_UNRECOGNIZED):
+        hint = _what_instead(text.removeprefix(_UNRECOGNIZED), argv) or hint
     return f"{text}{'; ' if hint else ''}{hint} (`{PROGRAM} {command} --help` lists the options)"
 
 
 def _what_instead(unknown: str, argv: list[str]) -> str | None:
-    """Of the first argument that is none of ours, as far as others' habits tell."""
-    if unknown.startswith("-"):
-        return _OTHERS.get(unknown.partition("=")[0])
-    if "--resume" in argv[:-1] and argv[argv.index("--resume") + 1] == unknown:
+    """Of the first argument that is none of ours, as far as others' habits tell. The parser breaks lines within it."""
+    joined = "".join(unknown.split())
+    given = [*argv, *(argument.partition("=")[2] for argument in argv)]
+    starts = [argument for argument in given if argument and joined.startswith("".join(argument.split()))]
+    if not starts:
+        return None
+    argument = max(starts, key=len)
+    if argument.startswith("-"):
+        return _OTHERS.get(argument.partition("=")[0])
+    if f"--resume={argument}" in argv or ("--resume", argument) in itertools.pairwise(argv):
         return "--resume takes nothing: --runs-dir and --name say which run"
-    return f"did you mean --data {unknown}?" if os.path.isdir(unknown) else None
+    if _value(argv, "--data") is None and os.path.isdir(argument):
+        return f"did you mean --data {'./demo' if argument == 'demo' else shlex.quote(argument)}?"
+    return None

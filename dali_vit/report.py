@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dali_vit.config import Config, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.listing import other_val
+from dali_vit.manifest import MANIFEST
 from dali_vit.metrics import duration, peak_flops
 from dali_vit.structure import val_without_images
 from dali_vit.variants import TIMM_PREFIX
@@ -45,7 +46,7 @@ def with_sizes(config: ModelConfig) -> str:
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
     """What about a run that is allowed may not be what was meant."""
     found = []
-    if config.data.data == "demo" and Path("demo", "train").is_dir():
+    if config.data.data == "demo" and (os.path.isdir("demo/train") or os.path.isfile(f"demo/{MANIFEST}")):
         found.append("--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo")
     decay, rate = config.optim.weight_decay, config.optim.lr
     if config.optim.optimizer == "adamw" and decay > rate:

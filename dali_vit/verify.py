@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 _CHUNK = 256  # images that are decoded together, while the next are read
 _SHOWN = 20  # problems of a kind in the log
+_MOST_LINKS = 40  # one after the other; Linux follows no more
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _duplicates(
     """Training images whose bytes are those of a validation image, or which a link in val leads to."""
     in_val = {int(digest): i for i, digest in enumerate(val_digests)}
     twins = np.flatnonzero(np.isin(val_digests, train_digests)).tolist()
-    files = {os.path.realpath(val.path(i)): val.path(i) for i in twins}
+    files = {entry: val.path(i) for i in twins for entry in _entries(val.path(i))}
     found = []
     for i in np.flatnonzero(np.isin(train_digests, val_digests)).tolist():
         twin = in_val[int(train_digests[i])]
@@ -223,10 +224,20 @@ def _duplicates(
             continue
         path = train.path(i)
         problem = Problem("duplicate", "train", path, f"the same bytes as {val.path(twin)}")
-        if not os.path.islink(path) and (other := files.get(os.path.realpath(path))):
+        if other := files.get(next(_entries(path))):
             problem = Problem("shared", "train", path, f"the same file as {other}")
         found.append((i, problem))
     return found
+
+
+def _entries(path: str) -> Iterator[str]:
+    """Where a path leads: what a folder holds by that name, then, while that is a link, what the link names."""
+    for _ in range(_MOST_LINKS):
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        yield path
+        if not os.path.islink(path):
+            return
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
 
 
 def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:

@@ -172,7 +172,8 @@ class TrainLoader:
         return self._bad.indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The bad samples, which a loader that goes on is to be given, how many samples there are, and the position."""
+        """The bad samples, which a loader that goes on is to be given, and, for checks, what the stream was made of and
+        the step that it had come to."""
         return {
             "step": self._step,
             "seed": self._order.seed,

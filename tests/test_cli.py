@@ -34,8 +34,8 @@ def good(image_folder, tmp_path) -> list[str]:
         (["-b", "8"], ["; did you mean --batch-size? ("]),
         (["--wd=0.1"], ["; did you mean --weight-decay, which is not multiplied by --lr? ("]),
         (["--pretrained"], ["Unrecognized options: --pretrained; every run starts from scratch ("]),
-        (["/"], ["Unrecognized options: /; did you mean --data /? ("]),
-        (["/nowhere"], ["Unrecognized options: /nowhere (`"]),
+        (["/"], ["Unrecognized options: / (`"]),
+        (["--resume=/"], ["; --resume takes nothing: --runs-dir and --name say which run ("]),
         (["--resume", "/"], ["; --resume takes nothing: --runs-dir and --name say which run ("]),
         (["--model", "vit_small_patch16_224"], ["(such as S/16), or timm:vit_small_patch16_224\n"]),
         (["--epochs", "many"], ["--epochs"]),
@@ -65,6 +65,26 @@ def test_a_mistake_is_one_line_code_2_and_nothing_written(flags, words, image_fo
     for word in words:
         assert word in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("images", "; did you mean --data images?"),
+        ("demo", "; did you mean --data ./demo?"),  # demo is a set of ours
+        ("my, images", "; did you mean --data 'my, images'?"),
+        ("n" * 60 + "-" + "m" * 60, "; did you mean --data nnn"),
+        ("absent", " (`dali-vit train --help`"),
+    ],
+)
+def test_a_folder_without_a_flag_is_taken_for_data(name, hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if name != "absent":
+        (tmp_path / name).mkdir()
+    code, _, err = run("train", name, "--epochs", "3", capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("dali-vit: Unrecognized options: ")
+    assert hint in err
 
 
 @pytest.mark.parametrize("name", ["mine", "mine/checkpoints"])

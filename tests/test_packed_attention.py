@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_they_compile_for_a_gpu(capability: int, tmp_path: Path, monkeypatch: py
         ),
     ]
     for kernel, sizes, options in kernels:
+        assert {parameter.name for parameter in kernel.params if parameter.is_constexpr} == set(sizes)
         types = {**tensors, **numbers, **dict.fromkeys(sizes, "constexpr")}
         source = ASTSource(
             kernel,
@@ -133,6 +135,28 @@ def test_a_compiled_step_trains_alike_with_them(parted: bool, monkeypatch: pytes
     for name, expected in torchs.items():
         assert expected is not None
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_they_are_checked_as_a_compiled_step_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dali_vit import attention, packed_attention
+
+    traced = []
+
+    def forward(kernel: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        traced.append(torch.compiler.is_compiling())
+        return forward_by_torch(kernel, qkv, heads)
+
+    def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        traced.append(torch.compiler.is_compiling())
+        return backward_by_torch(*arguments)
+
+    monkeypatch.setattr(packed_attention, "launch_forward", forward)
+    monkeypatch.setattr(packed_attention, "launch_backward", backward)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_eager))
+    torch.compiler.reset()
+    attention._check_packed(attention.Shape(64, 20, 2, 16), torch.device("cpu"))
+    assert len(traced) >= 2
+    assert all(traced)
 
 
 def _disturb(model: nn.Module) -> None:

@@ -119,6 +119,34 @@ def test_an_image_that_val_has_by_a_link_stays(tmp_path):
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("linked", ["file", "class", "split"])
+def test_what_vals_links_lead_through_stays(linked, tmp_path):
+    """Train's images being links themselves, to a pool elsewhere."""
+    root, pool = tmp_path / "set", tmp_path / "pool"
+    pool.mkdir()
+    for number in range(4):
+        folder = root / "train" / f"c{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (50 * number, 0, 90)).save(pool / f"{number}.jpg")
+        (folder / f"{number}.jpg").symlink_to(pool / f"{number}.jpg")
+        if linked == "file":
+            (root / "val" / folder.name).mkdir(parents=True, exist_ok=True)
+            (root / "val" / folder.name / f"{number}.jpg").symlink_to(f"../../train/{folder.name}/{number}.jpg")
+    if linked == "class":
+        (root / "val").mkdir()
+        for name in ("c0", "c1"):
+            (root / "val" / name).symlink_to(f"../train/{name}")
+    elif linked == "split":
+        (root / "val").symlink_to("train")
+    before = load_dataset(root, minival=0).counts
+    report = verify(VerifyArguments(root, quarantine=tmp_path / "aside"))
+    assert [problem.kind for problem in report.problems] == ["shared"] * 4
+    assert (report.quarantined, report.exit_code) == (0, 2)
+    assert load_dataset(root, minival=0).counts == before == {"train": 4, "val": 4}
+    assert verify(VerifyArguments(root)).counts == before
+
+
+@pytest.mark.timeout(60)
 def test_a_prepared_folder_of_which_a_split_is_moved_whole(tmp_path):
     arguments = write_source("folder", tmp_path / "source")
     target = prepare(replace(arguments, target=tmp_path / "set", to="folder"))

@@ -13,6 +13,7 @@ from dali_vit import report
 from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
+from dali_vit.manifest import MANIFEST
 from dali_vit.report import evaluation_line, model_line, progress_line, remarks, summary, with_sizes
 
 
@@ -46,9 +47,13 @@ def test_a_decay_that_is_torchs_is_remarked_on() -> None:
     assert remarks(sgd, dataset(minival=1, val=1), 112_603) == []
 
 
-def test_a_folder_of_the_name_demo_is_remarked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("holds", ["train", MANIFEST])
+def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "demo" / "train").mkdir(parents=True)
+    (tmp_path / "demo").mkdir()
+    demo = replace(Config(), data=replace(Config().data, data="demo"))
+    assert remarks(demo, dataset(minival=1, val=1), 112_603) == []  # it may be anything
+    (tmp_path / "demo" / holds).touch() if holds == MANIFEST else (tmp_path / "demo" / holds).mkdir()
     for data, said in (
         ("./demo", []),
         (
