@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import dropout
 
 import dali_vit.train as loop
 from dali_vit import checkpoint
 from dali_vit import data as datasets
+from dali_vit import plan as planning
 from dali_vit.config import Config, ModelConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.mixup import sample_lambda
@@ -90,6 +92,37 @@ def test_seed_and_alpha_reach_the_weights_and_mixup(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in planned.model.state_dict().items())
     train(config, cpu, planned)
     assert lambdas == [sample_lambda(0.7, 9, step) for step in range(4)]
+
+
+@pytest.mark.timeout(60)
+def test_dropout_is_drawn_from_the_seed_and_goes_on_where_it_was(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models of timm's may have it; torch's own state must not matter, nor that a run was stopped."""
+
+    def with_dropout(*arguments: Any, **options: Any) -> torch.nn.Module:
+        model = create_model(*arguments, **options)
+        model.head.register_forward_pre_hook(lambda layer, given: dropout(given[0], 0.5, layer.training))
+        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+        return model
+
+    def trained(name: str, state: int, stops: int | None = None) -> dict[str, torch.Tensor]:
+        optim = replace(tiny_config.optim, steps=8)
+        config = replace(tiny_config, optim=optim, run=replace(tiny_config.run, name=name))
+        monkeypatch.setattr(loop.Stop, "agreed", lambda self, step: "stopped" if step == stops else None)
+        torch.manual_seed(state)
+        if stops is None:
+            train(config, cpu, plan(config, 1))
+        else:
+            with pytest.raises(Interrupted):
+                train(config, cpu, plan(config, 1))
+        return checkpoint.newest(config.run_dir).model_state()
+
+    monkeypatch.setattr(planning, "create_model", with_dropout)
+    whole = trained("whole", 1)
+    trained("parted", 2, stops=3)
+    parted = trained("parted", 3)
+    assert all(torch.equal(parted[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_timm_model_that_takes_no_images_of_the_size_is_named(tiny_config: Config) -> None:
