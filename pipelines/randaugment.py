@@ -81,8 +81,8 @@ def rand_augment(
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
     did (big_vision issue 109), "mean" towards the mean of the image. On the CPU the operations are compiled by Numba
     where `compiled` is true or, if that is None, where they can be; else, and on a GPU (but see `behind_graph`), they
-    are DALI's operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError
-    for another magnitude or contrast, and fewer than 0 layers. Source: big_vision's `pp/autoaugment.py`.
+    are DALI's operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError for
+    another magnitude or contrast, and fewer than 0 layers. Source: big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
@@ -112,8 +112,8 @@ def apply_op(
     """Apply the operation `name` to every image: the policy's own branch, with the draw given.
 
     images, image_size, magnitude, contrast, compiled: as in `rand_augment`; negative: the other sign of a geometric
-    operation; center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError
-    for an unknown operation, and as `rand_augment`.
+    operation; center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError for an
+    unknown operation, and as `rand_augment`.
     """
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
