@@ -206,6 +206,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder: `runs_dir` with ~ expanded, and in it the name, or else the recipe's."""
         return at_home(self.run.runs_dir) / (self.run.name or self.run.recipe)
 
 
@@ -246,6 +247,7 @@ def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
+    """The text of a run's config.yaml, which `--config` takes: every field, defaults, too."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 

@@ -57,6 +57,7 @@ class Group:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
         return self.rank == 0
 
 
@@ -308,5 +309,6 @@ def share_buffers(model: torch.nn.Module) -> None:
 
 
 def barrier() -> None:
+    """Waits for all ranks; nothing in a process that is alone. Collective."""
     if dist.is_initialized():
         dist.barrier()

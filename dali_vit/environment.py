@@ -143,6 +143,7 @@ def _read_text(path: Path) -> str:
 
 
 def cpu_name() -> str:
+    """The processor's model name by Linux, `unknown` where it tells none; elsewhere what `platform` knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -199,4 +199,5 @@ def why_undecodable(data: bytes) -> tuple[str, str]:
 
 
 def one_line(error: object) -> str:
+    """An error's message on one line, or its type's name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -73,6 +73,7 @@ class Split:
 
     @property
     def mean_bytes(self) -> float:
+        """Bytes of an encoded image in the mean; 0 for a split without images."""
         return self.bytes / self.count if self.count else 0.0
 
 

@@ -120,6 +120,8 @@ class Window:
         """Whether a rank had found more bad samples at the last reading than at the one before."""
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Adds a step: its loss and the norm of its gradient, both 0-d on the group's device, for which nothing waits.
+        A norm that is not finite says that the step was left out."""
         taken = torch.isfinite(grad_norm)
         values = torch.stack([loss, grad_norm, torch.ones_like(loss)])
         self._sums += torch.where(taken, values, 0.0)
@@ -171,6 +173,8 @@ class MetricLog:
         self._writable = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars by name at a step, counted from 1; NaN and infinity are null in metrics.jsonl."""
+
         def to_events(events: SummaryWriter) -> None:
             for name, value in values.items():
                 events.add_scalar(name, value, step)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
+    """A model in words; forward_flops: of one image of `resolution` pixels a side, forward pass."""
     if config.model.startswith(TIMM_PREFIX):
         kind = config.model
     else:
@@ -150,6 +151,7 @@ class StarvationWarning:
         self._windows, self._said = 0, False
 
     def check(self, data_wait_pct: float) -> None:
+        """Takes the share of wall time, in percent, that the steps since the last call stood still for data."""
         self._windows += 1
         if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
             self._said = True
@@ -193,6 +195,7 @@ def progress_bar(total: int, start: int, *, visible: bool) -> Iterator[tqdm]:
 
 
 def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, float], eta: float) -> str:
+    """The log line of a window of steps. scalars: `train/loss`, `train/lr` and what `speed` gives; eta: seconds."""
     parts = [
         f"step {step:>{len(str(total))}}/{total}",
         f"epoch {epoch:.2f}",
@@ -207,6 +210,7 @@ def progress_line(step: int, total: int, epoch: float, scalars: Mapping[str, flo
 
 
 def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """The log line of an evaluation; metrics as `evaluate_splits` gives them, of any splits or none."""
     parts = []  # none where nothing was evaluated
     for split in sorted({name.split("/")[0] for name in metrics}):
         values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}

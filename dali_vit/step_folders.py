@@ -17,6 +17,7 @@ BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the fir
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps of a run lies."""
     return run_dir / "checkpoints" / f"step_{step:09d}"
 
 

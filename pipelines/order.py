@@ -71,6 +71,7 @@ class TrainOrder:
 
     @property
     def local_batch_size(self) -> int:
+        """Samples of this rank at a step."""
         return self.batch_size // self.world_size
 
     def _first_position(self, step: int) -> int:
@@ -118,6 +119,7 @@ class EvalOrder:
 
     @property
     def num_batches(self) -> int:
+        """Batches of each rank; the last may be padding in part or whole."""
         return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def indices(self, batch: int) -> np.ndarray:

@@ -108,6 +108,7 @@ class FileList:
         return self.payload(np.array([index]))[0]
 
     def path(self, index: int) -> str:
+        """Path of a file, decoded as the file system's names are."""
         return os.fsdecode(self.encoded_path(index).tobytes())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileList:
@@ -151,9 +152,11 @@ class TrainSource:
 
     @property
     def num_arrays(self) -> int:
+        """How many arrays `arrays` gives."""
         return 1 + len(self.counts)
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
+        """Of each sample of this rank at an iteration its path, or its encoded bytes where it is in a shard, uint8."""
         indices = self.order.indices(self.start_step + info.iteration * self.stride)
         return _payload(self.samples, indices, None if self.bad is None else self.bad[indices])
 
@@ -162,6 +165,7 @@ class TrainSource:
         return stack_paths(self.payload(info))
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
+        """Labels int64 [local_batch_size], -1 of bad samples, and the uniforms float32 [local_batch_size, n]."""
         step = self.start_step + info.iteration * self.stride
         indices = self.order.indices(step)
         labels = self.samples.labels[indices]
@@ -196,6 +200,7 @@ class EvalSource:
         return indices, indices < 0 if self.bad is None else (indices < 0) | self.bad[indices]
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
+        """As TrainSource's. Raises StopIteration after the last batch."""
         return _payload(self.samples, *self._indices(info))
 
     def paths(self, info: BatchInfo) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +208,7 @@ class EvalSource:
         return stack_paths(self.payload(info))
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
+        """Labels int64 [batch_size], -1 of padding. Raises StopIteration after the last batch."""
         indices, padding = self._indices(info)
         return (np.where(padding, -1, self.samples.labels[indices]),)
 
