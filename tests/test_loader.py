@@ -332,17 +332,9 @@ def test_the_evaluation_graph_can_be_laid_out_for_a_gpu(files: FileList) -> None
 
 
 def test_on_a_gpu_chroma_is_interpolated_in_evaluations_and_repeated_in_training(files: FileList) -> None:
-    options: dict[str, Any] = {
-        "batch_size": 8,
-        "image_size": 32,
-        "rank": 0,
-        "world_size": 1,
-        "num_threads": 1,
-        "device": "cpu",
-    }
-    with closing(TrainLoader(files, seed=0, **options)) as loader:
+    with closing(train_loader(files)) as loader:
         training = loader._make_pipeline.keywords["decoder"]
-    evaluation = EvalLoader(files, **options)._make_pipeline.keywords["decoder"]
+    evaluation = eval_loader(files)._make_pipeline.keywords["decoder"]
     assert (training.fancy_upsampling, evaluation.fancy_upsampling) == (False, True)
 
 
