@@ -242,9 +242,9 @@ def read(folder: Path) -> Checkpoint:
             loader=record["loader"],
             metrics=record["metrics"],
         )
-    except PermissionError:
+    except (PermissionError, UserError):
         raise
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: not a whole checkpoint ({error}); use an older checkpoint") from error
 
 

@@ -34,21 +34,23 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     if acceptable is not None:
         acceptable = acceptable.to(device)
-    for images, labels in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(normalize(images))  # [N, classes]
-        logits = logits.float()
-        valid = labels >= 0
-        if acceptable is not None:
-            rows = acceptable[labels.clamp(min=0)]  # [N, K]
-            valid &= (rows >= 0).any(dim=1)
-            right = (rows == logits.argmax(dim=1, keepdim=True)).any(dim=1)
-            counts += torch.stack([valid.sum(), (right & valid).sum(), torch.zeros_like(counts[0])])
-            continue
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
-        counts += torch.stack([valid.sum(), top[:, 0].sum(), top.sum()])
-        loss_sum += F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double()
-    model.train(was_training)
+    try:
+        for images, labels in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(normalize(images))  # [N, classes]
+            logits = logits.float()
+            valid = labels >= 0
+            if acceptable is not None:
+                rows = acceptable[labels.clamp(min=0)]  # [N, K]
+                valid &= (rows >= 0).any(dim=1)
+                right = (rows == logits.argmax(dim=1, keepdim=True)).any(dim=1)
+                counts += torch.stack([valid.sum(), (right & valid).sum(), torch.zeros_like(counts[0])])
+                continue
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
+            counts += torch.stack([valid.sum(), top[:, 0].sum(), top.sum()])
+            loss_sum += F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double()
+    finally:
+        model.train(was_training)
 
     sum_over_ranks(counts)
     sum_over_ranks(loss_sum)

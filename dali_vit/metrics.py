@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ class MetricLog:
     `start_step` is the step the run goes on from: what an interrupted run logged past it is dropped from both,
     because those steps run again. What cannot be written (a full disk, a folder that became read-only) is lost with
     a warning: of metrics.jsonl those lines, of TensorBoard's events all from there on. `now` tells where the folder is,
-    should it be moved meanwhile: events of up to two minutes before, which wait to be written, are lost then.
+    should it be moved meanwhile: the few events that wait to be written are lost then.
     """
 
     def __init__(self, run_dir: Path, start_step: int, now: Callable[[], Path] | None = None) -> None:
@@ -205,6 +206,12 @@ class MetricLog:
         self._to_tensorboard(SummaryWriter.close)
         self._lines.close()
         threading.excepthook = self._report_thread
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _unless_of_events(self, failed: threading.ExceptHookArgs) -> None:
         """Reports what ended a thread, but for the disk's refusal of events: their writer raises it here once more."""

@@ -105,6 +105,7 @@ def parse(
     arguments: type, argv: list[str], command: str, *, default: Any = None, description: str | None = None
 ) -> Any:
     """Parses a command's flags with tyro; a mistake becomes a UserError of one line."""
+    _check_no_empty(argv)
     captured = io.StringIO()
     try:
         with stdout_may_be_full(), contextlib.redirect_stderr(captured):
@@ -120,6 +121,15 @@ def parse(
         if exit_request.code in (0, None):
             raise
         raise UserError(_one_line(captured.getvalue(), command, argv)) from None
+
+
+def _check_no_empty(argv: list[str]) -> None:
+    """UserError for what a shell makes of a variable that is not set; as a path it would be the working directory."""
+    for before, argument in itertools.pairwise(["", *argv]):
+        flag, equals, value = argument.partition("=")
+        if not argument or (flag.startswith("--") and equals and not value):
+            flag = flag or (before if before.startswith("--") and "=" not in before else "an argument")
+            raise UserError(f"{flag}: empty; give it a value, or leave it out (is a variable of the shell not set?)")
 
 
 @contextlib.contextmanager

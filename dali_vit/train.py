@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -151,6 +151,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         return found
 
     with (
+        writer or nullcontext(),
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
         background,
         closing(loader),
@@ -242,8 +243,6 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         watchdog.enter("checkpoint", done - 1)
         together(lambda: _close(background))
 
-    if writer:
-        writer.close()
     if stopping:
         raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
     metrics = _check_finite(metrics, config)

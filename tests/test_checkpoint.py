@@ -128,17 +128,19 @@ def test_metrics_are_those_of_the_very_weights(tiny_config, cpu):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt", "checkpoint.json"])
-@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "retype"])
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, file, damage, caplog):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / file
     content = path.read_bytes()
-    if damage == "truncate":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(content[:100] + bytes([content[100] ^ 0xFF]) + content[101:])
+    damaged = {
+        "truncate": content[: len(content) // 2],
+        "flip": content[:100] + bytes([content[100] ^ 0xFF]) + content[101:],
+        "retype": content.replace(b'"data": {', b'"data": "x", "was": {') + b" ",
+    }
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(damaged[damage])
     with caplog.at_level("WARNING", logger="dali_vit"):
         assert checkpoint.newest(tmp_path).step == 1
     assert "step_000000002" in caplog.text
@@ -337,9 +339,7 @@ def test_a_folder_made_for_timm_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(
-            UserError, match=f"--checkpoint {path}: a model for timm, as `export` makes them; give the run"
-        ):
+        with pytest.raises(UserError, match=f"--checkpoint {path}: a model for timm, as `export` makes them; give"):
             checkpoint.open_model(path)
 
 

@@ -24,6 +24,9 @@ def good(image_folder, tmp_path) -> list[str]:
     [
         (["--recipe", "nonsense"], ["--recipe nonsense"]),
         (["--recipe"], ["--recipe"]),
+        (["--runs-dir", ""], ["--runs-dir: empty; give it a value, or leave it out"]),
+        (["--runs-dir="], ["--runs-dir: empty; give it a value, or leave it out"]),
+        (["--lr", "1", ""], ["an argument: empty; give it a value, or leave it out"]),
         (
             ["--recipe", "demo", "--model", "timm:resnet18"],
             ["--width 32: has no effect on timm:resnet18; leave it out"],
@@ -307,6 +310,23 @@ def test_profile_writes_a_trace(steps, recorded, image_folder, tmp_path, capsys)
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "--checkpoint", "x", ""],
+        ["verify", ""],
+        ["prepare", "", "set"],
+        ["eval", "--checkpoint=", "--data", "x"],
+    ],
+)
+def test_an_empty_path_is_not_the_working_directory(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments, capsys=capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert ": empty; give it a value, or leave it out (is a variable of the shell not set?)" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_predict_names_a_missing_image(tmp_path, capsys):
     code, _, err = run("predict", "--checkpoint", str(tmp_path), str(tmp_path / "no.jpg"), capsys=capsys)
     assert code == 2

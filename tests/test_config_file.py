@@ -65,6 +65,8 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
         ("optim: {lr: [1, 2]}", "lr has more than one value; give it one"),
         ("data: {antialias: maybe}", "antialias must be true or false"),
         ("optim: {lr: true}", "lr must be neither true nor false"),
+        ("optim: {lr: }", "lr has no value; give it one, or leave it out"),
+        ("run: {runs_dir: null}", "runs_dir has no value; give it one, or leave it out"),
         ("run: {name: 007}", "name 7 is no text to YAML, which may write it otherwise; quote it"),
         ("run: {name: 2026-11-29}", "name 2026-11-29 is no text to YAML"),
         ("run: {runs_dir: 1.50}", "runs_dir 1.5 is no text to YAML"),

@@ -27,6 +27,11 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
     fails(lambda: load_dataset(""), "--data: empty; give the folder of a dataset")
 
 
+def test_the_root_of_all_folders_is_one_without_train(monkeypatch):
+    monkeypatch.setattr("dali_vit.listing.scan", lambda *_, **__: [])  # whatever this machine has there
+    fails(lambda: load_dataset("/"), "/ has no train/: give a folder that holds train/<class>/*")
+
+
 def test_file_instead_of_a_folder(tmp_path):
     make_files(tmp_path, "x.jpg")
     fails(lambda: load_dataset(tmp_path / "x.jpg"), "x.jpg is a file")

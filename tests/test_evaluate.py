@@ -41,6 +41,17 @@ def test_counts_by_hand():
     assert result["top5"] in (75.0, 100.0)
 
 
+def test_an_evaluation_that_is_broken_off_leaves_training_mode():
+    def broken():
+        yield from batches()
+        raise InterruptedError
+
+    model = FromPixels().train()
+    with pytest.raises(InterruptedError):
+        evaluate(model, broken(), torch.device("cpu"))
+    assert model.training
+
+
 def test_five_classes_count_as_the_top_five():
     class Ranked(torch.nn.Module):
         def forward(self, images):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +44,19 @@ def test_what_was_logged_up_to_the_checkpoint_stays_and_what_comes_again_goes(tm
     assert logged(tmp_path) == (expected, 1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
+
+
+def test_a_log_that_an_exception_ends_is_closed(tmp_path: Path) -> None:
+    hook = threading.excepthook
+    log = MetricLog(tmp_path, 0)
+    with suppress(InterruptedError), log:
+        log.scalars(1, {"train/loss": 1.0})
+        raise InterruptedError
+    assert threading.excepthook is hook
+    assert log._lines.closed
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0)]
 
 
 def test_lines_that_are_none_of_ours_do_not_matter(tmp_path: Path) -> None:

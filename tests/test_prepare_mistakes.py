@@ -29,6 +29,7 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     )
     prepare_fails(replace(arguments, source_format="tfrecord"), "no TFRecords with 'train'")
     prepare_fails(replace(arguments, source_format="ilsvrc"), "ILSVRC2012_img_train.tar")
+    prepare_fails(replace(arguments, target=Path("/")), "/ exists already: choose another TARGET")
     for name in ("source", "target"):
         url = {name: Path("s3://bucket/set")}
         told = (
@@ -77,9 +78,14 @@ def test_mistakes_with_tfrecords(tmp_path):
         path.write_bytes(path.read_bytes().replace(b"image/class/synset", b"image/class/symbol"))
     (inception / "label.labels.txt").write_text("one\ntwo\nthree\n")
     prepare_fails(PrepareArguments(inception, tmp_path / "set"), "label 3 is none of the 3 classes")
-    for path in root.glob("*train*"):
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_files_without_records_are_named_by_their_split(split, tmp_path):
+    root = datasets.write_tfds(tmp_path / "source", IMAGES)
+    for path in root.glob(f"*{split}*"):
         path.write_bytes(b"")
-    prepare_fails(PrepareArguments(root, tmp_path / "set"), f"{root}: its training files hold no images")
+    prepare_fails(PrepareArguments(root, tmp_path / "set"), f"{root}: its {split} files hold no images; fetch them")
 
 
 @pytest.mark.parametrize("label", [None, "cat"])

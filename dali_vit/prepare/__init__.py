@@ -85,6 +85,8 @@ def prepare(arguments: PrepareArguments) -> Path:
     target = at_home(arguments.target).absolute()
     if target.is_symlink():
         target = target.resolve()  # the folder that the link names is made, not one in the link's place
+    if not target.name:
+        raise UserError(f"{target} exists already: choose another TARGET")
     partial = target.with_name(target.name + ".partial")
     existing = read_manifest(target) if target.is_dir() else None
     if existing is None and target.exists() and (not target.is_dir() or any(target.iterdir())):

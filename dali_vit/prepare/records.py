@@ -59,7 +59,7 @@ def open_tfrecords(root: Path) -> Source:
             for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None))
             for record in _read_tfrecord(path)
         ]
-    return _assemble(shards, records, _label_names(root))
+    return _assemble(root, shards, records, _label_names(root))
 
 
 def open_parquet(root: Path, scratch: Path) -> Source:
@@ -78,7 +78,7 @@ def open_parquet(root: Path, scratch: Path) -> Source:
             unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
             shards[split].append(str(unpacked))
             records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
-    return _assemble(shards, *_with_names_of_ilsvrc(records, names))
+    return _assemble(root, shards, *_with_names_of_ilsvrc(records, names))
 
 
 def _with_names_of_ilsvrc(
@@ -146,11 +146,14 @@ def _check_complete(root: Path, paths: list[Path]) -> None:
             )
 
 
-def _assemble(shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None) -> Source:
+def _assemble(
+    root: Path, shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None
+) -> Source:
     """Gives classes their index and every image a name of its own."""
-    everything = [record for split in records.values() for record in split]
-    if not records["train"]:
-        raise UserError(f"{os.path.dirname(shards['train'][0])}: its training files hold no images")
+    for split, found in records.items():
+        if not found:
+            raise UserError(f"{root}: its {split} files hold no images; fetch them again")
+    everything = [record for found in records.values() for record in found]
     if all(record[4] for record in everything):
         classes = sorted({record[4] for record in everything if record[4]})
         index = {name: i for i, name in enumerate(classes)}
