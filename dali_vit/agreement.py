@@ -22,7 +22,9 @@ __all__ = ["check_same_evaluation", "check_same_run", "check_same_settings"]
 _OWN = ("data", "runs_dir", "gpus", "threads")
 
 
-def check_same_run(config: Config, dataset: Dataset, *, start: int, train_names: str, val_names: str | None) -> None:
+def check_same_run(
+    config: Config, dataset: Dataset, *, start: int, train_fingerprint: str, val_fingerprint: str | None
+) -> None:
     """UserError, on every rank alike, where ranks differ in settings, in data or in the step they would go on from.
 
     Each would do its own part of something else: train on wrong labels, or wait for the others where they do not.
@@ -44,8 +46,8 @@ def check_same_run(config: Config, dataset: Dataset, *, start: int, train_names:
     )
     of_data = {
         "classes": _digest("\0".join(dataset.classes).encode("utf-8", "surrogateescape")),
-        "training images": train_names,
-        "val images": val_names,
+        "training images": train_fingerprint,
+        "val images": val_fingerprint,
     }
     _check_same_data(config.data.data, of_data)
 

@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _rank() -> int:
     """This process's among those a launcher started. `distributed` is not asked: it imports torch, and has not taken
     over srun's variables yet."""
-    rank, tasks = process.number("RANK", 0), process.number("SLURM_STEP_NUM_TASKS", 1)
+    rank, tasks = process.int_from_environment("RANK", 0), process.int_from_environment("SLURM_STEP_NUM_TASKS", 1)
     if os.environ.get("RANK"):
         return rank if os.environ.get("WORLD_SIZE") else 0
-    return process.number("SLURM_PROCID", 0) if tasks > 1 else 0
+    return process.int_from_environment("SLURM_PROCID", 0) if tasks > 1 else 0
 
 
 def _is_the_users(error: ValueError) -> bool:

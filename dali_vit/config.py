@@ -150,8 +150,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out. Of these the seed alone is to change what is learned. So does the number of
-    processes, as Mixup pairs images within a process's share; and, with batch norm, --grad-accum-steps."""
+    """How the run is carried out. Only the seed is meant to change what is learned. The number of processes does, too,
+    as Mixup pairs images within a process's share; and so does --grad-accum-steps with batch norm."""
 
     recipe: str = operational("s16-90ep")
     """Recipe that supplies every default; the help of `dali-vit train` lists them."""

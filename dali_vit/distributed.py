@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
-from dali_vit.process import number
+from dali_vit.process import int_from_environment
 
 PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
 """Stages of a run, and how many times --hang-timeout each may take."""
@@ -69,30 +69,29 @@ def is_worker() -> bool:
 
 def _adopt_slurm() -> None:
     """Under srun, sets the variables that torchrun would, from SLURM's."""
-    slurm = os.environ
-    if slurm.get("RANK") or number("SLURM_STEP_NUM_TASKS", 1) < 2:
+    if os.environ.get("RANK") or int_from_environment("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
     needed = ["JOB_ID", "PROCID", "LOCALID", "STEP_TASKS_PER_NODE"]
-    for name in needed if slurm.get("MASTER_ADDR") else ["STEP_NODELIST", *needed]:
-        if not slurm.get(f"SLURM_{name}"):
+    for name in needed if os.environ.get("MASTER_ADDR") else ["STEP_NODELIST", *needed]:
+        if not os.environ.get(f"SLURM_{name}"):
             raise LocalUserError(
                 f"SLURM_{name}: not set, though SLURM_STEP_NUM_TASKS is; start by srun, or unset SLURM_STEP_NUM_TASKS"
             )
-    if not slurm.get("MASTER_ADDR"):
-        hosts = ["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]]
+    if not os.environ.get("MASTER_ADDR"):
+        hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
         try:
             found = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError("srun: scontrol is not usable here; set MASTER_ADDR to the first node's name") from error
         os.environ["MASTER_ADDR"] = found[0]
     # Jobs that share a node must not share a port.
-    if not slurm.get("MASTER_PORT"):
-        os.environ["MASTER_PORT"] = str(20_000 + number("SLURM_JOB_ID", 0) % 20_000)
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
-    os.environ["LOCAL_RANK"] = slurm["SLURM_LOCALID"]
-    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", slurm["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
+    if not os.environ.get("MASTER_PORT"):
+        os.environ["MASTER_PORT"] = str(20_000 + int_from_environment("SLURM_JOB_ID", 0) % 20_000)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
     tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
-    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(number("SLURM_NODEID", 0), len(tasks) - 1)])
+    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(int_from_environment("SLURM_NODEID", 0), len(tasks) - 1)])
 
 
 def _follow_launcher() -> None:
@@ -139,8 +138,8 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         yield _limit_threads(Group(0, 1, 0, 1, device))
         return
     _follow_launcher()
-    rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
-    local_rank, local_world_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    rank, world_size = int_from_environment("RANK", 0), int_from_environment("WORLD_SIZE", 1)
+    local_rank, local_world_size = int_from_environment("LOCAL_RANK", 0), int_from_environment("LOCAL_WORLD_SIZE", 1)
     _check_launcher(rank, world_size)
     timeout = collective_timeout(hang_timeout)
     on_gpu = gpus != 0 and torch.cuda.is_available()
@@ -175,7 +174,7 @@ def _check_launcher(rank: int, world_size: int) -> None:
                 f"{name}: not set, though RANK and WORLD_SIZE are; start by torchrun or with --gpus,"
                 " or unset RANK and WORLD_SIZE to run one process alone"
             )
-    port = number("MASTER_PORT", 0)
+    port = int_from_environment("MASTER_PORT", 0)
     if not 0 < port < 65_536:
         raise LocalUserError(f"MASTER_PORT={port}: must be from 1 to 65535; choose a port that is free")
 
@@ -280,10 +279,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Does something that may raise UserError on every rank; one that any of them raises is raised on all.
+    """Calls `work` on every rank; where it raises UserError on some, all raise that of the lowest, which it names.
 
-    Else the others would wait for those that have ended. The error of the lowest rank is taken, which it names. What
-    the operating system refuses is a UserError, too, where the user can mend it.
+    Else the others would wait for those that have ended. What the operating system refuses is a UserError, too, where
+    the user can mend it.
     """
     message = None
     try:

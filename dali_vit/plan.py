@@ -28,16 +28,19 @@ class Plan:
     total_steps: int
     checkpoint: checkpoints.Checkpoint | None
     """Where the run goes on from; None: from scratch."""
-    train_names: str
+    train_fingerprint: str
     """`names.fingerprint` of the training images, on which the order of the stream depends."""
-    val_names: str | None
+    val_fingerprint: str | None
     """Likewise of val's; None without any."""
 
     @property
     def has_other_val_images(self) -> bool:
         """Whether the run goes on, but with other images in val than those it was evaluated on."""
         # Checkpoints from before it was kept do not say.
-        return self.checkpoint is not None and self.checkpoint.loader.get("val_names", self.val_names) != self.val_names
+        return (
+            self.checkpoint is not None
+            and self.checkpoint.loader.get("val_names", self.val_fingerprint) != self.val_fingerprint
+        )
 
 
 def plan(config: Config, world_size: int) -> Plan:
@@ -79,15 +82,15 @@ def plan(config: Config, world_size: int) -> Plan:
             raise no_such_images(config.model, config.data.resolution, error) from error
         if share == parts:
             _check_single_images(config, model)
-    train_names = fingerprint(train_files, dataset.root / "train")
+    train_fingerprint = fingerprint(train_files, dataset.root / "train")
     if checkpoint is not None:
-        _check_same_images(config, checkpoint, dataset, train_names)
+        _check_same_images(config, checkpoint, dataset, train_fingerprint)
     total = total_steps(config.optim, len(train_files))
     if total == 1 and config.optim.warmup_steps:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    val_names = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
-    return Plan(dataset, model, total, checkpoint, train_names, val_names)
+    val_fingerprint = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
+    return Plan(dataset, model, total, checkpoint, train_fingerprint, val_fingerprint)
 
 
 def _check_single_images(config: Config, model: torch.nn.Module) -> None:
@@ -114,7 +117,7 @@ def up_to_date(planned: Plan, config: Config) -> Plan:
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is not None:
         _check_resumable(config, checkpoint)
-        _check_same_images(config, checkpoint, planned.dataset, planned.train_names)
+        _check_same_images(config, checkpoint, planned.dataset, planned.train_fingerprint)
     return replace(planned, checkpoint=checkpoint)
 
 
@@ -130,7 +133,7 @@ def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None
 
 
 def _check_same_images(
-    config: Config, checkpoint: checkpoints.Checkpoint, dataset: datasets.Dataset, train_names: str
+    config: Config, checkpoint: checkpoints.Checkpoint, dataset: datasets.Dataset, train_fingerprint: str
 ) -> None:
     """UserError where the stream of the checkpoint's run cannot go on with these images, which may lie elsewhere."""
     if checkpoint.classes != dataset.classes:
@@ -145,7 +148,7 @@ def _check_same_images(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
             f" {remedy}, or choose another --name"
         )
-    if checkpoint.loader.get("train_names", train_names) != train_names:  # older checkpoints have none
+    if checkpoint.loader.get("train_names", train_fingerprint) != train_fingerprint:  # older checkpoints have none
         raise UserError(
             f"--data {config.data.data}: as many training images as {config.run_dir} was begun with, but other names"
             " or classes of some; put back what was moved or renamed, or choose another --name"

@@ -95,7 +95,7 @@ def _raw_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-def number(variable: str, default: int) -> int:
+def int_from_environment(variable: str, default: int) -> int:
     """What a launcher has set in the environment; `default` where that is nothing or empty."""
     given = os.environ.get(variable) or default
     try:
@@ -116,4 +116,4 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(opened, mode))
 
 
-__all__ = ["NOBODY_READS", "end_at_ctrl_c", "number", "run", "tidy_up_at_ctrl_c"]
+__all__ = ["NOBODY_READS", "end_at_ctrl_c", "int_from_environment", "run", "tidy_up_at_ctrl_c"]

@@ -38,24 +38,24 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
-    for step_folder in folders:
+    for candidate in folders:
         try:
-            metrics = json.loads((step_folder / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
+            metrics = json.loads((candidate / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
         except (OSError, ValueError, KeyError):
             continue  # damaged: it is no candidate for the best, and goes when its turn comes
         score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
         if score is not None:
-            scores[step_folder] = score
+            scores[candidate] = score
     best = max(scores, key=lambda f: (scores[f], _step(f))) if scores else None
     if best is not None:
         _link(folder / BEST, best.name)
-    for step_folder in folders[:-keep]:
-        if step_folder == best or step_folder.is_symlink():
+    for candidate in folders[:-keep]:
+        if candidate == best or candidate.is_symlink():
             continue
         # By another name first: who reads the run meanwhile finds it whole or not at all.
-        going = folder / f".tmp-old-{step_folder.name}"
+        going = folder / f".tmp-old-{candidate.name}"
         with suppress(OSError):
-            os.replace(step_folder, going)
+            os.replace(candidate, going)
             shutil.rmtree(going)
 
 

@@ -52,7 +52,8 @@ class Stop:
             self._gloo = dist.new_group(backend="gloo", timeout=collective_timeout(hang_timeout))
 
     def start_clock(self) -> None:
-        """Before the first step: an evaluation made up for that takes longer than the hours would else never end."""
+        """Call it before the first step. Were the clock to run during an evaluation that is made up for, one that takes
+        longer than the hours would never end."""
         self._deadline = time.monotonic() + self._seconds
 
     @contextmanager

@@ -51,8 +51,13 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     """
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
-    names: dict[str, Any] = {"train_names": planned.train_names, "val_names": planned.val_names}
-    check_same_run(config, dataset, start=start, **names)
+    check_same_run(
+        config,
+        dataset,
+        start=start,
+        train_fingerprint=planned.train_fingerprint,
+        val_fingerprint=planned.val_fingerprint,
+    )
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # now, as nodes may not reach each other
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
@@ -113,7 +118,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 classes=dataset.classes,
                 loader_state={
                     "world_size": group.world_size,
-                    **names,
+                    "train_names": planned.train_fingerprint,
+                    "val_names": planned.val_fingerprint,
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
@@ -216,14 +222,14 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             saved = saving and (window.healthy or stopping is not None or done == total)
             if saved:  # before the evaluation, which may end the run
                 watchdog.enter("checkpoint", step)
-                stands_still = time.perf_counter()
+                stalled_since = time.perf_counter()
                 save(done, evaluation_due=evaluating)
                 timer.reset()  # waits for the copy on a GPU
-                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stands_still)
+                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
             if evaluating and not stopping:
-                stands_still = time.perf_counter()
+                stalled_since = time.perf_counter()
                 found = evaluate(done)
                 if found is None:
                     stopping = stop.reason()
@@ -231,7 +237,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                         save(done, evaluation_due=True)
                 else:
                     metrics = found
-                    scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stands_still}
+                    scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stalled_since}
                     if saved:
                         add_metrics(done, metrics)
                 timer.reset()

@@ -70,8 +70,8 @@ class BadSamples:
     def find(self, indices: np.ndarray, *, failed: bool) -> bool:
         """Tries samples and marks the bad ones, each named in a warning; whether there are any.
 
-        failed: one of them is thought to have made a pipeline fail; it is none of them if nothing can be read any more
-        or an image that is good fails, too. Else they are tried on the CPU.
+        failed: a pipeline has just failed, supposedly because of one of these. If nothing can be read any more, or an
+        image that is good fails as well, none of them is to blame. If not `failed`, they are tried on the CPU.
         """
         # After a failure those tried before are tried again: a file may have been removed since.
         indices = indices[~(self.mask[indices] if failed else self.tried[indices])]

@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["Runner", "shut_down"]
 
 
-Augment = Callable[[Tensor, Tensor], Tensor]
+AfterGraph = Callable[[Tensor, Tensor], Tensor]
 
 
 @functools.cache
@@ -36,7 +36,7 @@ class Runner:
     def __init__(self, device_id: int | None) -> None:
         self._stream = None if device_id is None else _stream(device_id)
 
-    def __call__(self, pipeline: Pipeline, augment: Augment | None = None) -> list[Tensor]:
+    def __call__(self, pipeline: Pipeline, augment: AfterGraph | None = None) -> list[Tensor]:
         """The outputs of the next run, which must be dense; on a GPU they are ready for torch's current stream.
 
         augment takes the first of them, images, and the last, numbers; what it makes of both replaces the first.
@@ -56,7 +56,7 @@ class Runner:
         return tensors
 
 
-def _augmented(tensors: list[Tensor], augment: Augment | None) -> list[Tensor]:
+def _augmented(tensors: list[Tensor], augment: AfterGraph | None) -> list[Tensor]:
     if augment is None:
         return tensors
     images, *others, numbers = tensors

@@ -61,8 +61,8 @@ def train(ranks: Ranks, config: Config, dataset: Dataset, start: int = 0) -> Non
         config,
         dataset,
         start=start,
-        train_names=fingerprint(dataset.split("train"), dataset.root / "train"),
-        val_names=fingerprint(dataset.val, dataset.root / "val"),
+        train_fingerprint=fingerprint(dataset.split("train"), dataset.root / "train"),
+        val_fingerprint=fingerprint(dataset.val, dataset.root / "val"),
     )
 
 

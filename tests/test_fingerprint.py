@@ -45,7 +45,7 @@ def test_a_run_does_not_go_on_with_images_renamed_or_moved(tmp_path, tiny_config
     with pytest.raises(UserError, match=r"--data .*: as many training images as .*tiny .* other names"):
         plan(config, 1)
     with pytest.raises(UserError, match="other names or classes"):
-        up_to_date(dataclasses.replace(first, train_names="other"), config)
+        up_to_date(dataclasses.replace(first, train_fingerprint="other"), config)
 
     for added, remedy in ((True, "remove what was added"), (False, "put back what was removed, under the same names")):
         image = folder / "train" / to

@@ -11,7 +11,7 @@ import pytest
 
 from dali_vit import cli
 from dali_vit.config import LocalUserError
-from dali_vit.process import number
+from dali_vit.process import int_from_environment
 from tests.conftest import TINY, environment, read_metrics
 
 pytestmark = pytest.mark.timeout(60)
@@ -56,12 +56,12 @@ def test_a_launchers_number_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv("RANK", raising=False)
         if given is not None:
             monkeypatch.setenv("RANK", given)
-        assert number("RANK", 5) == expected
+        assert int_from_environment("RANK", 5) == expected
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(
         LocalUserError, match=r"^RANK=one: not a whole number; set the one of this process or unset it$"
     ):
-        number("RANK", 5)
+        int_from_environment("RANK", 5)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def main() -> None:
     try:
         sys.exit(_main(parser.parse_args()))
     except UserError as error:
-        if process.number("RANK", 0) == 0 or isinstance(error, LocalUserError):
+        if process.int_from_environment("RANK", 0) == 0 or isinstance(error, LocalUserError):
             print(f"measure_ddp.py: {error}", file=sys.stderr)
         sys.exit(2)
 
