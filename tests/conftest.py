@@ -92,12 +92,6 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
-def dali_vit(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Runs `dali-vit ARGUMENTS` to its end."""
-    command = [sys.executable, "-m", "dali_vit", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
-
-
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Calls the command line in this process: the exit code, and what it wrote to stdout and stderr."""
     from dali_vit import cli

@@ -15,7 +15,8 @@ from dali_vit.data import load_dataset
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import Samples
 from tests.bad_images import BAD, InMemory, encoded, mutations, undecodable, with_bad, write
-from tests.conftest import CLASSES, TINY, dali_vit, read_metrics
+from tests.conftest import CLASSES, TINY, read_metrics
+from tests.processes import dali_vit
 
 pytestmark = pytest.mark.timeout(240)
 

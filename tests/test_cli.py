@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from dali_vit.config import mendable
-from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, dali_vit, read_metrics, run, write_image_folder
+from tests.conftest import CLASSES, TINY, VAL_PER_CLASS, read_metrics, run, write_image_folder
+from tests.processes import dali_vit
 
 
 def good(image_folder, tmp_path) -> list[str]:
@@ -335,7 +336,7 @@ def test_predict_names_a_missing_image(tmp_path, capsys):
 
 @pytest.mark.timeout(60)
 def test_doctor_says_what_works():
-    result = dali_vit("doctor")
+    result = dali_vit("doctor", anew=True)
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout
     assert "DALI decodes and augments" in result.stdout

@@ -15,7 +15,8 @@ import torch
 from dali_vit import compiling
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
-from tests.conftest import TINY, dali_vit, environment
+from tests.conftest import TINY, environment
+from tests.processes import dali_vit
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -36,7 +37,7 @@ def test_a_missing_compiler_is_named_before_anything_is_trained(
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     arguments = ["--data", image_folder, "--runs-dir", tmp_path, "--gpus", "0", *TINY, "--steps", "4"]
-    result = dali_vit("train", *arguments, "--compile", "default")
+    result = dali_vit("train", *arguments, "--compile", "default", anew=True)
     assert result.returncode == 2, result.stderr
     line = result.stderr.splitlines()[-1]
     assert line.startswith("dali-vit: --compile default: torch.compile fails here (InductorError: InvalidCxxCompiler:")

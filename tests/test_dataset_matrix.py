@@ -21,8 +21,9 @@ from dali_vit.data import TrainLoader, load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare.sources import read_sample, sample_names
 from tests import datasets
-from tests.conftest import TINY_MODEL, dali_vit, read_metrics
+from tests.conftest import TINY_MODEL, read_metrics
 from tests.datasets import NUM_TRAIN, SOURCES, TRAIN_PER_CLASS, VAL_IMAGES, WNIDS, Images
+from tests.processes import dali_vit
 
 TRUNCATED = 20  # index of the file in train; it is of the last class
 # An index needs images that lie in one piece in the source's own files.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,9 +23,9 @@ from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
 from dali_vit.model import create_model
 from dali_vit.train import _close
-from tests.conftest import dali_vit, environment, read_metrics
+from tests.conftest import environment, read_metrics
+from tests.processes import LAUNCH, command, dali_vit, logged_steps, running, wait_for
 from tests.test_checkpoint import save
-from tests.test_faults import LAUNCH, command, logged_steps, running, wait_for
 
 
 @pytest.fixture
@@ -43,6 +42,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
+def fill(disk: Path) -> Path:
+    """A file that takes what room there is, however much a run takes meanwhile."""
+    ballast = disk / "ballast"
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:  # noqa: PT012
+        while file.write(bytes(4096)):
+            pass
+    return ballast
+
+
 @pytest.mark.timeout(120)
 def test_a_full_disk_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path, small_disk):
     run_dir = tmp_path / "run"
@@ -50,7 +58,7 @@ def test_a_full_disk_is_warned_of_and_costs_no_checkpoint(image_folder, tmp_path
     (run_dir / "checkpoints").symlink_to(small_disk)
     with running("-m", "dali_vit", *command(image_folder, tmp_path, steps=120)) as process:
         wait_for(lambda: list(small_disk.glob("step_*")), "the first checkpoint")
-        (small_disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+        fill(small_disk)
         out, err = process.communicate(timeout=90)
     assert process.returncode == 2, err
     assert "no space left on the disk); the ones before are untouched, training goes on" in out
@@ -74,8 +82,7 @@ def test_a_run_goes_on_without_its_log(image_folder, small_disk):
         "-m", "dali_vit", *command(image_folder, small_disk, "--checkpoint-every", "1000", steps=steps)
     ) as process:
         wait_for(lambda: logged_steps(run_dir) > 12, "step 12")
-        ballast = small_disk / "ballast"
-        ballast.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free // 4096 * 4096))
+        ballast = fill(small_disk)
         assert process.stdout is not None
         for line in process.stdout:
             if "takes no lines" in line:

@@ -17,6 +17,7 @@ from dali_vit import checkpoint, distributed
 from dali_vit.config import LocalUserError, UserError
 from dali_vit.mixup import sample_lambda
 from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
+from tests.processes import dali_vit, run_ranks
 
 RECORDER = str(Path(__file__).with_name("recorder.py"))
 PLAIN = ("--mixup-alpha", "0", "--randaug-layers", "0")
@@ -45,9 +46,7 @@ def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def record(folder: Path, processes: int, command: list[str], **variables: str) -> list[list[dict[str, Any]]]:
     """Runs a command under the recorder; what each rank trained on, by rank and step."""
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = python(*(launcher if processes > 1 else []), RECORDER, *command, RECORD=str(folder), **variables)
-    assert result.returncode == 0, result.stderr
+    run_ranks(processes, RECORDER, *command, RECORD=str(folder), **variables)
     files = [folder / f"rank{rank}.jsonl" for rank in range(processes)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
@@ -81,12 +80,10 @@ def test_an_evaluation_by_two_processes_is_that_of_the_weights_saved(image_folde
     """Each has batch statistics of its own share of the images until then."""
     model = ("--model", "timm:test_resnet", "--resolution", "32", "--batch-size", "8", "--warmup-steps", "2")
     command = [*arguments(image_folder, tmp_path, steps=8)[:9], *model, "--steps", "8", "--threads", "1"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
-    trained = python(*launcher, *command, "--eval-every", "0")
-    assert trained.returncode == 0, trained.stderr
+    run_ranks(2, "-m", "dali_vit", *command, "--eval-every", "0")
     ours = checkpoint.newest(tmp_path / "run").metrics
     flags = ("--checkpoint", str(tmp_path / "run"), "--data", str(image_folder), "--gpus", "0", "--json")
-    evaluated = python("-m", "dali_vit", "eval", *flags)
+    evaluated = dali_vit("eval", *flags)
     assert evaluated.returncode == 0, evaluated.stderr
     theirs = json.loads(evaluated.stdout)
     assert ours["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-5)

@@ -8,65 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from dali_vit import checkpoint, distributed
-from tests.conftest import TINY, dali_vit, environment, read_metrics, write_image_folder
-
-LAUNCH = "import sys; from dali_vit.launch import launch; sys.exit(launch(2, sys.argv[1:], max_restarts=2))"
-
-
-def command(data: Path, runs_dir: Path, *more: str, steps: int = 60) -> list[str]:
-    return [
-        *("train", "--data", str(data), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
-        *("--steps", str(steps), "--threads", "1", "--log-every", "1", "--eval-every", "0"),
-        *("--checkpoint-every", "10", *more),
-    ]
-
-
-@contextlib.contextmanager
-def running(*arguments: str, output: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
-    """A process of ours under test, killed with all its children should it outlive the test."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=output,
-        stderr=output,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.002)
-
-
-def logged_steps(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.newest(run_dir).model_state()
-
-
-def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+from tests.conftest import environment, read_metrics, write_image_folder
+from tests.processes import (
+    LAUNCH,
+    alive,
+    assert_equal,
+    command,
+    dali_vit,
+    free_port,
+    logged_steps,
+    run_ranks,
+    running,
+    wait_for,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +42,6 @@ def whole(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def workers_of(launcher: int) -> list[int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(child) for child in children if b"dali_vit" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.timeout(180)
@@ -127,14 +81,7 @@ def test_a_killed_worker_takes_the_job_back_to_the_last_checkpoint(image_folder,
     assert "rank 1" in out + err
     assert "SIGKILL" in out + err
     assert "restart 1 of 2" in out + err
-    undisturbed = subprocess.run(
-        [sys.executable, "-c", LAUNCH, *command(image_folder, tmp_path / "b", steps=150)],
-        env=environment(),
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert undisturbed.returncode == 0
+    run_ranks(2, "-m", "dali_vit", *command(image_folder, tmp_path / "b", steps=150))
     assert_equal(weights(tmp_path / "a" / "run"), weights(tmp_path / "b" / "run"))
 
 
@@ -194,17 +141,8 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(first, second
     assert expected.returncode == 0
     for processes, hours, code in ((first, 0.1 / 3600, 75), (second, 1.0, 0)):
         arguments = command(image_folder, tmp_path / "mixed", *plain, "--max-hours", str(hours))
-        starter = ["-m", "dali_vit"] if processes == 1 else ["-c", LAUNCH]
-        result = subprocess.run(
-            [sys.executable, *starter, *arguments],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode == code, result.stderr
-    assert f"with {second} process{'es' if second > 1 else ''} instead of {first}" in result.stdout
+        out, _ = run_ranks(processes, "-m", "dali_vit", *arguments, code=code)[0]
+    assert f"with {second} process{'es' if second > 1 else ''} instead of {first}" in out
     losses = [
         [m["train/loss"] for m in read_metrics(tmp_path / n / "run") if "train/loss" in m] for n in ("one", "mixed")
     ]
@@ -215,11 +153,12 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(first, second
 @pytest.mark.timeout(240)
 def test_two_launchers_make_one_run(image_folder, tmp_path):
     """Two "nodes" of one process each meet on loopback."""
+    port = str(free_port())
     nodes = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
-                *("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", "29617"),
+                *("--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port),
                 *("-m", "dali_vit", *command(image_folder, tmp_path, steps=15)),
             ],
             env=environment(),
@@ -312,7 +251,7 @@ def test_a_long_run_keeps_its_memory_descriptors_and_threads(image_folder, tmp_p
     steps = 3000
     samples: list[tuple[int, int, int]] = []
     arguments = command(image_folder, tmp_path, "--eval-every", "50", "--checkpoint-every", "150", steps=steps)
-    with running("-m", "dali_vit", *arguments, output=subprocess.DEVNULL) as process:
+    with running("-m", "dali_vit", *arguments, anew=True, output=subprocess.DEVNULL) as process:
         proc = Path(f"/proc/{process.pid}")
         seen = 0
         while process.poll() is None:

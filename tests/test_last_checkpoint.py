@@ -6,7 +6,7 @@ import pytest
 
 from dali_vit import checkpoint
 from tests.conftest import read_metrics
-from tests.test_faults import command, running
+from tests.processes import command, running
 
 SLOW_DISK = """
 import time

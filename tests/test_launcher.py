@@ -20,8 +20,8 @@ from dali_vit import cli, distributed
 from dali_vit.config import LocalUserError
 from dali_vit.distributed import Group
 from tests.conftest import environment, run
+from tests.processes import running, wait_for
 from tests.test_distributed import MEETING, python
-from tests.test_faults import running, wait_for
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_MET = "though RANK and WORLD_SIZE are; start by torchrun or with --gpus, or unset RANK and WORLD_SIZE"

@@ -18,7 +18,8 @@ from dali_vit.config import UserError
 from dali_vit.data import Dataset, TrainLoader, load_dataset
 from dali_vit.manifest import MANIFEST
 from tests import datasets
-from tests.conftest import TINY_MODEL, dali_vit, read_metrics
+from tests.conftest import TINY_MODEL, read_metrics
+from tests.processes import dali_vit
 
 pytestmark = pytest.mark.timeout(240)
 moto_server = pytest.importorskip("moto.server")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from dali_vit import checkpoint
-from tests.conftest import TINY, dali_vit, environment, read_metrics
+from tests.conftest import TINY, read_metrics
+from tests.processes import dali_vit, logged_steps, running, wait_for
 
 STEPS, EPOCH_STEPS = 90, 54 / 8  # 60 images less 6 of minival, batch 8
 KILLED_PAST = (random.Random(1).randrange(1, 6), *sorted(random.Random(2).sample(range(12, 70), 2)))
@@ -29,23 +27,9 @@ def command(image_folder: Path, runs_dir: Path) -> list[str]:
 
 def run_and_kill(arguments: list[str], run_dir: Path, past_step: int) -> int:
     """Starts a run, SIGKILLs it as soon as it has logged a step past `past_step`; returns the last logged step."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dali_vit", *arguments], stdout=subprocess.DEVNULL, env=environment()
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while time.monotonic() < deadline:
-            assert process.poll() is None, "the run ended before it was killed"
-            if (run_dir / "metrics.jsonl").exists():
-                lines = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-                if lines and lines > past_step:
-                    break
-            time.sleep(0.001)
-        else:
-            pytest.fail(f"step {past_step} was not reached")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
+    with running("-m", "dali_vit", *arguments, output=subprocess.DEVNULL) as process:
+        wait_for(lambda: logged_steps(run_dir) > past_step or process.poll() is not None, f"step {past_step}", 120)
+        assert process.poll() is None, "the run ended before it was killed"
     return max((line["step"] for line in read_metrics(run_dir)), default=0)
 
 

@@ -16,7 +16,8 @@ from torch.distributed import run as launcher
 
 from dali_vit import checkpoint, launch
 from tests.conftest import environment, read_metrics, write_image_folder
-from tests.test_faults import LAUNCH, alive, command, logged_steps, running, stall, wait_for, wait_for_stall
+from tests.processes import LAUNCH, alive, command, logged_steps, running, wait_for
+from tests.test_faults import stall, wait_for_stall
 
 
 @pytest.mark.timeout(180)

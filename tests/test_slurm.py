@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dali_vit import checkpoint, distributed
-from tests.conftest import environment
-from tests.test_faults import command, logged_steps, wait_for
+from tests import processes
+from tests.processes import command, free_port, logged_steps, wait_for
 
 
 @pytest.fixture
@@ -35,33 +32,16 @@ def job(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    for port in range(20_000 + os.getpid() % 10_000, 40_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError
+def start(job: dict[str, str], rank: int, arguments: list[str]) -> processes.Process:
+    return processes.start("-m", "dali_vit", *arguments, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
 
 
-def start(job: dict[str, str], rank: int, arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dali_vit", *arguments],
-        env={**environment(), **job, "SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(tasks: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+def finish(tasks: list[processes.Process]) -> list[tuple[str, str]]:
     try:
         return [task.communicate(timeout=90) for task in tasks]
     finally:
         for task in tasks:
-            task.kill()
+            processes.end(task)
 
 
 @pytest.mark.timeout(240)

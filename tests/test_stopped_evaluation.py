@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dali_vit import checkpoint
-from tests.conftest import dali_vit, read_metrics
-from tests.test_faults import assert_equal, command, running, wait_for, weights
+from tests.conftest import read_metrics
+from tests.processes import assert_equal, command, dali_vit, running, wait_for, weights
 
 pytestmark = pytest.mark.timeout(240)
 
