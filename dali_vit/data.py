@@ -35,7 +35,7 @@ from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
 from pipelines import open_files, readers, windows
-from pipelines.bad_samples import most_allowed
+from pipelines.bad_samples import most_allowed, still_bad
 from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
@@ -53,6 +53,7 @@ __all__ = [
     "load_eval_folder",
     "load_real_labels",
     "most_allowed",
+    "still_bad",
 ]
 
 # First bytes of the formats of IMAGE_SUFFIXES.
@@ -79,6 +80,8 @@ class Dataset:
     """Images held out of the training set."""
     val: ImageList | None
     """Validation images."""
+    resized: str | None = None
+    """How `prepare` made larger images smaller; None where all have the bytes that they came with."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -163,7 +166,9 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
         loaded[name] = files
     if loaded["train"] is not None:
         loaded["train"], loaded["minival"] = split_minival(loaded["train"], root / "train", minival)
-    return Dataset(root.name, root, manifest.classes, **loaded)
+    side, quality = (manifest.settings.get(name) for name in ("shorter_side", "quality"))
+    resized = None if side is None else f"to a shorter side of {side} pixels at JPEG quality {quality}"
+    return Dataset(root.name, root, manifest.classes, **loaded, resized=resized)
 
 
 def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:

@@ -10,13 +10,13 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps
-from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images
+from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images, timm_name
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.runfolder import check_own
 from dali_vit.step_folders import last_step
 from dali_vit.validation import validate
-from dali_vit.variants import TIMM_PREFIX
+from dali_vit.variants import TIMM_PREFIX, check_model
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """Checks everything a user can get wrong, before anything is written; raises UserError."""
     validate(config)
+    check_model(config.model, config.data.resolution)
+    if config.model.model.startswith(TIMM_PREFIX):
+        timm_name(config.model)
     batch_size = config.optim.batch_size
     if batch_size % world_size:
         divisible = -(-batch_size // world_size) * world_size
@@ -147,6 +150,12 @@ def _check_same_images(
         raise UserError(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
             f" {remedy}, or choose another --name"
+        )
+    if (was := checkpoint.loader.get("resized", dataset.resized)) != dataset.resized:
+        how = [f"resized {resized}" if resized else "never resized" for resized in (dataset.resized, was)]
+        raise UserError(
+            f"--data {config.data.data}: its images were {how[0]}, those {config.run_dir} was begun with were {how[1]};"
+            " give those, or choose another --name"
         )
     if checkpoint.loader.get("train_names", train_fingerprint) != train_fingerprint:  # older checkpoints have none
         raise UserError(

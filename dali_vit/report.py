@@ -84,6 +84,7 @@ def summary(
     how: Mapping[str, str],
     total_steps: int,
     checkpoint: Checkpoint | None,
+    bad_samples: int,
     threads: int,
 ) -> str:
     """What will be trained, on what, how (`build_update`'s) and for how long: one `name  value` line each."""
@@ -108,6 +109,8 @@ def summary(
     }
     if checkpoint is not None:
         rows["resuming"] = f"after step {checkpoint.step:,}"
+        if bad_samples:
+            rows["resuming"] += f", {bad_samples:,} image{'s' if bad_samples > 1 else ''} left out"
         before = checkpoint.loader.get("world_size", group.world_size)
         if before != group.world_size:
             processes = f"{group.world_size} process{'es' if group.world_size > 1 else ''}"

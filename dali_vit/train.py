@@ -13,15 +13,13 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from typing import Any
 
 import torch
 
 from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
-from dali_vit import report
+from dali_vit import left_out, report
 from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
@@ -81,7 +79,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
 
     # Folder, logs and the stream of batches.
     settings = loader_settings(dataset, config, group, model)
-    bad_samples = _bad_samples(checkpoint.loader["ranks"]) if checkpoint else []
+    bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
     loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
@@ -95,6 +93,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             how=how,
             total_steps=total,
             checkpoint=checkpoint,
+            bad_samples=len(bad_samples),
             threads=settings.threads,
         )
         log.info("%s", summary)
@@ -120,6 +119,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     "world_size": group.world_size,
                     "train_names": planned.train_fingerprint,
                     "val_names": planned.val_fingerprint,
+                    "resized": dataset.resized,
                     "ranks": loader_states,
                     "evaluation_due": evaluation_due,
                 },
@@ -201,8 +201,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             loss_mean, grad_norm_mean, waited = window.read(len(loader.bad_samples), waited)
             _check_skipped(window, range(done - count, done), total, config, background)
             if window.more_bad_samples:
-                bad_samples = _bad_samples(gather_objects(loader.state_dict()))
-                _check_bad_samples(bad_samples, dataset, config)
+                bad_samples = left_out.of_all_ranks(gather_objects(loader.state_dict()))
+                left_out.check_share(bad_samples, dataset, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
                 scalars |= report.speed(
@@ -284,22 +284,6 @@ def _restore(
         torch.set_rng_state(state["rng"][group.rank]["cpu"])
         if group.device.type == "cuda" and "cuda" in state["rng"][group.rank]:
             torch.cuda.set_rng_state(state["rng"][group.rank]["cuda"], group.device)
-
-
-def _bad_samples(loader_states: Sequence[dict[str, Any]]) -> list[int]:
-    """Training samples that any rank has found undecodable."""
-    return sorted({index for state in loader_states for index in state["bad_samples"]})
-
-
-def _check_bad_samples(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
-    """UserError, on every rank alike, once the ranks together have found more than the allowed share."""
-    count = len(dataset.split("train"))
-    if len(bad_samples) > datasets.most_allowed(config.data.max_bad_share, count):
-        raise UserError(
-            f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
-            f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
-            " lists all), or go on with a higher share"
-        )
 
 
 def _random_state(group: Group) -> dict[str, torch.Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from pipelines import probe
+from pipelines.crop import Decoder
 from pipelines.readers import Samples
 
-__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed"]
+__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed", "still_bad"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
@@ -94,7 +96,7 @@ class BadSamples:
         self.mask[bad] = True
         for index in bad.tolist():
             log.warning(
-                "%s cannot be read, decoded or cropped: left out for the rest of the run", self._samples.path(index)
+                "%s cannot be read, decoded or cropped: left out until the next start", self._samples.path(index)
             )
         self._check_share()
         return len(bad) > 0
@@ -136,6 +138,13 @@ class BadSamples:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def still_bad(samples: Samples, indices: Sequence[int], num_threads: int) -> list[int]:
+    """Of samples that were bad before those that still are, in order: whole images, tried on the CPU."""
+    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
+    tried = probe.try_samples(samples.subset(np.array(indices, np.int64)), make)
+    return [indices[place] for place, decodes in tried if not decodes]
 
 
 def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tuple[list[int], int]:

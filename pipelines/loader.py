@@ -81,7 +81,7 @@ class TrainLoader:
     one bit for bit; its rows depend on rank and world_size only in who gets them. On the CPU
     the threads part into pipelines that take the steps in turn.
 
-    A sample that cannot be read or decoded is named in a warning and left out for good: in its place comes a grey
+    A sample that cannot be read or decoded is named in a warning and left out from then on: in its place comes a grey
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
     that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
     bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0); DALI's

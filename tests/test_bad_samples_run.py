@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from dali_vit.config import Config
 from dali_vit.data import load_dataset
+from dali_vit.distributed import Group
+from dali_vit.plan import plan
+from dali_vit.train import train
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import Samples
 from tests.bad_images import BAD, InMemory, encoded, mutations, undecodable, with_bad, write
@@ -75,6 +81,46 @@ def test_past_one_percent_a_run_stops(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     training, evaluation = read_metrics(tmp_path / "again")[-2:]
     assert (training["data/bad_samples"], evaluation["val/bad_samples"]) == (2, 1)
+
+
+def test_a_run_that_goes_on_uses_images_again_that_were_mended(
+    tmp_path: Path, tiny_config: Config, cpu: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = [encoded(seed=i) for i in range(60)]
+    bad = {i: contents[i] for i in (20, 40, 50)}
+    data = folder_of(tmp_path / "data", [c[:-20] if i in bad else c for i, c in enumerate(contents)])
+    places = {i: data / "train" / CLASSES[i % len(CLASSES)] / f"{i:03d}.JPEG" for i in bad}
+
+    def go_on(max_bad_share: float) -> tuple[float, str]:
+        """Bad samples at the end, and what was said on the way."""
+        for folder in (tiny_config.run_dir / "checkpoints").glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > 10:
+                shutil.rmtree(folder)
+        caplog.clear()
+        settings = replace(tiny_config.data, data=str(data), minival=0, max_bad_share=max_bad_share)
+        config = replace(tiny_config, data=settings)
+        with caplog.at_level(logging.INFO, "dali_vit"):
+            train(config, cpu, plan(config, 1))
+        lines = [line for line in read_metrics(config.run_dir) if "data/bad_samples" in line]
+        return lines[-1]["data/bad_samples"], caplog.text
+
+    assert go_on(0.1)[0] == 3
+    count, said = go_on(0.1)
+    assert count == 3
+    assert "after step 10, 3 images left out" in said
+    places[20].write_bytes(bad[20])
+    count, said = go_on(0.1)
+    assert count == 2
+    assert f"training images that were left out, can be decoded now and are used again: {places[20]}\n" in said
+    assert "after step 10, 2 images left out" in said
+    with pytest.raises(DecodeError, match=r"2 of 60 samples .* more than the 1 "):
+        go_on(0.001)
+    for i in (40, 50):
+        places[i].write_bytes(bad[i])
+    count, said = go_on(0)
+    assert count == 0
+    assert re.search("used again: .*040.JPEG, .*050.JPEG", said)
+    assert re.search("resuming +after step 10\n", said)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation

@@ -74,3 +74,22 @@ def test_a_run_that_goes_on_with_other_images_in_val_says_so(tmp_path, tiny_conf
     assert again.has_other_val_images
     train(config, cpu, again)
     assert f"{folder}: val has other images than before" in caplog.text
+
+
+@pytest.mark.timeout(120)
+def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config, cpu):
+    folder = write_image_folder(tmp_path / "images")
+    small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
+
+    def with_data(root: Path):
+        return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(root)))
+
+    train(with_data(folder), cpu, plan(with_data(folder), 1))
+    with pytest.raises(UserError) as refused:
+        plan(with_data(small), 1)
+    assert str(refused.value) == (
+        f"--data {small}: its images were resized to a shorter side of 24 pixels at JPEG quality 92, those"
+        f" {tiny_config.run_dir} was begun with were never resized; give those, or choose another --name"
+    )
+    shards = prepare(PrepareArguments(folder, tmp_path / "shards"))
+    assert plan(with_data(shards), 1).checkpoint.step == 12

@@ -46,6 +46,19 @@ def test_a_run_of_one_step_has_no_warm_up(tiny_config: Config) -> None:
         plan(config, 1)
 
 
+@pytest.mark.parametrize(
+    ("model", "resolution", "fault"),
+    [("S16", 32, "--model S16: no such model"), ("Ti/8", 33, "--resolution 33"), ("timm:nope", 32, "timm:nope")],
+)
+def test_a_model_is_checked_before_data_are_fetched(
+    model: str, resolution: int, fault: str, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("fetched"))
+    data = replace(tiny_config.data, resolution=resolution)
+    with pytest.raises(UserError, match=fault):
+        plan(replace(tiny_config, data=data, model=ModelConfig(model)), 1)
+
+
 def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(datasets, "TrainLoader", lambda samples, **options: given.update(options))

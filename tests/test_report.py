@@ -110,7 +110,15 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
     group = Group(0, 1, 0, 1, torch.device("cpu"))
     config = replace(Config(), optim=OptimConfig(batch_size=1))
     text = summary(
-        config, dataset(minival=1, val=1), group, model="M", how={}, total_steps=steps, checkpoint=None, threads=1
+        config,
+        dataset(minival=1, val=1),
+        group,
+        model="M",
+        how={},
+        total_steps=steps,
+        checkpoint=None,
+        bad_samples=0,
+        threads=1,
     )
     assert f"length    {length}" in text.splitlines()
 

@@ -1,0 +1,53 @@
+"""Training images that a run leaves out because they cannot be read or decoded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from dali_vit import data as datasets
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group, gather_objects, together
+from dali_vit.listing import some
+
+__all__ = ["check_share", "of_all_ranks", "still_bad"]
+
+log = logging.getLogger(__name__)
+
+
+def of_all_ranks(loader_states: Iterable[dict[str, Any]]) -> list[int]:
+    """Indices of the training samples that any rank has found undecodable, rising."""
+    return sorted({index for state in loader_states for index in state["bad_samples"]})
+
+
+def still_bad(
+    loader_states: Iterable[dict[str, Any]], dataset: datasets.Dataset, config: Config, group: Group
+) -> list[int]:
+    """Those that still are when a run goes on: a file may have been mended, or a disk was away for a moment.
+
+    Collective, and the same on all ranks: the main one tries them.
+    """
+    before = of_all_ranks(loader_states)
+    if not before:
+        return []
+    samples = dataset.split("train")
+
+    def found() -> list[int]:
+        return datasets.still_bad(samples, before, datasets.num_threads(config, group)) if group.is_main else []
+
+    still: list[int] = gather_objects(together(found))[0]
+    if good := [samples.path(index) for index in before if index not in set(still)]:
+        log.info("training images that were left out, can be decoded now and are used again: %s", some(good))
+    return still
+
+
+def check_share(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
+    """UserError, on every rank alike, once the ranks together have found more than the allowed share."""
+    count = len(dataset.split("train"))
+    if len(bad_samples) > datasets.most_allowed(config.data.max_bad_share, count):
+        raise UserError(
+            f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
+            f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
+            " lists all), or go on with a higher share"
+        )
