@@ -344,7 +344,7 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))
     whole = (path / "checkpoint.json").exists() or (path / "model.safetensors").exists()
-    checkpoint = read(path) if whole else newest(path)
+    checkpoint = read(path) if whole else newest(path.parent if path.name == "checkpoints" else path)
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors", checkpoint

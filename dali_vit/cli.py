@@ -111,10 +111,10 @@ def _dispatch(argv: list[str]) -> int:
         "preview": _preview,
         "doctor": _doctor,
     }
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         _say(_overview())
         return 0
-    if argv[0] == "--version":
+    if argv[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         _say(version("dali-vit"))

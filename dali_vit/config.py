@@ -124,8 +124,7 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-4
-    """adamw: decay per step at peak, scaled by the schedule but not by lr (1e-4 at 1e-3 is torch's 0.1); sgd: classical
-    L2."""
+    """Decay per step at peak, scaled by the schedule but not by lr (1e-4 at 1e-3 is torch's 0.1); sgd: L2."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up from 0; the cosine to 0 follows."""
     beta1: float = 0.9

@@ -48,12 +48,15 @@ def versions() -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache."""
+    """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
+
+    Of a user without a home, as containers have: `dali-vit-<uid>` in the folder for temporary files.
+    """
     if given := os.environ.get("DALI_VIT_CACHE"):
         return at_home(given).absolute()
     parent = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if str(parent).startswith("~"):  # a user without a home, as containers have
-        parent = Path(tempfile.gettempdir())
+        return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
     return parent.absolute() / "dali-vit"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -99,6 +100,12 @@ def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
     }
 
 
+def crop_pct(resolution: int) -> float:
+    """224 / 256, or the share of it by which timm, which rounds down, resizes to the side that our evaluation does."""
+    side = round(resolution * 256 / 224)
+    return 0.875 if math.floor(resolution / 0.875) == side else resolution / (side + 0.5)
+
+
 def _config(
     stock: torch.nn.Module,
     architecture: str,
@@ -120,7 +127,7 @@ def _config(
             "input_size": [3, opened.resolution, opened.resolution],
             "fixed_input_size": plain or bool(known.get("fixed_input_size", False)),
             "interpolation": "bilinear",
-            "crop_pct": 0.875,  # 224 / 256
+            "crop_pct": crop_pct(opened.resolution),
             "crop_mode": "center",
             **statistics,
             "num_classes": num_classes,

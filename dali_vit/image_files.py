@@ -12,6 +12,7 @@ import numpy as np
 from dali_vit.config import UserError
 from dali_vit.files import at_home
 from dali_vit.listing import IMAGE_SUFFIXES, scan
+from dali_vit.validation import check_local
 from pipelines.readers import FileList
 
 __all__ = ["list_images"]
@@ -24,7 +25,9 @@ def list_images(arguments: Sequence[Path]) -> FileList:
     a folder without images.
     """
     paths, lengths = bytearray(), array("i")  # never Python's strings of all: they would take several times as much
-    for argument in map(at_home, arguments):
+    for given in arguments:
+        check_local(given)
+        argument = at_home(given)
         before = len(lengths)
         for path in _images_of(argument):
             encoded = os.fsencode(path)

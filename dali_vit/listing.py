@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -233,12 +234,36 @@ def check_root(root: Path, folder: str) -> None:
         remedy = f"if {named}/ is meant, rename it to train/"
     elif folder == "train" and "val" in subfolders:
         remedy = "training needs train/<class>/* beside val/"
+    elif unpack := _how_to_unpack(root, folder, subfolders):
+        remedy = unpack
     elif any(scan(root / name, folders=False) for name in subfolders[:3]):
         remedy = f"its class folders belong into {folder}/"
     else:
         remedy = f"give a folder that holds {folder}/<class>/*"
     state = "is empty" if not any(root.iterdir()) else f"has no {folder}/"
     raise UserError(f"{root} {state}: {remedy}")
+
+
+def kind_of_archives(names: Iterable[str]) -> str | None:
+    """What holds a data set's images, by files' names: `ilsvrc` (its tars), `parquet`, `tfrecord`, `webdataset`; None
+    where they lie in folders."""
+    names = list(names)
+    if any(re.search(r"(^|/)ILSVRC2012_img_(train|val)\.tar$", name) for name in names):
+        return "ilsvrc"
+    if any(name.endswith(".parquet") for name in names):
+        return "parquet"
+    if any(re.search(r"\.tfrecords?(-|$)|(train|val|validation)-\d+-of-\d+$", name) for name in names):
+        return "tfrecord"
+    return "webdataset" if any(name.endswith(".tar") for name in names) else None
+
+
+def _how_to_unpack(root: Path, folder: str, subfolders: Sequence[str]) -> str | None:
+    kind = kind_of_archives(
+        name for path in (root, *(root / sub for sub in subfolders[:3])) for name in os.listdir(path)
+    )
+    if kind == "webdataset":
+        return f"tar files are not read; unpack them into {folder}/<class>/, or get the set as parquet or TFRecords"
+    return kind and f"make a set of what it holds first: `dali-vit prepare {quote(str(root))} TARGET`"
 
 
 def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:

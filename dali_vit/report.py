@@ -55,6 +55,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
             f"--weight-decay {decay:g} is not multiplied by --lr: torch and timm call it {decay / rate:g}; what they"
             f" call 0.1 is {0.1 * rate:g} here"
         )
+    if len(dataset.classes) == 1:
+        found.append(f"{dataset.root} has but one class, {dataset.classes[0]}: there is nothing to tell it from")
     if other_val_images:
         found.append(f"{dataset.root}: val has other images than before; what is measured on it is not to be compared")
     if not dataset.counts.get("val"):
@@ -150,8 +152,9 @@ class StarvationWarning:
 
     LIMIT = 10.0  # percent of wall time
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_shards: bool) -> None:
         self._windows, self._said = 0, False
+        self._shards = "" if in_shards else " shards on a local disk (`dali-vit prepare`),"
 
     def check(self, data_wait_pct: float) -> None:
         """Takes the share of wall time, in percent, that the steps since the last call stood still for data."""
@@ -159,11 +162,11 @@ class StarvationWarning:
         if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
             self._said = True
             log.warning(
-                "training waits for data %.0f %% of the time: more --threads (a machine with more cores), shards on a"
-                " local disk (`dali-vit prepare`), GPUs that decode JPEGs in hardware (A100, H100 and later) or, as"
-                " another recipe, fewer --randaug-layers would help; tools/bench_throughput.py --sweep, in a checkout,"
-                " finds out",
+                "training waits for data %.0f %% of the time: more --threads (a machine with more cores),%s GPUs that"
+                " decode JPEGs in hardware (A100, H100 and later) or, as another recipe, fewer --randaug-layers would"
+                " help; tools/bench_throughput.py --sweep, in a checkout, finds out",
                 data_wait_pct,
+                self._shards,
             )
 
 

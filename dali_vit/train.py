@@ -134,7 +134,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     loaders: dict[str, datasets.EvalLoader] = {}
-    starving = report.StarvationWarning()
+    starving = report.StarvationWarning(in_shards=isinstance(dataset.split("train"), datasets.ShardList))
     watchdog = Watchdog(group, config.run.hang_timeout)
     steps, done, stopping = range(start, total), start, None
     metrics: dict[str, float] = {}

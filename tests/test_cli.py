@@ -328,6 +328,12 @@ def test_an_empty_path_is_not_the_working_directory(arguments, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_predict_takes_no_url(tmp_path, capsys):
+    code, out, err = run("predict", "--checkpoint", str(tmp_path), "https://x.org/a.jpg", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "https://x.org/a.jpg: must be on this machine's disks" in err
+
+
 def test_predict_names_a_missing_image(tmp_path, capsys):
     code, _, err = run("predict", "--checkpoint", str(tmp_path), str(tmp_path / "no.jpg"), capsys=capsys)
     assert code == 2

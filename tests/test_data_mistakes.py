@@ -114,6 +114,21 @@ def test_the_folder_above_is_given(tmp_path):
     fails(lambda: load_dataset(tmp_path), "has no train/", f"did you mean {tmp_path / 'imagenet'}?")
 
 
+@pytest.mark.parametrize(
+    ("files", "remedy"),
+    [
+        (["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"], "dali-vit prepare {root} TARGET"),
+        (["imagenet2012-train.tfrecord-00000-of-01024"], "dali-vit prepare {root} TARGET"),
+        (["train-00000-of-01024"], "dali-vit prepare {root} TARGET"),
+        (["data/train-00000-of-00294.parquet"], "dali-vit prepare {root} TARGET"),
+        (["imagenet1k-train-0000.tar"], "tar files are not read; unpack them into train/<class>/, or get"),
+    ],
+)
+def test_archives_are_to_be_prepared(files, remedy, tmp_path):
+    make_files(tmp_path, *files)
+    fails(lambda: load_dataset(tmp_path), "has no train/: ", remedy.format(root=tmp_path))
+
+
 def test_class_folders_without_a_split(tmp_path):
     make_files(tmp_path, "cat/1.jpg", "dog/1.jpg")
     fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong into train/")

@@ -151,6 +151,6 @@ def test_a_tilde_in_the_caches_variables_is_the_home_folder(tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
     assert environment.cache_folder() == tmp_path / "xdg/dali-vit"
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-knows/xdg")
-    assert environment.cache_folder() == Path(tempfile.gettempdir()) / "dali-vit"
+    assert environment.cache_folder() == Path(tempfile.gettempdir()) / f"dali-vit-{os.getuid()}"
     monkeypatch.setenv("DALI_VIT_CACHE", "~/own")
     assert environment.cache_folder() == tmp_path / "own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from dali_vit import checkpoint, weights
 from dali_vit.config import ModelConfig
+from dali_vit.export import crop_pct
 from dali_vit.model import create_model
 from tests.conftest import run
 
@@ -90,12 +92,20 @@ def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
     # What timm prepares images with is what our evaluation does.
     data = timm.data.resolve_data_config(model=stock)
     assert [list(data[key]) for key in ("mean", "std", "input_size")] == [[0.5] * 3, [0.5] * 3, [3, 32, 32]]
-    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == ("bilinear", 0.875, "center")
+    assert (data["interpolation"], data["crop_pct"], data["crop_mode"]) == ("bilinear", 32 / 37.5, "center")
 
     # And another classifier may be put on it.
     other = loaded(folder, num_classes=3)
     assert other(x).shape == (3, 3)
     assert torch.equal(other.forward_features(x), stock.forward_features(x))
+
+
+def test_timm_resizes_to_the_side_that_our_evaluation_does():
+    for resolution in range(8, 1025):
+        scale = crop_pct(resolution)
+        assert math.floor(resolution / scale) == round(resolution * 256 / 224)  # as timm's transforms have it
+        assert scale == pytest.approx(0.875, rel=1 / resolution)
+    assert (crop_pct(224), crop_pct(512)) == (0.875, 0.875)
 
 
 @torch.no_grad()

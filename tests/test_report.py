@@ -19,9 +19,15 @@ from dali_vit.report import evaluation_line, model_line, progress_line, remarks,
 
 def dataset(*, minival: int, val: int) -> Dataset:
     def files(count: int) -> FileList | None:
-        return FileList.from_paths([f"{i}.jpg" for i in range(count)], np.zeros(count, int)) if count else None
+        return FileList.from_paths([f"{i}.jpg" for i in range(count)], np.arange(count) % 2) if count else None
 
-    return Dataset("set", Path("/set"), ("a",), files(9), files(minival), files(val))
+    return Dataset("set", Path("/set"), ("a", "b"), files(9), files(minival), files(val))
+
+
+def test_a_single_class_is_remarked_on() -> None:
+    single = replace(dataset(minival=1, val=1), classes=("images",))
+    (said,) = remarks(Config(), single, 112_603)
+    assert said == "/set has but one class, images: there is nothing to tell it from"
 
 
 @pytest.mark.parametrize(
@@ -40,11 +46,11 @@ def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val
 def test_a_decay_that_is_torchs_is_remarked_on() -> None:
     """timm's usual 0.1, by which nothing is learned here; ours is multiplied by the schedule alone."""
     config = replace(Config(), optim=replace(Config().optim, weight_decay=0.1))
-    assert remarks(config, dataset(minival=1, val=1), 112_603) == [
+    assert remarks(config, dataset(minival=1, val=2), 112_603) == [
         "--weight-decay 0.1 is not multiplied by --lr: torch and timm call it 100; what they call 0.1 is 0.0001 here"
     ]
     sgd = replace(config, optim=replace(config.optim, optimizer="sgd"))
-    assert remarks(sgd, dataset(minival=1, val=1), 112_603) == []
+    assert remarks(sgd, dataset(minival=1, val=2), 112_603) == []
 
 
 @pytest.mark.parametrize("holds", ["train", MANIFEST])
@@ -52,7 +58,7 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     demo = replace(Config(), data=replace(Config().data, data="demo"))
-    assert remarks(demo, dataset(minival=1, val=1), 112_603) == []  # it may be anything
+    assert remarks(demo, dataset(minival=1, val=2), 112_603) == []  # it may be anything
     (tmp_path / "demo" / holds).touch() if holds == MANIFEST else (tmp_path / "demo" / holds).mkdir()
     for data, said in (
         ("./demo", []),
@@ -62,7 +68,7 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
         ),
     ):
         config = replace(Config(), data=replace(Config().data, data=data))
-        assert remarks(config, dataset(minival=1, val=1), 112_603) == said
+        assert remarks(config, dataset(minival=1, val=2), 112_603) == said
 
 
 def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
 
 
 def test_other_images_in_val_are_remarked_on() -> None:
-    assert remarks(Config(), dataset(minival=1, val=1), 112_603, other_val_images=True) == [
+    assert remarks(Config(), dataset(minival=1, val=2), 112_603, other_val_images=True) == [
         "/set: val has other images than before; what is measured on it is not to be compared"
     ]
 
@@ -83,13 +89,13 @@ def test_other_images_in_val_are_remarked_on() -> None:
 def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     """ImageNet-100 under the default recipe: 126,689 images, 99 % of them 90 times in batches of 1,024."""
     total = round(90 * 0.99 * 126_689 / 1024)
-    (said,) = remarks(Config(), dataset(minival=1, val=1), total)
+    (said,) = remarks(Config(), dataset(minival=1, val=2), total)
     assert said == (
         "--warmup-steps 10000: 91 % of the run's 11023 steps are at a rate below --lr; ImageNet's 90 epochs have 9 %,"
         " here 1002"
     )
     half = replace(Config(), optim=OptimConfig(warmup_steps=5511))
-    assert remarks(half, dataset(minival=1, val=1), total) == []
+    assert remarks(half, dataset(minival=1, val=2), total) == []
 
 
 def test_sizes_that_are_not_the_names_are_told() -> None:
@@ -111,7 +117,7 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
     config = replace(Config(), optim=OptimConfig(batch_size=1))
     text = summary(
         config,
-        dataset(minival=1, val=1),
+        dataset(minival=1, val=2),
         group,
         model="M",
         how={},

@@ -14,6 +14,7 @@ from PIL import Image
 import dali_vit.step
 import dali_vit.train
 from dali_vit.plan import plan
+from dali_vit.report import StarvationWarning
 from dali_vit.train import train
 from tests.conftest import read_metrics
 
@@ -47,6 +48,15 @@ def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp
     assert len(warnings) == 1
     for remedy in ("--threads", "shards on a local disk", "decode JPEGs in hardware", "--randaug-layers"):
         assert remedy in warnings[0]
+
+
+def test_shards_are_no_remedy_for_shards(caplog):
+    for in_shards in (True, False):
+        warning = StarvationWarning(in_shards=in_shards)
+        for _ in range(3):
+            warning.check(20.0)
+    assert ["prepare" in record.getMessage() for record in caplog.records] == [False, True]
+    assert "(a machine with more cores), GPUs that decode" in caplog.text
 
 
 @pytest.mark.timeout(120)

@@ -17,14 +17,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.listing import folder_name, is_image, left_out, other_val, scan, some
+from dali_vit.listing import folder_name, is_image, kind_of_archives, left_out, other_val, scan, some
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -106,13 +106,8 @@ def byte_ranges(shards: Sequence[str], rows: list[Row], classes: Sequence[str]) 
 
 def _recognise(root: Path) -> Format:
     names = [path.relative_to(root).as_posix() for depth in ("*", "*/*") for path in root.glob(depth)]
-    if _TRAIN_TAR in names or _VAL_TAR in names:
-        return "ilsvrc"
-    if any(name.endswith(".parquet") for name in names):
-        return "parquet"
-    if any(re.search(r"\.tfrecords?(-|$)|(train|val|validation)-\d+-of-\d+$", name) for name in names):
-        return "tfrecord"
-    return "folder"
+    kind = kind_of_archives(names)
+    return "folder" if kind in (None, "webdataset") else cast(Format, kind)
 
 
 def _open_folder(root: Path) -> Source:
