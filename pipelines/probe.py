@@ -19,8 +19,11 @@ __all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "d
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
 
-# Of DALI's allocator, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
-_LACK_OF_MEMORY = re.compile("CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL|CUDA out of memory")
+# Of DALI's allocators, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
+_LACK_OF_MEMORY = re.compile(
+    r"Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL"
+    "|CUDA out of memory"
+)
 
 # Samples tried at once before the ones that failed are tried one by one. A failed pipeline is of no use any more,
 # and making one takes as long as decoding about this many images.
