@@ -33,7 +33,7 @@ def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: s
         subpixel_scale=False,  # the reference stretches to whole pixels
     )
     images = fn.crop(images, crop=(image_size, image_size), rounding="truncate")
-    return images, labels.gpu() if device == "gpu" else labels, encoded[-NUM_LAST_BYTES:]
+    return images, labels, encoded[-NUM_LAST_BYTES:]
 
 
 def eval_pipeline(
@@ -51,7 +51,7 @@ def eval_pipeline(
     """The evaluation pipeline, not built yet: run k gives batch start_batch + k, then StopIteration.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
-    images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
+    images uint8 [b, image_size, image_size, 3] and, on the CPU, labels int64 [b] and the last bytes of the encoded
     images uint8 [b, NUM_LAST_BYTES], with b = order.batch_size; label -1 marks padding, and the grey images in the
     places of the samples marked in bad, bool [N]. The smaller side is resized to image_size * 256 / 224. Held to
     tests/reference/eval_preprocess.npz.

@@ -37,8 +37,9 @@ class Runner:
         self._stream = None if device_id is None else _stream(device_id)
 
     def __call__(self, pipeline: Pipeline, augment: AfterGraph | None = None) -> list[Tensor]:
-        """The outputs of the next run, which must be dense; on a GPU they are ready for torch's current stream.
+        """The outputs of the next run, which must be dense.
 
+        On a GPU all but bytes that the graph leaves on the CPU are there, ready for torch's current stream.
         augment takes the first of them, images, and the last, numbers; what it makes of both replaces the first.
         """
         # Without a stream run() returns when the batch is finished, so that the time in it is the time spent waiting.
@@ -65,7 +66,10 @@ def _augmented(tensors: list[Tensor], augment: AfterGraph | None) -> list[Tensor
 
 def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> Tensor:
     if isinstance(output, TensorListCPU):
-        return torch.from_numpy(output.as_array())
+        tensor = torch.from_numpy(output.as_array())
+        # Files' bytes are looked at on the CPU; labels and uniforms are not. Were the graph to copy these, a thread of
+        # DALI would wait for all that the decoder has queued.
+        return tensor if tensor.dtype == torch.uint8 else tensor.pin_memory().to(stream.device, non_blocking=True)
     source = output.as_tensor()
     target = torch.empty(source.shape(), dtype=to_torch_type[source.dtype], device=stream.device)
     return feed_ndarray(source, target, cuda_stream=stream)

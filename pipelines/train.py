@@ -116,9 +116,7 @@ def _train_graph(
             magnitude=augment.randaug_magnitude,
             contrast=augment.randaug_contrast,
         )
-    labels = drawn.labels.gpu() if device == "gpu" else drawn.labels
-    uniforms = drawn.uniforms.gpu() if device == "gpu" else drawn.uniforms
-    return images, labels, drawn.encoded[-NUM_LAST_BYTES:], *(() if randaug else (uniforms,))
+    return images, drawn.labels, drawn.encoded[-NUM_LAST_BYTES:], *(() if randaug else (drawn.uniforms,))
 
 
 def numbers_drawn(augment: Augment) -> list[int]:
@@ -149,7 +147,7 @@ def train_pipeline(
     """The training pipeline, not built yet: run k gives step start_step + k stride, without end.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
-    images uint8 [b, image_size, image_size, 3], labels int64 [b] and, on the CPU, the last bytes of the encoded
+    images uint8 [b, image_size, image_size, 3] and, on the CPU, labels int64 [b] and the last bytes of the encoded
     images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. Without randaug RandAugment is left to what is
     behind the graph: its uniforms float32 [b, layers * NUM_UNIFORMS_PER_LAYER] come last. All randomness comes from
     `order`: the pipeline holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -123,3 +124,4 @@ if __name__ == "__main__":
         try_out(int(sys.argv[1]))
     except Exception as error:
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
+    os._exit(0)  # what happens as libraries are unloaded says nothing of the decoder
