@@ -48,7 +48,7 @@ def check_same_run(
         "classes": _digest("\0".join(dataset.classes).encode("utf-8", "surrogateescape")),
         "training images": train_fingerprint,
         "val images": val_fingerprint,
-        "sizes of images": dataset.resized,
+        "sizes of images": str(dataset.resized),
     }
     _check_same_data(config.data.data, of_data)
 

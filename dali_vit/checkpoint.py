@@ -100,7 +100,7 @@ def save(
     for stale in folder.glob(".tmp-*"):  # of processes that were killed while writing
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        return _write(folder, final, temporary, step, config, classes, model_state, trainer_state, loader_state)
+        return _write(final, temporary, step, config, classes, model_state, trainer_state, loader_state)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = _refusal(error, folder)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +121,6 @@ def _refusal(error: Exception, folder: Path) -> str:
 
 
 def _write(
-    folder: Path,
     final: Path,
     temporary: Path,
     step: int,
@@ -148,11 +147,11 @@ def _write(
         flush(file)
     flush(temporary)
     if final.exists():  # the same step, written before an interruption: replace it by a whole one
-        os.replace(final, folder / f".tmp-old-{final.name}")
+        os.replace(final, final.parent / f".tmp-old-{final.name}")
     os.replace(temporary, final)
-    flush(folder)
-    shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
-    prune(folder, config.run.keep_checkpoints, final)
+    flush(final.parent)
+    shutil.rmtree(final.parent / f".tmp-old-{final.name}", ignore_errors=True)
+    prune(final.parent, config.run.keep_checkpoints, final)
     return final
 
 
@@ -336,15 +335,16 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
     """The .safetensors file that a path given by the user means, and the checkpoint that it is of."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            remedy = "give a run folder, a step_* folder, a .safetensors file or a big_vision .npz"
-            raise UserError(f"--checkpoint {path}: not a checkpoint; {remedy}")
+            meant = "a run folder, a step_* folder, a .safetensors file or a big_vision .npz"
+            raise UserError(f"--checkpoint {path}: not a checkpoint; give {meant}")
         return path, None
     if path.is_symlink():  # as `best`, which may lead elsewhere in the middle
         path = path.parent / os.readlink(path)
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))
     whole = (path / "checkpoint.json").exists() or (path / "model.safetensors").exists()
-    checkpoint = read(path) if whole else newest(path.parent if path.name == "checkpoints" else path)
+    in_run = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
+    checkpoint = read(path) if whole else newest(path.parent if in_run else path)
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors", checkpoint

@@ -77,7 +77,7 @@ def _flags(path: str) -> list[tuple[str, str]]:
                 raise UserError(f"{FLAG} {path}: {group} has no setting {name}; {_MEANT}")
             if isinstance(value, dict | list):
                 raise UserError(f"{FLAG} {path}: {name} has more than one value; give it one")
-            if value is None and "None" not in fields[name]:
+            if value == "" or (value is None and "None" not in fields[name]):
                 raise UserError(f"{FLAG} {path}: {name} has no value; give it one, or leave it out")
             if (fields[name] == "bool") != isinstance(value, bool):
                 wanted = "true or false" if fields[name] == "bool" else "neither true nor false"

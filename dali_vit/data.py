@@ -80,8 +80,8 @@ class Dataset:
     """Images held out of the training set."""
     val: ImageList | None
     """Validation images."""
-    resized: str | None = None
-    """How `prepare` made larger images smaller; None where all have the bytes that they came with."""
+    resized: dict[str, int] | None = None
+    """The `shorter_side` and `quality` that `prepare` made images smaller with; None where it left their bytes."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -166,9 +166,10 @@ def _load_prepared(root: Path, manifest: Manifest, minival: float, split: str | 
         loaded[name] = files
     if loaded["train"] is not None:
         loaded["train"], loaded["minival"] = split_minival(loaded["train"], root / "train", minival)
-    side, quality = (manifest.settings.get(name) for name in ("shorter_side", "quality"))
-    resized = None if side is None else f"to a shorter side of {side} pixels at JPEG quality {quality}"
-    return Dataset(root.name, root, manifest.classes, **loaded, resized=resized)
+    resized: dict[str, int] = {
+        name: manifest.settings[name] for name in ("shorter_side", "quality") if name in manifest.settings
+    }
+    return Dataset(root.name, root, manifest.classes, **loaded, resized=resized or None)
 
 
 def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:

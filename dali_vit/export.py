@@ -101,7 +101,10 @@ def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
 
 
 def crop_pct(resolution: int) -> float:
-    """224 / 256, or the share of it by which timm, which rounds down, resizes to the side that our evaluation does."""
+    """224 / 256, or the share of it by which timm, which rounds down, resizes to the side that our evaluation does.
+
+    Where the crop begins may differ by a pixel: timm rounds that, and our evaluation, as its reference, cuts it off.
+    """
     side = round(resolution * 256 / 224)
     return 0.875 if math.floor(resolution / 0.875) == side else resolution / (side + 0.5)
 

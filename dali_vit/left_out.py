@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,8 @@ __all__ = ["check_share", "of_all_ranks", "still_bad"]
 
 log = logging.getLogger(__name__)
 
+_SECONDS = 60.0  # for trying them again: launchers and other nodes wait
+
 
 def of_all_ranks(loader_states: Iterable[dict[str, Any]]) -> list[int]:
     """Indices of the training samples that any rank has found undecodable, rising."""
@@ -26,19 +29,22 @@ def still_bad(
 ) -> list[int]:
     """Those that still are when a run goes on: a file may have been mended, or a disk was away for a moment.
 
-    Collective, and the same on all ranks: the main one tries them.
+    Collective, and the same on all ranks, which share the work.
     """
     before = of_all_ranks(loader_states)
     if not before:
         return []
+    log.info("%d training images were left out: they are tried again", len(before))
     samples = dataset.split("train")
 
     def found() -> list[int]:
-        return datasets.still_bad(samples, before, datasets.num_threads(config, group)) if group.is_main else []
+        own = before[group.rank :: group.world_size]
+        threads = datasets.num_threads(config, group)
+        return datasets.still_bad(samples, own, device_id=group.device.index, num_threads=threads, seconds=_SECONDS)
 
-    still: list[int] = gather_objects(together(found))[0]
+    still = sorted(itertools.chain.from_iterable(gather_objects(together(found))))
     if good := [samples.path(index) for index in before if index not in set(still)]:
-        log.info("training images that were left out, can be decoded now and are used again: %s", some(good))
+        log.info("%d of them can be decoded now and are used again: %s", len(good), some(good))
     return still
 
 

@@ -234,10 +234,10 @@ def check_root(root: Path, folder: str) -> None:
         remedy = f"if {named}/ is meant, rename it to train/"
     elif folder == "train" and "val" in subfolders:
         remedy = "training needs train/<class>/* beside val/"
-    elif unpack := _how_to_unpack(root, folder, subfolders):
-        remedy = unpack
     elif any(scan(root / name, folders=False) for name in subfolders[:3]):
         remedy = f"its class folders belong into {folder}/"
+    elif not (root / "train").is_dir() and (unpack := _how_to_unpack(root, subfolders)):
+        remedy = unpack
     else:
         remedy = f"give a folder that holds {folder}/<class>/*"
     state = "is empty" if not any(root.iterdir()) else f"has no {folder}/"
@@ -245,10 +245,10 @@ def check_root(root: Path, folder: str) -> None:
 
 
 def kind_of_archives(names: Iterable[str]) -> str | None:
-    """What holds a data set's images, by files' names: `ilsvrc` (its tars), `parquet`, `tfrecord`, `webdataset`; None
-    where they lie in folders."""
+    """What holds a data set's images, by names relative to its root: `ilsvrc` (tars in the root itself), `parquet`,
+    `tfrecord`, `webdataset`; None where they lie in folders."""
     names = list(names)
-    if any(re.search(r"(^|/)ILSVRC2012_img_(train|val)\.tar$", name) for name in names):
+    if any(re.fullmatch(r"ILSVRC2012_img_(train|val)\.tar", name) for name in names):
         return "ilsvrc"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
@@ -257,12 +257,15 @@ def kind_of_archives(names: Iterable[str]) -> str | None:
     return "webdataset" if any(name.endswith(".tar") for name in names) else None
 
 
-def _how_to_unpack(root: Path, folder: str, subfolders: Sequence[str]) -> str | None:
-    kind = kind_of_archives(
-        name for path in (root, *(root / sub for sub in subfolders[:3])) for name in os.listdir(path)
-    )
+def _how_to_unpack(root: Path, subfolders: Sequence[str]) -> str | None:
+    """What is to be done with archives of images that lie in a folder or its first subfolders; None without any."""
+    names = []
+    for subfolder in ("", *subfolders[:3]):
+        with suppress(OSError):
+            names += [os.path.join(subfolder, name) for name in os.listdir(root / subfolder)]
+    kind = kind_of_archives(names)
     if kind == "webdataset":
-        return f"tar files are not read; unpack them into {folder}/<class>/, or get the set as parquet or TFRecords"
+        return "tar files are not read; unpack them into train/<class>/, or get the set as parquet or TFRecords"
     return kind and f"make a set of what it holds first: `dali-vit prepare {quote(str(root))} TARGET`"
 
 

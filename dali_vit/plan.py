@@ -152,7 +152,12 @@ def _check_same_images(
             f" {remedy}, or choose another --name"
         )
     if (was := checkpoint.loader.get("resized", dataset.resized)) != dataset.resized:
-        how = [f"resized {resized}" if resized else "never resized" for resized in (dataset.resized, was)]
+        how = [
+            f"resized to a shorter side of {resized['shorter_side']} pixels at JPEG quality {resized['quality']}"
+            if resized
+            else "never resized"
+            for resized in (dataset.resized, was)
+        ]
         raise UserError(
             f"--data {config.data.data}: its images were {how[0]}, those {config.run_dir} was begun with were {how[1]};"
             " give those, or choose another --name"

@@ -157,8 +157,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         return found
 
     with (
-        writer or nullcontext(),
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
+        writer or nullcontext(),
         background,
         closing(loader),
         watchdog,

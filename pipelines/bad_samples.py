@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -140,11 +141,25 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def still_bad(samples: Samples, indices: Sequence[int], num_threads: int) -> list[int]:
-    """Of samples that were bad before those that still are, in order: whole images, tried on the CPU."""
-    make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
-    tried = probe.try_samples(samples.subset(np.array(indices, np.int64)), make)
-    return [indices[place] for place, decodes in tried if not decodes]
+def still_bad(
+    samples: Samples, indices: Sequence[int], *, device_id: int | None, num_threads: int, seconds: float
+) -> list[int]:
+    """Of samples that were bad before those that still are, in order: whole images, on the CPU and on the GPU, if any.
+
+    Those that cannot be tried within so many seconds count as bad: one that is takes 20 ms.
+    """
+    deadline = time.monotonic() + seconds
+    left = np.array(indices, np.int64)
+    good = np.ones(len(left), bool)
+    for device in dict.fromkeys((None, device_id)):
+        make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=device, num_threads=num_threads)
+        tried = np.flatnonzero(good)
+        good[:] = False
+        for place, decodes in probe.try_samples(samples.subset(left[tried]), make):
+            good[tried[place]] = decodes
+            if time.monotonic() > deadline:
+                break
+    return [int(index) for index in left[~good]]
 
 
 def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tuple[list[int], int]:

@@ -39,7 +39,7 @@ class Runner:
     def __call__(self, pipeline: Pipeline, augment: AfterGraph | None = None) -> list[Tensor]:
         """The outputs of the next run, which must be dense.
 
-        On a GPU all but bytes that the graph leaves on the CPU are there, ready for torch's current stream.
+        On a GPU, all but bytes that the graph gives on the CPU are moved there, ready for torch's current stream.
         augment takes the first of them, images, and the last, numbers; what it makes of both replaces the first.
         """
         # Without a stream run() returns when the batch is finished, so that the time in it is the time spent waiting.

@@ -1,8 +1,8 @@
 """Processes under test, and what is asked of their runs.
 
 Most are forked off one that has imported everything, which a start of Python takes 4 s for: they have a session, an
-environment, streams and an end of their own. What is asked of the start itself, and variables that are read at import,
-need `anew`.
+environment, streams and an end of their own, but all of them the same seed of Python's hashes. What is asked of the
+start itself, and variables that are read at import, need `anew`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import TextIOWrapper
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -121,6 +122,7 @@ class Forked:
         self.wait(timeout)
         for thread in drains:
             thread.join(10)
+            assert not thread.is_alive(), "something still holds its stdout or stderr"
         return read.get(0, ""), read.get(1, "")
 
 
@@ -200,7 +202,14 @@ def run_ranks(
             stack.enter_context(running(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **variables))
             for rank in range(count)
         ]
-        written = [process.communicate(timeout=timeout) for process in processes]
+        with ThreadPoolExecutor(count) as pool:  # all at once, as one whose pipe is full waits
+            ends = {pool.submit(process.communicate, timeout): process for process in processes}
+            for ended in as_completed(ends):
+                if ended.exception() or ends[ended].returncode != code:  # the others would wait for it
+                    for process in processes:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(process.pid, signal.SIGKILL)
+        written = [ended.result() for ended in ends]
         assert [process.returncode for process in processes] == [code] * count, written
     return written
 

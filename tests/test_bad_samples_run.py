@@ -111,7 +111,8 @@ def test_a_run_that_goes_on_uses_images_again_that_were_mended(
     places[20].write_bytes(bad[20])
     count, said = go_on(0.1)
     assert count == 2
-    assert f"training images that were left out, can be decoded now and are used again: {places[20]}\n" in said
+    assert "3 training images were left out: they are tried again" in said
+    assert f"1 of them can be decoded now and are used again: {places[20]}\n" in said
     assert "after step 10, 2 images left out" in said
     with pytest.raises(DecodeError, match=r"2 of 60 samples .* more than the 1 "):
         go_on(0.001)

@@ -66,6 +66,7 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
         ("data: {antialias: maybe}", "antialias must be true or false"),
         ("optim: {lr: true}", "lr must be neither true nor false"),
         ("optim: {lr: }", "lr has no value; give it one, or leave it out"),
+        ("run: {name: ''}", "name has no value; give it one, or leave it out"),
         ("run: {runs_dir: null}", "runs_dir has no value; give it one, or leave it out"),
         ("run: {name: 007}", "name 7 is no text to YAML, which may write it otherwise; quote it"),
         ("run: {name: 2026-11-29}", "name 2026-11-29 is no text to YAML"),

@@ -91,5 +91,7 @@ def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config,
         f"--data {small}: its images were resized to a shorter side of 24 pixels at JPEG quality 92, those"
         f" {tiny_config.run_dir} was begun with were never resized; give those, or choose another --name"
     )
+    again = prepare(PrepareArguments(small, tmp_path / "again"))
+    assert load_dataset(again).resized == load_dataset(small).resized is not None
     shards = prepare(PrepareArguments(folder, tmp_path / "shards"))
     assert plan(with_data(shards), 1).checkpoint.step == 12

@@ -292,3 +292,10 @@ def test_names_of_hugging_face_that_do_not_tell_the_classes_stay(change, tmp_pat
     dataset = load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set", workers=1)), minival=0)
     assert dataset.classes == WORDS
     assert sorted(sample_names(dataset.train)) == sorted(f"{WORDS[label]}/{name}" for _, name, label in rows)
+
+
+def test_a_tar_beside_images_in_folders_does_not_matter(tmp_path):
+    source = datasets.write_folder(tmp_path / "source", IMAGES)
+    (source / "train" / "ILSVRC2012_img_train.tar").touch()  # moved there to be unpacked
+    expected = load_dataset(source, minival=0).counts
+    assert load_dataset(prepare(PrepareArguments(source, tmp_path / "set")), minival=0).counts == expected

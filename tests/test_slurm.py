@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,20 +34,27 @@ def job(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(job: dict[str, str], rank: int, arguments: list[str]) -> processes.Process:
-    return processes.start("-m", "dali_vit", *arguments, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
+Start = Callable[[dict[str, str], int, list[str]], processes.Process]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a task of a job, which ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def started(job: dict[str, str], rank: int, arguments: list[str]) -> processes.Process:
+            own = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
+            return stack.enter_context(processes.running("-m", "dali_vit", *arguments, **job, **own))
+
+        yield started
 
 
 def finish(tasks: list[processes.Process]) -> list[tuple[str, str]]:
-    try:
-        return [task.communicate(timeout=90) for task in tasks]
-    finally:
-        for task in tasks:
-            processes.end(task)
+    return [task.communicate(timeout=90) for task in tasks]
 
 
 @pytest.mark.timeout(240)
-def test_a_job_is_one_run_and_is_requeued_by_its_signal(image_folder, tmp_path, job):
+def test_a_job_is_one_run_and_is_requeued_by_its_signal(image_folder, tmp_path, job, start):
     arguments = command(image_folder, tmp_path, steps=150)
     tasks = [start(job, rank, arguments) for rank in (0, 1)]
     wait_for(lambda: logged_steps(tmp_path / "run") > 12, "step 12")

@@ -140,7 +140,8 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
             split.mean_bytes / 1000,
             f" in {len(split.shards)} shard{'s' * (len(split.shards) > 1)}" if split.shards else "",
         )
-    write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, settings.recorded()))
+    recorded = {**(source.resized or {}), **settings.recorded()}
+    write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, recorded))
     os.sync()
     folder.rename(target)
     _remove(partial)

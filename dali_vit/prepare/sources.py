@@ -49,6 +49,8 @@ class Source:
     """Class names, by class index."""
     splits: dict[str, ImageList]
     """`train`, and `val` where there is one."""
+    resized: dict[str, int] | None = None
+    """As `Dataset.resized`."""
 
 
 def open_source(root: Path, source_format: Format, val_labels: Path | None, scratch: Path) -> Source:
@@ -116,7 +118,8 @@ def _open_folder(root: Path) -> Source:
     if dataset.val is None and (name := other_val(root)):
         _log.warning("%s has no val/, so train/ alone is prepared: if %s/ is meant, rename it to val/", root, name)
     found = {"train": dataset.train, "val": dataset.val}
-    return Source(dataset.classes, {name: samples for name, samples in found.items() if samples is not None})
+    splits = {name: samples for name, samples in found.items() if samples is not None}
+    return Source(dataset.classes, splits, dataset.resized)
 
 
 def _open_flat_val(root: Path, val_labels: Path) -> Source:
