@@ -15,7 +15,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import pipelines.loader
 from pipelines import crop, probe
-from pipelines.bad_samples import BadSamples
+from pipelines.bad_samples import BadSamples, still_bad
 from pipelines.crop import Decoder
 from pipelines.loader import DecodeError, EvalLoader, LackOfMemory
 from pipelines.order import EvalOrder
@@ -310,3 +310,11 @@ def test_that_a_gpu_decodes_a_sample_is_not_enough_to_call_it_good(tmp_path: Pat
     assert bad.find(bad.cut_short(indices, last_bytes), failed=False)
     assert bad.indices == (1, 3)
     assert bad.cut_short(indices, last_bytes).tolist() == []
+
+
+def test_samples_that_were_bad_are_tried_again_while_there_is_time(tmp_path: Path) -> None:
+    files = write(tmp_path / "images", with_bad(40, {3: BAD["half"], 17: BAD["text"]}))
+    given: dict[str, Any] = {"device_id": None, "num_threads": 1}
+    assert still_bad(files, [1, 3, 5, 17, 39], **given, seconds=60) == [3, 17]
+    assert still_bad(files, [3, 17], **given, seconds=60) == [3, 17]
+    assert still_bad(files, [1, 3, 5], **given, seconds=0) == [3, 5]  # the first is tried in any case

@@ -33,9 +33,9 @@ for command in commands:
 
 @pytest.mark.timeout(650)
 def test_each_lean_block_moves_fewer_bytes(tmp_path: Path) -> None:
-    """What an image saves in a block: the terms of the biases of qkv and of the MLP's first layer are not read again.
-    Nor, with a residual stream in float32, is its gradient, twice, to be rounded, and no normalised tokens are written.
-    The packed attention saves reading the gradients of q, k and v and writing them again.
+    """What an image saves in a block, as the mean of two: the terms of the biases of qkv and of the MLP's first layer
+    are not read again. Nor, with a residual stream in float32, is its gradient, twice, to be rounded, and no normalised
+    tokens are written. The packed attention saves reading the gradients of q, k and v and writing them again.
     """
     flags = [
         f"--residual {residual} --depth {depth} --blocks {blocks} --batch-size {BATCH} --json {residual}-{depth}.json"
