@@ -164,15 +164,20 @@ def _one_line(box: str, command: str, argv: list[str]) -> str:
 
 
 def _what_instead(unknown: str, argv: list[str]) -> str | None:
-    """Of the first argument that is none of ours, as far as others' habits tell. The parser breaks lines within it."""
+    """What others' habits tell of the arguments that are none of ours, of which the parser breaks lines."""
     joined = "".join(unknown.split())
+    flags = {flag: _OTHERS[flag] for argument in argv if (flag := argument.partition("=")[0]) in _OTHERS}
+    if len(flags) == 1 and joined.startswith(tuple(flags)):
+        return next(iter(flags.values()))
+    if flags:
+        return "; ".join(f"{flag}: {hint}" for flag, hint in flags.items())
     given = [*argv, *(argument.partition("=")[2] for argument in argv)]
     starts = [argument for argument in given if argument and joined.startswith("".join(argument.split()))]
     if not starts:
         return None
     argument = max(starts, key=len)
     if argument.startswith("-"):
-        return _OTHERS.get(argument.partition("=")[0])
+        return None
     if f"--resume={argument}" in argv or ("--resume", argument) in itertools.pairwise(argv):
         return "--resume takes nothing: --runs-dir and --name say which run"
     if _value(argv, "--data") is None and os.path.isdir(argument):

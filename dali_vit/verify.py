@@ -25,7 +25,7 @@ from dali_vit.data import Dataset
 from dali_vit.environment import cpu_count
 from dali_vit.files import at_home, file_sha256
 from dali_vit.inspection import KINDS, Problem, find_undecodable, inspect_header, one_line, why_undecodable
-from dali_vit.listing import LeftOut, left_out
+from dali_vit.listing import LeftOut, left_out, other_val
 from dali_vit.manifest import read_manifest
 from dali_vit.prepare.sources import read_sample
 from dali_vit.quarantine import LIST, check_quarantine, move_aside
@@ -132,6 +132,8 @@ def verify(arguments: VerifyArguments) -> Report:
     left = dataset if not moved or refused else load_with_faults(arguments.path)[0]
     if not refused and (absent := val_without_images(left)):
         _log.warning("%s", absent)
+    if "val" not in splits and (meant := other_val(dataset.root)):
+        _log.warning("%s has no val/; if %s/ is meant, rename it to val/", dataset.root, meant)
     return report
 
 

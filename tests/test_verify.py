@@ -309,6 +309,9 @@ def test_one_problem_is_a_problem(tmp_path, caplog):
         (tmp_path / "val").rename(tmp_path / "aside")
         verify(VerifyArguments(tmp_path))
         assert caplog.messages[-1] == "1 image of train: 1 problem that would hurt training"
+        (tmp_path / "aside").rename(tmp_path / "validation")
+        verify(VerifyArguments(tmp_path))
+        assert caplog.messages[-1] == f"{tmp_path} has no val/; if validation/ is meant, rename it to val/"
 
 
 def test_mistakes_are_named_with_their_remedy(tmp_path):
