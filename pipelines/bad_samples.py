@@ -1,4 +1,4 @@
-"""Samples that cannot be read or decoded: which they are, and how many are passed over."""
+"""Samples that cannot be read or decoded: which they are, and how many of them may be passed over."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "mo
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
-# Where this many samples are tried and all fail, it may not be the samples: a disk is gone, or the device.
+# If this many samples are tried and all fail, the cause may be a lost disk or device instead of the samples.
 _SUSPICIOUS = 16
 
 
 class DecodeError(ValueError):
-    """Samples that cannot be read or decoded, where that cannot be passed over."""
+    """Samples cannot be read or decoded, and may not be passed over."""
 
     def __init__(self, message: str, paths: Sequence[str]) -> None:
         super().__init__(message)
@@ -38,10 +38,10 @@ def most_allowed(max_share: float, count: int) -> int:
 class BadSamples:
     """What is known of the samples that cannot be read or decoded.
 
-    `indices`: those known from before. make: a pipeline that fails where a sample is bad, on the device that is loaded
-    to; make_on_cpu, where that is a GPU: one on the CPU, as libjpeg-turbo refuses every JPEG that was cut short and
-    another decoder may not. Raises DecodeError when more are bad than the share max_share of all samples (1 is allowed
-    in any case, unless the share is 0), and ValueError for arguments out of range.
+    indices: the samples already known to be bad. make: makes a pipeline that fails at a bad sample, on the loader's
+    device; make_on_cpu, where that is a GPU: makes one on the CPU, as libjpeg-turbo refuses every JPEG that was cut
+    short and other decoders may not. Raises DecodeError when more samples are bad than the share max_share of all
+    (1 is allowed in any case, unless the share is 0), and ValueError for arguments out of range.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class BadSamples:
         """Which samples are bad, bool [N]; it changes in place."""
         self.mask[list(indices)] = True
         self.tried = self.mask.copy()
-        """Which samples are known to be good or bad, bool [N]; that a GPU decodes one is not enough to call it good."""
+        """Which samples are known to be good or bad, bool [N]; a sample that only a GPU has decoded is not."""
         self._check_share()
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The bad samples, rising."""
+        """Indices of the bad samples, rising."""
         return tuple(np.flatnonzero(self.mask).tolist())
 
     def find(self, indices: np.ndarray, *, failed: bool) -> bool:
-        """Tries samples and marks the bad ones, each named in a warning; whether there are any.
+        """Tries samples and marks the bad ones, each named in a warning; returns whether there are any.
 
-        failed: a pipeline has just failed, supposedly because of one of these. If nothing can be read any more, or an
-        image that is good fails as well, none of them is to blame. If not `failed`, they are tried on the CPU.
+        failed: a pipeline has just failed, presumably at one of these samples. If nothing can be read any more, or a
+        good image fails as well, none of them is to blame. If not `failed`, the samples are tried on the CPU.
         """
-        # After a failure those tried before are tried again: a file may have been removed since.
+        # After a failure, samples that were tried before are tried again: a file may have been removed since.
         indices = indices[~(self.mask[indices] if failed else self.tried[indices])]
         if len(indices) == 0:
             return False
-        # Where none is passed over, all are to be named.
+        # Where no bad sample may be passed over, the error is to name them all.
         at_most = self._max - int(self.mask.sum()) if self._max else len(indices)
-        # What fails on the device is tried there: it may be that device alone that cannot decode it.
+        # After a failure, samples are tried on the loader's device: it may be the only one that cannot decode them.
         make = self._make if failed else self._make_on_cpu
         places, tried = _undecodable(self._samples.subset(indices), make, at_most)
         bad = indices[places]
@@ -103,24 +103,24 @@ class BadSamples:
         return len(bad) > 0
 
     def _are_to_blame(self, indices: np.ndarray) -> bool:
-        """Whether of samples that all failed any can be read at all, and the device decodes what is good."""
+        """Whether any of these samples, which all failed, can be read at all, and the device decodes a good image."""
         if all(_first_bytes(self._samples, payload) is None for payload in self._samples.payload(indices)):
             return False
         return probe.decodes_good_images(self._make)
 
     def cut_short(self, indices: np.ndarray, last_bytes: np.ndarray) -> np.ndarray:
-        """Of a batch, the JPEGs whose end is missing, or does not come last, and that were never tried; rising.
+        """Indices of a batch's JPEGs that lack the end marker among their last bytes and were never tried, rising.
 
-        indices: of the batch's samples, int64 [N], -1 where a row only pads; last_bytes: of their files, uint8
-        [N, bytes]. Of a JPEG that was cut short the first rows still decode: whether it fails depends on the window
-        that was drawn of it, and on the device's decoder.
+        indices: of the batch's samples, int64 [N], -1 where a row is padding; last_bytes: of the samples' files, uint8
+        [N, bytes]. The first rows of a JPEG that was cut short still decode: whether decoding fails depends on the
+        window that was drawn, and on the device's decoder.
         """
         suspects = np.flatnonzero(~has_end_of_jpeg(last_bytes) & (indices >= 0))
         if len(suspects) == 0:  # nearly always
             return suspects
         found = np.unique(indices[suspects])
         found = found[~self.tried[found]]
-        # Other formats are always decoded whole, as they just were. What a file is called says nothing of its format.
+        # Other formats are always decoded whole, and have just been. A file's name does not tell its format.
         jpeg = begins_as_jpeg(self._samples, found)
         self.tried[found[~jpeg]] = True
         return found[jpeg]
@@ -144,9 +144,9 @@ def _some(names: Sequence[str]) -> str:
 def still_bad(
     samples: Samples, indices: Sequence[int], *, device_id: int | None, num_threads: int, seconds: float
 ) -> list[int]:
-    """Of samples that were bad before those that still are, in order: whole images, on the CPU and on the GPU, if any.
+    """Which samples that were bad before still are, in order: whole images are tried on the CPU, then on any GPU.
 
-    Those that cannot be tried within so many seconds count as bad: one that is takes 20 ms.
+    Samples that are not reached within `seconds` count as bad: each bad one takes 20 ms.
     """
     deadline = time.monotonic() + seconds
     left = np.array(indices, np.int64)
@@ -165,7 +165,7 @@ def still_bad(
 def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tuple[list[int], int]:
     """Places of the samples that fail when tried alone, and how many were tried.
 
-    It is given up at the first failure beyond at_most, or when the first _SUSPICIOUS all fail.
+    The trial ends at the first failure beyond at_most; while every sample has failed, only after _SUSPICIOUS of them.
     """
     bad: list[int] = []
     tried = 0

@@ -1,4 +1,4 @@
-"""The functions of `kernels` as operators of a DALI graph on the CPU: its threads run them, one sample at a time."""
+"""The functions of `kernels` as operators of a DALI graph on the CPU: DALI's threads run them, sample by sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
 @functools.cache
 def available() -> bool:
-    """Whether Numba can be used. The graph does without, in more than twice the time on a CPU, which is said once."""
+    """Whether Numba can be used. Without it the graph takes more than twice as long on a CPU, which is logged once."""
     try:
         importlib.import_module("nvidia.dali.plugin.numba")
     except ImportError as error:
@@ -39,10 +39,11 @@ def _operator(
     ins: str,
     outs: str,
 ) -> Any:
-    """DALI operator for addresses that `kernels` gives: `run` for a sample, `setup` for the shapes of the outputs.
+    """DALI operator of two compiled functions: one processes a sample, the other sets the shapes of the outputs.
 
-    ins, outs: a letter each, `i` for an image uint8 [h, w, 3], `n` for numbers float32 [n]. One instance serves all
-    graphs. DALI's own way from a Python function to such an address takes 2 seconds of compilation in every process.
+    run, setup: functions of `kernels` that return their addresses. ins, outs: a letter for each input and output, `i`
+    for an image uint8 [h, w, 3], `n` for numbers float32 [n]. One instance serves all graphs. DALI's own way from a
+    Python function to such an address takes 2 seconds of compilation in every process.
     """
     from nvidia.dali.plugin.numba import NumbaFunction
 
@@ -75,7 +76,7 @@ def sample_window(
     area_range: tuple[float, float],
     ratio_range: tuple[float, float],
 ) -> tuple[DataNode, DataNode]:
-    """The window of a sampler of `crop`, in one operator instead of 45 that each take a microsecond an image."""
+    """The window that a sampler of `crop` draws, by one operator instead of 45 that each take 1 us an image."""
     from pipelines.kernels import calls, window
 
     ranges = types.Constant(np.array([*area_range, *ratio_range], np.float32))

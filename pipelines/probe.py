@@ -1,4 +1,4 @@
-"""Which samples cannot be decoded: each is tried alone, as a pipeline's failure does not always say whose it was."""
+"""Which samples cannot be decoded: each is tried alone, as a pipeline's error does not always name the sample."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "d
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
 
-# Of DALI's allocators, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
+# Messages of DALI's allocators, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
 _LACK_OF_MEMORY = re.compile(
     r"Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL"
     "|CUDA out of memory"
 )
 
-# Samples tried at once before the ones that failed are tried one by one. A failed pipeline is of no use any more,
-# and making one takes as long as decoding about this many images.
+# Samples tried at once; those of a batch that fails are then tried one by one. A failed pipeline cannot be used again,
+# and making a new one takes as long as decoding about this many images.
 _BATCH_SIZE = 16
 
 
 class LackOfMemory(RuntimeError):
-    """A GPU's memory does not hold a batch and what it takes to make it."""
+    """A GPU's memory is too small for a batch and the buffers that it takes to make it."""
 
 
 def check_memory(error: RuntimeError) -> None:
-    """Raises LackOfMemory if that is what made a pipeline fail: then it was none of its samples."""
+    """Raises LackOfMemory if a pipeline failed for lack of memory, so that none of its samples is to blame."""
     if _LACK_OF_MEMORY.search(str(error)):
         raise LackOfMemory(str(error)) from error
 
@@ -49,7 +49,7 @@ def _decode_graph(source: EvalSource, decoder: Decoder, device: str) -> Any:
 def decode_pipeline(
     samples: Samples, order: EvalOrder, *, decoder: Decoder, device_id: int | None, num_threads: int
 ) -> Pipeline:
-    """Reads and decodes whole images; gives one pixel and the label of each."""
+    """A pipeline that reads and decodes whole images; it gives one pixel and the label of each."""
     return _decode_graph(
         EvalSource(samples, order),
         decoder,
@@ -62,13 +62,13 @@ def decode_pipeline(
 
 
 def decodes_good_images(make: MakePipeline) -> bool:
-    """Whether what made samples fail is theirs: a device that is lost, or a lack of threads, fails all images."""
+    """Whether a good image decodes; if not, failed samples are not to blame, but a lost device or a lack of threads."""
     good = FileList.from_paths([str(PLACEHOLDER)], [0])
     return all(decodes for _, decodes in try_samples(good, make))
 
 
 def try_samples(samples: Samples, make: MakePipeline, batch_size: int = _BATCH_SIZE) -> Iterator[tuple[int, bool]]:
-    """Each sample's place in the collection and whether the pipeline made of it runs, in order; or LackOfMemory."""
+    """Yields each sample's place in the collection and whether its pipeline runs, in order; may raise LackOfMemory."""
     start = 0
     while start < len(samples):
         rest = samples.subset(np.arange(start, len(samples)))

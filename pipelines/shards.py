@@ -1,7 +1,7 @@
 """Samples inside large files: byte ranges of memory maps, so that shards are shuffled like single files.
 
-Nothing here knows a container's format: tar shards, the tars of ILSVRC and TFRecords all are files in which an
-encoded image lies in one piece.
+This module does not depend on a container's format: in tar shards, the tars of ILSVRC and TFRecords alike, an encoded
+image lies in one piece.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ShardList:
     shard: np.ndarray
     """Which shard holds a sample, int32 [N]."""
     offsets: np.ndarray
-    """Where in the shard it begins, int64 [N]."""
+    """Where in its shard a sample begins, int64 [N]."""
     lengths: np.ndarray
     """Bytes of a sample, int64 [N]."""
     labels: np.ndarray
@@ -76,7 +76,7 @@ class ShardList:
             )
         )
         for (shard, _), _, end, page in ranges:
-            # Otherwise the pages would be read one fault after the other, by the one thread that copies them.
+            # Otherwise the pages would be read one after the other, at the page faults of the thread that uses them.
             shard.madvise(mmap.MADV_WILLNEED, page, end - page)
         return [array[start:end] for (_, array), start, end, _ in ranges]
 
@@ -86,7 +86,7 @@ class ShardList:
             open_files.allow_shards(len(self.shards))
             with open(self.shards[shard], "rb") as file:
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            buffer.madvise(mmap.MADV_RANDOM)  # the kernel's guess of what follows would be wrong
+            buffer.madvise(mmap.MADV_RANDOM)  # reads are in random order: the kernel would read ahead in vain
             mapped = self._maps[shard] = buffer, np.frombuffer(buffer, np.uint8)
         return mapped
 

@@ -1,7 +1,7 @@
-"""Whether a GPU decodes windows of JPEGs alone, tried out in a process of its own, as it may not survive that.
+"""Whether a GPU can decode windows of JPEGs alone, tried out in a process of its own, as the trial may crash.
 
 nvImageCodec 0.9, which DALI 2.4 decodes with, is reported to fail at windows of ordinary JPEGs: with an error on A100
-and GB200, with a segmentation fault on H100 and B200 (NVIDIA/nvImageCodec, issue 55). Whole images it decodes.
+and GB200, with a segmentation fault on H100 and B200 (NVIDIA/nvImageCodec, issue 55). It does decode whole images.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["fault", "try_out"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
-_PATIENCE = 120.0  # seconds; it takes about five
-_COUNT = 64  # images, enough for both decoders and for all engines of the hardware's
+_PATIENCE = 120.0  # seconds; the trial takes about five
+_COUNT = 64  # images, enough for both decoders and for all engines of the hardware decoder
 _HW_DECODER_LOADS = (0.0, 0.65, 1.0)
-_TOLERANCE = 6.0  # levels, on average; two decoders differ by 3, another window by 30
+_TOLERANCE = 6.0  # levels, on average; two decoders differ by 3, two windows by 30
 _COMMAND = ("-P", __file__)
 
 
 @functools.cache
 def fault() -> str | None:
-    """Why the current GPU is not to decode windows alone, which is logged, once; None where it may or there is none."""
+    """Why the current GPU must not decode windows alone, logged once; None where it may, or where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def fault() -> str | None:
 
 
 def _ended_badly(device_id: int) -> str | None:
-    """What became of `try_out` in a process of its own; None if it went well."""
+    """How `try_out` failed in a process of its own; None if it succeeded."""
     try:
         tried = subprocess.run(
             [sys.executable, *_COMMAND, str(device_id)],
@@ -70,11 +70,11 @@ def _last_line(text: str) -> str:
 
 
 def try_out(device_id: int | None) -> None:
-    """RuntimeError where windows decoded alone are not those of whole images; on the CPU if `device_id` is None.
+    """Raises RuntimeError where windows decoded alone differ from the same windows cut out of whole images.
 
-    Where the decoder is broken it may end the process.
+    It runs on the GPU device_id, on the CPU if that is None. A broken decoder may end the process.
     """
-    from nvidia.dali import fn, pipeline_def  # here, as `crop` needs this module
+    from nvidia.dali import fn, pipeline_def  # imported here, as `crop`, needed below, imports this module
 
     from pipelines import crop
 
@@ -104,7 +104,7 @@ def _draw() -> tuple[list[np.ndarray], ...]:
     drawn = []
     for i in range(_COUNT):
         height, width = rng.integers(100, 640, 2)
-        # Smooth, as photographs are: of white noise no two decoders make the same.
+        # Smooth, as photographs are: no two decoders make the same pixels of white noise.
         coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), np.uint8)
         stream = io.BytesIO()
         smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -118,10 +118,10 @@ def _draw() -> tuple[list[np.ndarray], ...]:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).parents[1]))  # the package may not be installed; last, to hide nothing
+    sys.path.append(str(Path(__file__).parents[1]))  # the package may not be installed; last, to hide no other
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core file, should it crash
     try:
         try_out(int(sys.argv[1]))
     except Exception as error:
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
-    os._exit(0)  # what happens as libraries are unloaded says nothing of the decoder
+    os._exit(0)  # a crash while libraries are unloaded would say nothing about the decoder
