@@ -1,8 +1,8 @@
 """RandAugment on a GPU: `kernels.randaugment_gpu`, two launches a layer, instead of 340 nodes of a DALI graph.
 
-The batches are those that a graph gives, RandAugment's uniforms among them. As a node of the graph the kernels would
-have to be a Python function, to which DALI hands memory of a GPU by DLPack alone: each batch that is dropped then makes
-a thread of DALI wait for all that is queued on the device (see `handover`).
+It works on the batches that a graph outputs, which include RandAugment's uniforms. As a node of the graph the kernels
+would have to be a Python function, to which DALI hands a GPU's memory only by DLPack: each batch that is dropped would
+then make a thread of DALI wait for all work queued on the device (see `handover`).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["RandAugment", "available", "try_out"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
-_PATIENCE = 180.0  # seconds, of which Triton's compiler takes its share on the first run
+_PATIENCE = 180.0  # seconds, which on the first run include Triton's compilation
 
 
 class RandAugment:
     """RandAugment of one policy, for batches on a device; settings as `kernels.randaugment` takes them.
 
-    Called with images uint8 [N, S, S, 3] and uniforms float32 [N, layers * 4] it gives new images, on torch's current
-    stream. On the CPU it runs where Triton's interpreter is on (TRITON_INTERPRET=1).
+    Called with images uint8 [N, S, S, 3] and uniforms float32 [N, layers * 4] it returns new images, on torch's current
+    stream. On the CPU it needs Triton's interpreter (TRITON_INTERPRET=1).
     """
 
     def __init__(self, settings: np.ndarray, device: torch.device) -> None:
-        from pipelines.kernels import randaugment_gpu  # here, as Triton need not be there
+        from pipelines.kernels import randaugment_gpu  # imported here, as Triton may not be installed
 
         self._kernels = randaugment_gpu
         self._settings = torch.from_numpy(settings.astype(np.float32)).to(device)
@@ -41,10 +41,10 @@ class RandAugment:
 
 @functools.cache
 def available(size: int) -> bool:
-    """Whether the kernels run here, on a GPU. Without them the graph augments, more slowly, which is said once.
+    """Whether the kernels run on the GPU here. Without them the graph augments, more slowly; a warning says so, once.
 
-    It is tried out, because much has to fit together: Triton, which comes with torch but needs a C compiler, and the
-    GPU's driver. The kernels for images of this size are compiled on the way.
+    The kernels are tried out, because much has to fit together: Triton, which comes with torch but needs a C compiler,
+    and the GPU's driver. The trial also compiles the kernels for images of this size.
     """
     if not torch.cuda.is_available():
         return False
@@ -54,10 +54,10 @@ def available(size: int) -> bool:
     def attempt() -> None:
         try:
             try_out(size, device_id)
-        except Exception as error:  # whatever it is, there is another way
+        except Exception as error:  # whatever it is, the graph can augment instead
             errors.append(error)
 
-    # In a thread, which does not keep the program from ending, should the kernels or their compiler hang.
+    # In a daemon thread, which does not keep the program from ending if the kernels or their compiler hang.
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
@@ -72,9 +72,9 @@ def available(size: int) -> bool:
 
 
 def try_out(size: int, device_id: int | None) -> None:
-    """Inverts black images on a GPU, on the CPU if that is None; raises if they do not become white."""
+    """Inverts black images on the GPU device_id, on the CPU if that is None; raises if they do not become white."""
     if device_id is not None:
-        torch.cuda.set_device(device_id)  # a new thread is on the first GPU, where it would make a context of its own
+        torch.cuda.set_device(device_id)  # a new thread is set to the first GPU, and would make a context there
     device = torch.device("cpu") if device_id is None else torch.device("cuda", device_id)
     black = torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device)
     invert = torch.full((2, 4), 2.5 / 16, device=device)

@@ -1,8 +1,8 @@
-"""RandAugment as big_vision runs it: per layer one of 16 operations, uniformly, at one fixed magnitude.
+"""RandAugment as big_vision runs it: each layer applies one of 16 operations, drawn uniformly, at one fixed magnitude.
 
-All randomness comes in as uniforms, `NUM_UNIFORMS_PER_LAYER` per layer and sample: which operation, its sign, and for
-cutout the centre (row, column). The operations themselves are in `randaugment_ops`. Samples part into the branches of
-a DALI conditional, so that each kind of operation runs once per layer over the samples that drew it.
+All randomness comes in as uniforms, `NUM_UNIFORMS_PER_LAYER` per layer and sample. They choose the operation, its sign
+and, for cutout, the centre (row, column). The operations themselves are in `randaugment_ops`. A DALI conditional
+splits the samples into branches, so that each kind of operation runs once per layer over the samples that drew it.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def rand_augment(
 
     images: uint8 [image_size, image_size, 3], on either device; u: float32 [layers * NUM_UNIFORMS_PER_LAYER] in
     [0, 1), on the CPU; magnitude: 0 to 10; contrast: "paper" blends towards a constant grey as the published results
-    did (big_vision issue 109), "mean" towards the mean of the image. On the CPU the operations are compiled by Numba
-    where `compiled` is true or, if that is None, where they can be; else, and on a GPU (but see `behind_graph`), they
-    are DALI's operators, which want a pipeline definition with `enable_conditionals=True`. Raises ValueError for
-    another magnitude or contrast, and fewer than 0 layers. Source: big_vision's `pp/autoaugment.py`.
+    did (big_vision issue 109), "mean" towards the mean of the image. On the CPU, Numba compiles the operations if
+    `compiled` is true, or is None and Numba can be used. Otherwise, and on a GPU (but see `behind_graph`), they are
+    DALI's operators, which need a pipeline definition with `enable_conditionals=True`. Raises ValueError for any other
+    magnitude or contrast, fewer than 0 layers, and `compiled` on a GPU. Source: big_vision's `pp/autoaugment.py`.
     """
     if layers < 0:
         raise ValueError(f"RandAugment cannot have {layers} layers: 0 turns it off")
@@ -109,11 +109,11 @@ def apply_op(
     contrast: str = "paper",
     compiled: bool | None = None,
 ) -> DataNode:
-    """Apply the operation `name` to every image: the policy's own branch, with the draw given.
+    """Apply the operation `name` to every image, by the policy's own branch, with a given draw.
 
-    images, image_size, magnitude, contrast, compiled: as in `rand_augment`; negative: the other sign of a geometric
-    operation; center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError for an
-    unknown operation, and as `rand_augment`.
+    images, image_size, magnitude, contrast, compiled: as in `rand_augment`; negative: whether a geometric operation
+    has the negative sign; center: of cutout, (row, column) as fractions of the size in [0, 1). Raises ValueError for an
+    unknown operation, and where `rand_augment` does.
     """
     if name not in OPS:
         raise ValueError(f"RandAugment has no operation {name!r}: choose from {', '.join(OPS)}")
@@ -135,9 +135,9 @@ def draw_of(name: str, *, negative: bool = False, center: tuple[float, float] = 
 def behind_graph(
     device_id: int | None, *, image_size: int, layers: int, magnitude: float, contrast: str
 ) -> loops_gpu.RandAugment | None:
-    """RandAugment for the batches that a graph gives; None where it is part of the graph, or off.
+    """RandAugment for the batches that a graph outputs; None where RandAugment is part of the graph, or off.
 
-    It is compiled by Triton, for a GPU where that works. The other arguments and errors as in `rand_augment`.
+    Triton compiles it, for a GPU on which that works. The other arguments, and the errors, are as in `rand_augment`.
     """
     _check(magnitude, contrast)
     if device_id is None or layers == 0 or not loops_gpu.available(image_size):
@@ -176,15 +176,15 @@ def _settings(size: int, magnitude: float, contrast: str) -> np.ndarray:
     return np.concatenate([numbers, *(matrix[:2].ravel() for matrix in warps)]).astype(np.float32)
 
 
-# DALI rewrites the source of what is called within a pipeline definition, so that `if` takes nodes. Only
-# `_apply_chosen` needs that, and it takes seconds for the rest.
+# DALI rewrites the source of every function called within a pipeline definition, so that `if` takes nodes. Only
+# `_apply_chosen` needs that, and rewriting the other functions would take seconds.
 
 
 @do_not_convert
 def _draw(u: DataNode, layers: int, size: int, branches: Sequence[_Branch]) -> tuple[DataNode, DataNode, DataNode]:
-    """Of each layer the branch and which of its variants, [layers, 1]; operation, sign and center, [layers, 4].
+    """For each layer the branch and the index of its variant, [layers, 1]; operation, sign and center, [layers, 4].
 
-    All layers at once: on the CPU, DALI takes 1 us a sample for an operation on a number, and no more for an array.
+    All layers at once, as on the CPU DALI takes 1 us a sample for an operation on a number, and as long on an array.
     """
     variants = [(name, sign) for name in OPS for sign in (-1, 1)]
     places = [next((i, b.variants.index(v)) for i, b in enumerate(branches) if v in b.variants) for v in variants]
@@ -202,8 +202,8 @@ def _apply_chosen(
 ) -> DataNode:
     """Send each sample through the branch that it drew.
 
-    One conditional after the other: nested ones would take a third longer, as every node and constant that a branch
-    uses is split on each level above it.
+    The conditionals follow one another: nested ones would take a third longer, as every node and constant that a branch
+    uses would be split on each level above it.
     """
     for i, branch in enumerate(branches):
         if chosen == i:
@@ -268,7 +268,7 @@ def _affine_branch(terms: dict[str, tuple[float, float]]) -> _Branch:
 
 
 def _translation_branches(strength: float, size: int) -> list[_Branch]:
-    """translate_x and translate_y; at the smallest magnitudes some move nothing."""
+    """translate_x and translate_y; at the smallest magnitudes some variants move nothing."""
     axes = {"translate_x": 1, "translate_y": 0}
     still: list[_Variant] = []
     moving: dict[_Variant, np.ndarray] = {}
@@ -293,7 +293,7 @@ def _translation_branches(strength: float, size: int) -> list[_Branch]:
 
 
 def _warp_branches(strength: float, size: int) -> list[_Branch]:
-    """Rotations and shears; a branch of their own for those that want repair (see `ops.shear_repairs`)."""
+    """Rotations and shears; the shears that need repair (see `ops.shear_repairs`) have a branch of their own."""
     plain = _signed(["rotate"])
     repaired: dict[_Variant, np.ndarray] = {}
     for variant in _signed(["shear_x", "shear_y"]):

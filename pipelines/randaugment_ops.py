@@ -1,12 +1,12 @@
 """The 16 operations of RandAugment as DALI graph functions, on CPU and GPU alike.
 
-Each takes a batch of uint8 [S, S, 3] images as a DALI node and gives the same back. They follow big_vision's
+Each takes a batch of uint8 [S, S, 3] images as a DALI node and returns another such batch. They follow big_vision's
 TensorFlow operations (pp/autoaugment.py): nearest-neighbour sampling, grey (128) wherever a pixel is uncovered, values
 truncated after a blend. `strength` is magnitude / 10, `size` is S, `sign` 1 or -1. Nothing here draws a random number.
 
-What decides how they are written is DALI's speed on the CPU: it converts float to uint8 one number at a time (1 ms an
-image at 224, as much as half a JPEG's decoding), so that values never leave uint8, or uint16 for the key of a table;
-and its arithmetic takes as long for a byte as for 8 of them, so that what can be done on 64-bit words is (`_words`).
+DALI's speed on the CPU decides how they are written. DALI converts float to uint8 one number at a time (1 ms an image
+at 224, half of what decoding a JPEG takes), so values stay in uint8, or in uint16 as the keys of a table. Its
+arithmetic takes as long for 1 byte as for 8, so operations work on 64-bit words where they can (`_words`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
 
 FILL = 128
-_TRUNCATE = -(0.5 - 1 / 64)  # added before rounding to nearest; 1/64 for whole numbers that float32 has a little low
+_TRUNCATE = -(0.5 - 1 / 64)  # added before rounding to nearest; 1/64 keeps whole numbers that float32 has a little low
 _KEYS = list(range(1 << 16))
 
 
@@ -29,7 +29,7 @@ def enhancement_factor(strength: float) -> float:
 
 
 def multiply_add(images: DataNode, multiplier: DataNode, addend: DataNode) -> DataNode:
-    """Each value v becomes multiplier v + 255 addend, rounded to nearest; multiplier and addend are one per sample."""
+    """Each value v becomes multiplier * v + 255 * addend, rounded to nearest; each sample has its own pair."""
     return fn.brightness_contrast(images, brightness=multiplier, brightness_shift=addend)
 
 
@@ -41,7 +41,7 @@ def brightness_terms(strength: float) -> tuple[float, float]:
 def contrast_terms(strength: float, size: int) -> tuple[float, float]:
     """Multiplier and addend (see `multiply_add`) of the published contrast.
 
-    It blends with one grey for all images, the mean bin of the histogram instead of the mean pixel: S * S / 256.
+    It blends with one grey for all images, the mean count of a histogram's bin, S * S / 256, instead of the mean pixel.
     """
     factor = enhancement_factor(strength)
     return factor, ((1 - factor) * min(size * size // 256, 255) + _TRUNCATE) / 255
@@ -72,7 +72,7 @@ def posterize_mask(strength: float) -> int:
 
 
 def solarize_threshold(strength: float) -> int:
-    """The value from which solarize inverts: int(256 strength) in uint8 arithmetic, where 256 is 0."""
+    """The lowest value that solarize inverts: int(256 strength) in uint8 arithmetic, where 256 is 0."""
     return int(strength * 256) % 256
 
 
@@ -93,7 +93,7 @@ def color(images: DataNode, strength: float, size: int) -> DataNode:
     factor, pixels = enhancement_factor(strength), size * size
     luminance = fn.color_space_conversion(_luminance(images), image_type=types.GRAY, output_type=types.RGB)
     white = _images(_words(images, size, types.INT32) | _everywhere(255, size), size)
-    # The image, its luminance and white as the three rows of one picture: a filter of one column weighs and adds them.
+    # The image, its luminance and white become the rows of one picture: a filter of one column adds them up, weighted.
     rows = fn.multi_paste(
         *(fn.reshape(node, shape=[1, pixels, 3], layout="HWC") for node in (images, luminance, white)),
         output_size=[3, pixels],
@@ -112,7 +112,8 @@ def sharpness(images: DataNode, strength: float, size: int) -> DataNode:
     kernel[1, 1] = factor + 5 * (1 - factor) / 13
     inner = fn.filter(images, kernel, mode="valid")
     if factor < 0.5:
-        # The reference truncates the smooth image and the blend, here nearly the same: a level less is nearer.
+        # The reference truncates twice, the smooth image and the blend; these are nearly the same here, so subtracting
+        # one level comes closer.
         inner = fn.brightness_contrast(inner, brightness_shift=-1 / 255)
     return fn.multi_paste(images, inner, output_size=[size, size], out_anchors=_ints([[0, 0], [1, 1]]))
 
@@ -135,14 +136,14 @@ def equalize(images: DataNode, size: int) -> DataNode:
     TensorFlow maps v to (C + step // 2) // step, where C counts the values below v and step is n // 255, n the count
     of values below the highest. OpenCV's formula, applied to the inverted image, gives 255 C / n. What remains is
     to scale by n / (255 step), which is in [1, 2), and to leave alone the channels whose step is 0. (Where n is below
-    2 * 255, that is in an image of next to no content, a few pixels may be two levels off.)
+    2 * 255, that is in an image with almost no content, a few pixels may be two levels off.)
     """
     highest = fn.reductions.max(images, axes=[0, 1], keep_dims=True)
     is_below = _images(_words(images, size) ^ _per_channel(highest, size), size) != _uint8(0)
     exact = _count(is_below, size) / 255.0 + 1e-6
     factor = exact / dali_math.floor(exact)  # in [1, 2), infinite where the step is 0
-    # Row r of the table scales by 1 + (r / 254)^2, finest near 1, where photographs are: their step is about
-    # S * S / 255. Row 255, for a step of 0, is black.
+    # Row r of the table scales by 1 + (r / 254)^2. Rows are finest near 1, where photographs are, as their step is
+    # about S * S / 255. Row 255, for a step of 0, is black.
     row = fn.cast(dali_math.min(dali_math.sqrt(factor - 1.0) * 254.0, 255.0), dtype=types.UINT16)
     rows, values = np.mgrid[:256, :256]
     table = np.floor((1 + (rows / 254) ** 2) * (255 - values) + 0.5)
@@ -165,13 +166,13 @@ def warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
     return matrix
 
 
-# The shears fall on exact halves every few pixels. They go up, as nearly always in the reference: OpenCV would round
-# them to even, and a GPU has fewer digits.
+# Every few pixels a shear samples at an exact half. The excess makes halves round up, as they nearly always do in the
+# reference: OpenCV would round them to even, and a GPU has fewer digits.
 _EXCESS = 1e-6
 
 
 def raised_warp_matrix(name: str, strength: float, sign: int, size: int) -> np.ndarray:
-    """`warp_matrix` for `warp`: the halves of a shear are a little more."""
+    """`warp_matrix` for `warp`: a shear samples a little beyond exact halves, so that they round up."""
     matrix = warp_matrix(name, strength, sign, size)
     if name != "rotate":
         matrix[:2, 2] = _EXCESS * size
@@ -179,19 +180,19 @@ def raised_warp_matrix(name: str, strength: float, sign: int, size: int) -> np.n
 
 
 def warp(images: DataNode, matrix: DataNode) -> DataNode:
-    """Sample the nearest pixel at `matrix` (see `raised_warp_matrix`)."""
-    # The plain warp_affine gives the same and takes three times as long on the CPU.
+    """Sample the pixel nearest to where `matrix` points (see `raised_warp_matrix`)."""
+    # The plain warp_affine gives the same pixels, but takes three times as long on the CPU.
     return fn.experimental.warp_perspective(
         images, matrix=matrix, interp_type=types.INTERP_NN, fill_value=[FILL] * 3, pixel_origin="center"
     )
 
 
 def shear_repairs(name: str, strength: float, sign: int, size: int) -> np.ndarray:
-    """What `warp` does otherwise than the reference in shear_x or shear_y, as pastes, int32 [from, to, extent][P][2].
+    """Pastes, int32 [from, to, extent][P][2], that repair where `warp` differs from the reference's shear_x or shear_y.
 
-    The reference computes x + level * y in float32. In a few rows the product lies a digit off the half, and the
-    sum rounds down as long as it is small enough to keep that digit. There the pixel before is the right one. The
-    first paste is the whole image; strips shorter than an eighth of the image are left (0.1 % of the pixels).
+    The reference computes x + level * y in float32. In a few rows the product is a half less one digit, and the sum
+    rounds down as long as it is small enough to keep that digit. There the preceding pixel is the right one. The first
+    paste is the whole image; strips shorter than an eighth of the image are not repaired (0.1 % of the pixels).
     """
     along, across = np.arange(size), np.arange(size)[:, None]
     level = sign * 0.3 * strength
@@ -219,7 +220,8 @@ def translation(strength: float, sign: int) -> int:
 
 def translation_pastes(axis: int, shift: int, size: int) -> np.ndarray:
     """A translation along `axis` by `shift` pixels, not 0, as two pastes, int32 [from, to, extent][image, grey][2]."""
-    kept = max(size - abs(shift), 1)  # where nothing is, the grey covers the one; the GPU cannot paste nothing
+    # The GPU cannot paste nothing: where nothing of the image is left, one row or column is pasted, and grey covers it.
+    kept = max(size - abs(shift), 1)
     covered = min(abs(shift), size)
     pastes = np.zeros((3, 2, 2), np.int32)
     pastes[2] = size
@@ -233,7 +235,7 @@ def translation_pastes(axis: int, shift: int, size: int) -> np.ndarray:
 
 
 def grey(images: DataNode, size: int) -> DataNode:
-    """An image of the fill value, where `images` are."""
+    """An image of the fill value, on the device of `images`."""
     return types.Constant(np.full((size, size, 3), FILL, np.uint8), device=images.device, layout="HWC")
 
 
@@ -262,18 +264,18 @@ def _lookup(keys: DataNode, table: np.ndarray) -> DataNode:
 
 
 def _keys(images: DataNode, first: DataNode, size: int) -> DataNode:
-    """images + first, a uint16 [1, 1, 3]: where to look in a table of 256 rows of 256."""
+    """images + first, which is uint16 [1, 1, 3]: places in a table of 256 rows of 256 values."""
     words = _words(fn.cast(images, dtype=types.UINT16), size) + _per_channel(first, size, itemsize=2)
     return fn.reinterpret(words, dtype=types.UINT16, shape=[size, size, 3], layout="HWC")
 
 
-# Images as words. 8 pixels are 24 bytes, three words of 64 bits: the same three for any 8 pixels as far as constants of
-# the channels go. Integer arithmetic that carries nothing from one value to the next may be done on them. A size that
-# is no multiple of 8 does without.
+# Images as words. 8 pixels are 24 bytes, three words of 64 bits; a constant of each channel makes the same three words
+# for any 8 pixels. Integer arithmetic that carries nothing from one value to the next may be done on words. Images
+# whose size is no multiple of 8 stay as they are.
 
 
 def _has_words(size: int) -> bool:
-    return size % 8 == 0 and size <= 255 * 8  # the latter for _count
+    return size % 8 == 0 and size <= 255 * 8  # the second condition is for _count
 
 
 def _words(images: DataNode, size: int, dtype: types.DALIDataType = types.UINT64) -> DataNode:
@@ -296,7 +298,7 @@ def _per_channel(values: DataNode, size: int, itemsize: int = 1) -> DataNode:
 
 
 def _everywhere(value: int, size: int) -> DataNode:
-    """A value as the words of an image that has it everywhere, of 32 bits: the constants that DALI takes."""
+    """A value as the words of an image that has it everywhere; of 32 bits, as DALI takes no longer constants."""
     if not _has_words(size):
         return _uint8(value)
     return types.Constant(int.from_bytes([value] * 4, "little", signed=True), dtype=types.INT32)
