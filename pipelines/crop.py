@@ -33,8 +33,8 @@ __all__ = [
     "sample_window_torchvision",
 ]
 
-# A larger image counts as undecodable, as it does for Pillow: decoded it would take more than 512 MiB, and what
-# claims to be one in a data set of photographs is a broken header or a decompression bomb.
+# A larger image counts as undecodable, as it does for Pillow: decoded, it would take more than 512 MiB, and a file that
+# claims such a size in a data set of photographs has a broken header or is a decompression bomb.
 MAX_PIXELS = 2**29 // 3
 
 Region = Literal["window", "full"]
@@ -55,11 +55,11 @@ class Decoder:
     """Fast inverse DCT where libjpeg-turbo decodes: TensorFlow's default, which the paper ran with. It halves
     the distance to the reference (tests/reference/eval_preprocess.npz: 0.8 instead of 1.5 levels)."""
     region: Region = "window"
-    """Decode the crop window alone, or the full image and cut the window out of it: the same pixels. A GPU that fails
-    at the former (`windows`) does the latter."""
+    """Decode the crop window alone, or the full image and cut the window out of it: the pixels are the same. On a GPU
+    that fails to decode windows alone (see `windows`), full images are decoded."""
     fancy_upsampling: bool = False
     """On a GPU, interpolate chroma as libjpeg-turbo does, instead of repeating it. Only with `region` full: with nvJPEG
-    below 13.2, which gets their edges wrong, nvImageCodec does no windows this way."""
+    below 13.2, which gets the edges of windows wrong, nvImageCodec decodes no windows this way."""
     hw_decoder_load: float = 0.65
     """Share of the baseline JPEGs given to the hardware decoder, where there is one."""
     preallocate_width_hint: int = 0
@@ -67,7 +67,7 @@ class Decoder:
     preallocate_height_hint: int = 0
     """Height of the largest image in pixels, likewise."""
     hybrid_huffman_threshold: int = 1_000_000
-    """Pixels from which on nvJPEG shares Huffman decoding between CPU and GPU."""
+    """Pixels of an image from which on nvJPEG shares Huffman decoding between CPU and GPU."""
     device_memory_padding: int = 16 * 2**20
     """Bytes of device memory reserved per decoding thread."""
     host_memory_padding: int = 8 * 2**20
@@ -103,29 +103,29 @@ def _refuse_too_large(encoded: DataNode, size: DataNode, device: str) -> DataNod
     """The encoded image, unchanged; one of more than MAX_PIXELS makes the pipeline fail before it is decoded."""
     too_large = size[0] * size[1] > MAX_PIXELS
     if device == "cpu":
-        # Reshaping copies nothing, and refuses a shape that is not that of the bytes. Cost: 1 us an image.
+        # Reshaping copies nothing, and fails where the shape does not match the number of bytes. Cost: 1 us an image.
         return fn.reshape(encoded, rel_shape=fn.stack(too_large + 1.0))
-    # What shares memory with its input belongs to no stream: after decoding, DALI's thread would wait until the GPU is
-    # done with it, instead of parsing the next batch.
+    # An output that shares memory with its input, as reshape's does, belongs to no stream: after decoding, DALI's
+    # thread would wait until the GPU is done with that memory, instead of parsing the next batch.
     length = fn.cast(encoded.shape() * (too_large + 1), dtype=types.INT32)
     return fn.slice(encoded, start=[0], shape=length, axes=[0], out_of_bounds_policy="error")
 
 
 def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) -> DataNode:
-    """Whole images, uint8 [H, W, 3] RGB on the device; size is `image_size`'s.
+    """Whole images, uint8 [H, W, 3] RGB on the device; size is what `image_size` returns.
 
-    Of an image of more than MAX_PIXELS the pipeline fails.
+    The pipeline fails at an image of more than MAX_PIXELS.
     """
     return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
 def refusing_too_large(start: DataNode, size: DataNode) -> DataNode:
-    """Where a window begins, of an image of more than MAX_PIXELS outside of it, which the decoder refuses."""
+    """The start of a window; in an image of more than MAX_PIXELS, a start outside it, which the decoder refuses."""
     return start + (size[0] * size[1] > MAX_PIXELS) * 1e9
 
 
 def width_to_resize_to(mirror: DataNode | None, size: int) -> DataNode | int:
-    """Negative where an image is to be flipped, as DALI's resize has it; it rounds 1 pixel in 1,000 the other way."""
+    """The width for DALI's resize, negative where it is to flip; flipping so rounds 1 pixel in 1,000 the other way."""
     return size if mirror is None else size - mirror * (2.0 * size)
 
 
@@ -134,7 +134,7 @@ def cut_window(
 ) -> DataNode:
     """Windows of images, uint8 [h, w, 3] RGB on the device, decoded as `decoder.region` says, not resized.
 
-    Else as `decode_window`.
+    The arguments are as in `decode_window`; image is its size.
     """
     cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
     if decoder.region == "full":
@@ -159,10 +159,10 @@ def decode_window(
 ) -> DataNode:
     """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
 
-    image is the size of the whole, start is (top, left) and window (height, width), float32 [2] on the CPU. Of an image
-    of more than MAX_PIXELS the pipeline fails before it is decoded. Where mirror (a boolean scalar on
-    the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it. The resize is
-    compiled (see `compiled`) where `compiled` is true or, if that is None, where it can be.
+    image is the (height, width) of the whole image, start the (top, left) and window the (height, width) of the window,
+    each float32 [2] on the CPU. The pipeline fails at an image of more than MAX_PIXELS before decoding it. Where mirror
+    (a boolean scalar on the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it.
+    On the CPU the resize is compiled (`pipelines.compiled`) if `compiled` is true, or is None and Numba can be used.
     """
     if device == "gpu" and decoder.region == "window" and windows.fault():
         decoder = replace(decoder, region="full")
@@ -180,9 +180,9 @@ def _round(x: DataNode) -> DataNode:
 def _any_valid(
     height: DataNode, width: DataNode, valid: DataNode, attempts: int, otherwise: DataNode
 ) -> tuple[DataNode, DataNode]:
-    """(height, width) [2] of a valid attempt or `otherwise` [2] if there is none, and its number, 0 if none.
+    """(height, width) [2] of a valid attempt and its number; `otherwise` [2] and 0 if there is none.
 
-    Attempts are exchangeable, so the last valid one is distributed as the first, which rejection sampling takes.
+    Attempts are exchangeable, so the last valid one is distributed as the first, which rejection sampling would take.
     """
     numbers = types.Constant(np.arange(1, attempts + 1, dtype=np.int32), device="cpu")
     number = fn.reductions.max(valid * numbers)
@@ -202,7 +202,7 @@ def sample_window_tensorflow(
     size is (height, width), float32 [2]; uniforms hold [attempts] for the aspect ratio (width / height, drawn
     linearly), [attempts] for the height and [2] for the position. Returns (top, left) and (height, width),
     float32 [2], whole numbers. Where all attempts fail the whole image is taken. Everything is on the CPU.
-    Held to tests/reference/crop_windows.npz.
+    Tested against tests/reference/crop_windows.npz.
     """
     if loops.available():
         return loops.sample_window("tensorflow", size, uniforms, area_range, ratio_range)
@@ -213,13 +213,13 @@ def sample_window_tensorflow(
 
     ratio = ratio_uniform * (ratio_range[1] - ratio_range[0]) + ratio_range[0]
     h_max = dali_math.min((width + 0.5) / ratio, height)  # so that round(h * ratio) <= width
-    if area_range[1] < 1.0:  # no window inside the image is larger than the image
+    if area_range[1] < 1.0:  # at 1 no bound is needed: no window is larger than the image
         largest = area * area_range[1]
         h_max = dali_math.min(h_max, dali_math.sqrt(largest / ratio) + 0.5)
     h_max = dali_math.floor(h_max)
     h_min = dali_math.min(_round(dali_math.sqrt(smallest / ratio)), h_max)
     h = h_min + dali_math.floor(height_uniform * (h_max - h_min + 1.0))
-    # Rounding the width may have left the range of areas by one row.
+    # With the width rounded, the area may be out of its range by one row.
     w = _round(h * ratio)
     h = h + (h * w < smallest)
     w = _round(h * ratio)

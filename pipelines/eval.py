@@ -14,9 +14,9 @@ from pipelines.readers import NUM_LAST_BYTES, EvalSource, Samples, read
 
 __all__ = ["MAX_ASPECT_RATIO", "eval_pipeline"]
 
-# A JPEG of 65,000 x 1 pixels would be scaled up to 256 times its side, 12 GB.
+# A JPEG of 65,000 x 1 pixels would be scaled up to 256 times its sides, 12 GB.
 MAX_ASPECT_RATIO = 100
-"""Longer side by shorter up to which `eval_pipeline` resizes as it should; from 256 / 224 times as much on it fails."""
+"""Longer / shorter side up to which `eval_pipeline` resizes as it should; from 256 / 224 times as much on it fails."""
 
 
 @pipeline_def
@@ -27,7 +27,7 @@ def _eval_graph(source: EvalSource, image_size: int, decoder: Decoder, device: s
     images = fn.resize(
         images,
         resize_shorter=shorter,
-        max_size=shorter * MAX_ASPECT_RATIO,  # what is longer is left too small for the crop, which then fails
+        max_size=shorter * MAX_ASPECT_RATIO,  # a longer image ends up too small for the crop, which then fails
         interp_type=types.INTERP_LINEAR,
         antialias=True,
         subpixel_scale=False,  # the reference stretches to whole pixels
@@ -52,8 +52,8 @@ def eval_pipeline(
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
     images uint8 [b, image_size, image_size, 3] and, on the CPU, labels int64 [b] and the last bytes of the encoded
-    images uint8 [b, NUM_LAST_BYTES], with b = order.batch_size; label -1 marks padding, and the grey images in the
-    places of the samples marked in bad, bool [N]. The smaller side is resized to image_size * 256 / 224. Held to
+    images uint8 [b, NUM_LAST_BYTES], with b = order.batch_size; label -1 marks padding, and the grey images that
+    replace the samples marked in bad, bool [N]. The smaller side is resized to image_size * 256 / 224. Tested against
     tests/reference/eval_preprocess.npz.
     """
     return _eval_graph(

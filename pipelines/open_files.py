@@ -1,4 +1,4 @@
-"""How many files a process may have open at once: 1,024 on most systems, which one batch can pass."""
+"""How many files a process may have open at once: 1,024 on most systems, which a single batch can exceed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 __all__ = ["TooManyFiles", "allow", "allow_shards"]
 
-# What a process has open besides: libraries, devices and sockets, logs, checkpoints.
+# Other files that a process has open: libraries, devices and sockets, logs, checkpoints.
 _OTHERS_AT_LEAST, _OTHERS_AT_MOST = 64, 512
 
 
@@ -15,12 +15,12 @@ class TooManyFiles(ValueError):
 
 
 def allow(files: int, what: str, instead: str) -> None:
-    """Makes room for so many files, open at once, and as many again.
+    """Raises the limit where needed, so that `files` files can be open at once, and as many again.
 
-    what, instead: how the error names them, and what it advises where the limit cannot be raised.
+    what, instead: how the error names the files, and what it advises where the limit cannot be raised.
 
     The limit is raised for this process and its children alone, and never lowered. Raises TooManyFiles where the hard
-    limit (`ulimit -Hn`), which only an administrator raises, is too low for the files themselves.
+    limit (`ulimit -Hn`), which only an administrator can raise, is too low for the files themselves.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < files + _OTHERS_AT_LEAST:
@@ -35,5 +35,5 @@ def allow(files: int, what: str, instead: str) -> None:
 
 
 def allow_shards(count: int) -> None:
-    """`allow` of so many shards in memory maps, which keep their files open; the other split's are hardly more."""
+    """`allow` for `count` shards, whose memory maps keep files open; the other split hardly has more of them."""
     allow(count, f"{count:,} shards", "prepare larger shards")

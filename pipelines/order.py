@@ -102,10 +102,10 @@ class TrainOrder:
 
 @dataclass(frozen=True)
 class EvalOrder:
-    """One rank's share of a finite set in its own order, every index exactly once over all ranks.
+    """One rank's share of a finite set, in the set's own order; over all ranks every index comes exactly once.
 
-    All ranks take part in the same number of batches, as collective operations need it; where a rank has
-    fewer samples than that (or none), its batches are padded with -1.
+    All ranks have the same number of batches, as collective operations need it; where a rank has too few
+    samples for them (or none), its batches are padded with -1.
     """
 
     num_samples: int

@@ -1,4 +1,4 @@
-"""Where bytes come from: collections of samples, and the way from there into a graph."""
+"""Where encoded images come from: collections of samples, and how a graph reads from them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = [
     "read",
 ]
 
-NUM_LAST_BYTES = 8  # of a file, by which one that was cut short is known; the smallest image has as many, a PBM
+NUM_LAST_BYTES = 8  # of a file, which show whether it was cut short; even the smallest image, a PBM, has as many
 
 PLACEHOLDER = Path(__file__).with_name("placeholder.jpg")
-"""A good image, which takes the place of those that are bad."""
+"""A good image, which takes the place of bad ones."""
 
 
 class BatchInfo(Protocol):
-    """The part of nvidia.dali.types.BatchInfo in use: batches handed out so far."""
+    """The part of nvidia.dali.types.BatchInfo that is used here: the number of batches handed out so far."""
 
     iteration: int
 
 
 class Samples(Protocol):
-    """Encoded images and their labels, wherever they lie; what the loaders need to know of them."""
+    """Encoded images and their labels, wherever they are stored: what the loaders need to know about them."""
 
     encoded: ClassVar[bool]
     """What the payload is: False, the path of a file that DALI is to read; True, the encoded image itself."""
@@ -58,7 +58,7 @@ class Samples(Protocol):
         """How messages name a sample: a file's path, or for instance `shard-0003.tar: n01440764/x.JPEG`."""
 
     def payload(self, indices: np.ndarray, /) -> list[np.ndarray]:
-        """One uint8 array a sample. Nothing is copied: its memory must stay as it is while the samples live."""
+        """One uint8 array a sample. DALI does not copy it: its memory must stay unchanged while the samples live."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +124,7 @@ def _placeholder(encoded: bool) -> np.ndarray:
 
 
 def _payload(samples: Samples, indices: np.ndarray, left_out: np.ndarray | None) -> list[np.ndarray]:
-    """The payload of samples, a grey image in the places that are left out, bool [len(indices)]."""
+    """The payload of samples, with a grey image in the places marked in left_out, bool [len(indices)]."""
     if left_out is None or not left_out.any():
         return samples.payload(indices)
     kept = iter(samples.payload(indices[~left_out]))
@@ -136,8 +136,8 @@ def _payload(samples: Samples, indices: np.ndarray, left_out: np.ndarray | None)
 class TrainSource:
     """What the training graph reads: iteration -> payload, or paths, and iteration -> (labels, uniforms, ...).
 
-    It keeps nothing between calls, so a pipeline can be built at any step: iteration i is start_step + i stride. The
-    uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
+    It keeps nothing between calls, so a pipeline can be built at any step: iteration i is step start_step + i * stride.
+    The uniforms come as one array float32 [local_batch_size, n] for each n in `counts`, as slicing them apart in the
     graph would cost more than drawing them.
     """
 
@@ -156,7 +156,7 @@ class TrainSource:
         return 1 + len(self.counts)
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
-        """Of each sample of this rank at an iteration its path, or its encoded bytes where it is in a shard, uint8."""
+        """The path of each sample of this rank at an iteration, or its encoded bytes if it is in a shard, uint8."""
         indices = self.order.indices(self.start_step + info.iteration * self.stride)
         return _payload(self.samples, indices, None if self.bad is None else self.bad[indices])
 
@@ -165,7 +165,7 @@ class TrainSource:
         return stack_paths(self.payload(info))
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
-        """Labels int64 [local_batch_size], -1 of bad samples, and the uniforms float32 [local_batch_size, n]."""
+        """Labels int64 [local_batch_size], -1 for bad samples, and the uniforms float32 [local_batch_size, n]."""
         step = self.start_step + info.iteration * self.stride
         indices = self.order.indices(step)
         labels = self.samples.labels[indices]
@@ -178,7 +178,7 @@ class TrainSource:
 
 @dataclass(frozen=True)
 class EvalSource:
-    """What the evaluation graph reads: iteration -> payload, or paths, iteration -> (labels,).
+    """What the evaluation graph reads: iteration -> payload, or paths, and iteration -> (labels,).
 
     Iteration 0 is start_batch; StopIteration comes after the last batch. Padding is a grey image, labelled -1.
     """
@@ -200,7 +200,7 @@ class EvalSource:
         return indices, indices < 0 if self.bad is None else (indices < 0) | self.bad[indices]
 
     def payload(self, info: BatchInfo) -> list[np.ndarray]:
-        """As TrainSource's. Raises StopIteration after the last batch."""
+        """As `TrainSource.payload`. Raises StopIteration after the last batch."""
         return _payload(self.samples, *self._indices(info))
 
     def paths(self, info: BatchInfo) -> tuple[np.ndarray, np.ndarray]:
@@ -208,7 +208,7 @@ class EvalSource:
         return stack_paths(self.payload(info))
 
     def arrays(self, info: BatchInfo) -> tuple[np.ndarray, ...]:
-        """Labels int64 [batch_size], -1 of padding. Raises StopIteration after the last batch."""
+        """Labels int64 [batch_size], -1 for padding. Raises StopIteration after the last batch."""
         indices, padding = self._indices(info)
         return (np.where(padding, -1, self.samples.labels[indices]),)
 
@@ -216,30 +216,30 @@ class EvalSource:
 def read(source: TrainSource | EvalSource) -> list[DataNode]:
     """Encoded images, uint8 on the CPU, and the source's arrays; to be called within a pipeline definition."""
     if source.samples.encoded:
-        # Copying encoded images takes 16 us each, in one thread, and so would reading them from a memory map.
+        # Copying would take one thread 16 us an image, and that thread would have to read the memory maps, too.
         encoded = fn.external_source(source.payload, batch=True, batch_info=True, no_copy=True)
     else:
-        # A list of arrays takes the thread that trains 7 us more an image, in DALI's Python (BENCHMARKS.md).
+        # A list of arrays would cost the training thread 7 us more an image, in DALI's Python code (BENCHMARKS.md).
         paths, lengths = fn.external_source(source.paths, num_outputs=2, batch=True, batch_info=True)
-        # As memory maps DALI would remember every path it has ever read, 265 bytes each, and be no faster.
+        # With memory maps DALI would remember every path it has ever read, 265 bytes each, and be no faster.
         encoded = fn.io.file.read(paths[:lengths], dont_use_mmap=True)
     arrays = fn.external_source(source.arrays, num_outputs=source.num_arrays, batch=True, batch_info=True)
     return [encoded, *arrays]
 
 
 def allow_open_files(samples: Samples, batch_size: int) -> None:
-    """Lets this process read batches of so many samples, of which DALI opens all files before it reads the first.
+    """Lets this process read batches of this size: DALI opens all files of a batch before it reads the first.
 
     To be called before a pipeline runs. Raises `open_files.TooManyFiles` where the system does not allow that many.
     """
     if not samples.encoded:
-        # Two pipelines may be at it: the lanes of a loader on the CPU, training's and evaluation's on a GPU.
+        # Two pipelines may read at once: a loader's two lanes on the CPU, training's and evaluation's on a GPU.
         what = f"the files of two batches of {batch_size:,} images"
         open_files.allow(2 * batch_size, what, "read smaller batches, or shards")
 
 
 def stack_paths(paths: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Paths uint8 [n] of several lengths n as rows of one array, uint8 [N, longest], ending in zeros; int32 [N], n."""
+    """Paths uint8 [n] of different lengths as rows of one array padded with zeros, uint8 [N, longest]; n, int32 [N]."""
     lengths = np.fromiter(map(len, paths), np.int32, len(paths))
     rows = np.zeros((len(paths), lengths.max()), np.uint8)
     rows[np.arange(rows.shape[1]) < lengths[:, None]] = np.concatenate(paths)

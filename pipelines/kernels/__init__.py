@@ -1,5 +1,5 @@
-"""What the training graph does for one image: compiled by Numba for a CPU, and RandAugment by Triton for a GPU.
+"""What the training graph does to one image, compiled by Numba for a CPU; for a GPU, Triton compiles RandAugment.
 
-A file holds all that is compiled together, as Numba's cache on disk looks at the age of a function's own file alone. No
-floating-point operation may be reordered or fused, so that all processors give the same bytes.
+Functions that are compiled together are in one file, as Numba's cache on disk checks the age of a function's own file
+alone. No floating-point operation may be reordered or fused, so that all processors give the same bytes.
 """

@@ -15,17 +15,17 @@ __all__ = ["BATCH", "SAMPLE", "address", "jit", "pairs_shape", "square_shape"]
 jit = numba.njit(nogil=True, error_model="numpy")
 
 _pointers, _shapes = types.CPointer(types.voidptr), types.CPointer(types.CPointer(types.int64))
-# Data, shapes and ranks of a sample's outputs, and how many there are; then those of its inputs.
+# Data, shapes, ranks and number of a sample's outputs; then those of its inputs.
 SAMPLE = types.void(_pointers, _shapes, types.voidptr, types.int32, _pointers, _shapes, types.voidptr, types.int32)
-# Shapes and ranks of a batch's outputs, and how many there are; those of its inputs; the number of samples.
+# Shapes, ranks and number of a batch's outputs; those of its inputs; the number of samples.
 BATCH = types.void(_shapes, types.voidptr, types.int32, _shapes, types.voidptr, types.int32, types.int32)
 
 
 def address(signature: Any, function: Callable[..., None]) -> int:
-    """Address of the compiled function, which is kept on disk where that can be written, and in memory for good."""
+    """Address of the compiled function, which is cached on disk where that is writable, and stays in memory."""
     try:
         compiled: CFunc = numba.cfunc(signature, cache=True)(function)
-    except (RuntimeError, OSError):  # no folder, or a full disk
+    except (RuntimeError, OSError):  # no folder for the cache, or a full disk
         compiled = numba.cfunc(signature)(function)
     _compiled.append(compiled)
     found = compiled.address
@@ -38,7 +38,7 @@ _compiled: list[CFunc] = []
 
 @functools.cache
 def pairs_shape() -> int:
-    """Address of the function that makes both outputs [2]."""
+    """Address of the function that gives both outputs the shape [2]."""
 
     def setup(out_shapes, out_ranks, num_outs, in_shapes, in_ranks, num_ins, num_samples):
         for i in range(num_outs * num_samples):
@@ -49,7 +49,7 @@ def pairs_shape() -> int:
 
 @functools.cache
 def square_shape(size: int) -> int:
-    """Address of the function that makes all outputs [size, size, 3]."""
+    """Address of the function that gives all outputs the shape [size, size, 3]."""
 
     def setup(out_shapes, out_ranks, num_outs, in_shapes, in_ranks, num_ins, num_samples):
         for i in range(num_samples):

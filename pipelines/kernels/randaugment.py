@@ -1,4 +1,4 @@
-"""RandAugment of one image, bit for bit as big_vision's but for sharpness, where a level may differ."""
+"""RandAugment of one image, bit for bit equal to big_vision's, except that sharpness may differ by one level."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["rand_augment", "rand_augment_sample"]
 F, U = np.float32, np.uintp
 FILL = np.uint8(128)
 
-# Slices assigned to slices would do the same, and each take half a second to compile.
+# Assigning slices would do the same as `_copy` and `_fill`, but each assignment takes half a second to compile.
 
 
 @jit
@@ -45,7 +45,7 @@ def _luminance(red, green, blue):
 
 @jit
 def _look_up(image, tables, out):
-    """Each channel through its own table, uint8 [3, 256]."""
+    """Maps each channel by its own table, uint8 [3, 256]."""
     values, results = image.ravel(), out.ravel()
     for i in range(0, values.shape[0], 3):
         results[i] = tables[0, values[i]]
@@ -78,7 +78,7 @@ def _auto_contrast(image, out):
 @jit
 def _equalize(image, out):
     values = image.ravel()
-    # Neighbours are often equal: with histograms of their own they do not wait for each other.
+    # Neighbouring pixels are often equal: counted in two histograms, they do not wait for each other.
     counts = np.zeros((2, 3, 256), np.int32)
     for i in range(0, values.shape[0] - 5, 6):
         for j in range(6):
@@ -158,7 +158,7 @@ def _sharpness(image, factor, out):
     size = image.shape[0]
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
     columns = np.empty(3 * size, np.float32)
-    left, middle, right = columns[:-6], columns[3:-3], columns[6:]  # an index below 0 would have to be looked for
+    left, middle, right = columns[:-6], columns[3:-3], columns[6:]  # Numba would check if an index j - 3 is negative
     _copy(rows[0], results[0])
     _copy(rows[size - 1], results[size - 1])
     for y in range(1, size - 1):
@@ -168,7 +168,7 @@ def _sharpness(image, factor, out):
         inner, sharp = row[3:-3], result[3:-3]
         for j in range(3 * size - 6):
             total = left[j] + middle[j] + right[j] + F(4) * F(inner[j])
-            # A little more than the sum, so that its multiples of 13 come out whole.
+            # A little is added to the sum, so that multiples of 13 are not truncated to one less.
             sharp[j] = _blend(np.int32((total + F(0.25)) * F(1 / 13)), inner[j], factor)
         _copy(row[:3], result[:3])
         _copy(row[-3:], result[-3:])
@@ -176,7 +176,7 @@ def _sharpness(image, factor, out):
 
 @jit
 def _warp(image, matrix, out):
-    """The pixel nearest to (a x + b y + c, d x + e y + f), halves away from zero, for matrix = (a, ..., f)."""
+    """Samples the pixel nearest to (a x + b y + c, d x + e y + f), halves away from zero, for matrix = (a, ..., f)."""
     size = image.shape[0]
     a, b, c, d, e, f = matrix
     values, rows = image.ravel(), out.reshape(size, 3 * size)
@@ -203,7 +203,7 @@ def _warp(image, matrix, out):
 
 @jit
 def _translate(image, shift, along_x, out):
-    """Moved left or up by shift pixels, right or down where it is negative."""
+    """Moves an image left or up by shift pixels, right or down where shift is negative."""
     size = image.shape[0]
     start, stop = min(max(-shift, 0), size), max(min(size - shift, size), 0)
     rows, results = image.reshape(size, 3 * size), out.reshape(size, 3 * size)
@@ -264,10 +264,10 @@ def _apply(op, sign, row, column, settings, image, out):
 
 @jit
 def rand_augment(image, uniforms, settings, out):
-    """One operation for each four uniforms, in turn: image uint8 [S, S, 3] -> out uint8 [S, S, 3].
+    """Applies one operation for every four uniforms, in turn: image uint8 [S, S, 3] -> out uint8 [S, S, 3].
 
-    uniforms: float32 [layers * 4] as `randaugment.rand_augment` has them; settings: float32 [44], the numbers that
-    the magnitude decides, as `randaugment._settings` gives them.
+    uniforms: float32 [layers * 4], as `randaugment.rand_augment` takes them; settings: float32 [44], the numbers that
+    the magnitude decides, as `randaugment._settings` returns them.
     """
     layers, size = uniforms.shape[0] // 4, F(image.shape[0])
     spare = np.empty(out.shape, np.uint8)

@@ -1,8 +1,8 @@
 """RandAugment of a batch on a GPU: two Triton kernels a layer, which follow `randaugment` number by number.
 
-The first makes tables of the operations that map each value by itself, one a channel; the second writes the pixels.
-Both are told nothing by the host: which operation an image drew they read from its uniforms. Products and sums are
-rounded one by one (`enable_fp_fusion=False`), as on the CPU.
+The first kernel makes a table for each channel, where an image's operation maps each value by itself; the second writes
+the pixels. The kernels read from the uniforms which operation an image drew, so the host tells them nothing. Products
+and sums are rounded one by one (`enable_fp_fusion=False`), as on the CPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 __all__ = ["BLOCK", "OPTIONS", "make_tables", "rand_augment", "write_pixels"]
 
 FILL = tl.constexpr(128)
-# Bit i: operation i of randaugment.OPS maps each value by itself, or moves pixels.
+# Bit i: whether operation i of randaugment.OPS maps each value by itself (_BY_TABLE) or moves pixels (_GEOMETRIC).
 _BY_TABLE = tl.constexpr(sum(1 << op for op in (0, 1, 2, 4, 5, 7, 8, 15)))
 _GEOMETRIC = tl.constexpr(sum(1 << op for op in (3, 10, 11, 12, 13)))
 
-# Values that a program works on at a time: four for each thread, which then keeps 50 registers and spills none (sm_90).
-# The interpreter on the CPU takes as long for 10 as for 10,000.
+# Values that a program works on at a time: four per thread, which then uses 50 registers and spills none (sm_90).
+# The interpreter on the CPU takes as long for 10 values as for 10,000.
 BLOCK = 1 << 14 if triton.knobs.runtime.interpret else 1 << 10
-# One variant for every layer and number of layers.
+# One compiled variant serves every layer and number of layers.
 _SPECIALIZE: dict[str, Any] = {"do_not_specialize": ["layer", "layers"]}
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 8}
 
@@ -38,7 +38,7 @@ def _blend(degenerate, value, factor):
 
 @triton.jit
 def _luminance(image, pixel, is_inside):
-    """Of the pixels with these numbers, int32."""
+    """Luminance of the pixels with these numbers, int32."""
     red = tl.load(image + 3 * pixel, mask=is_inside, other=0).to(tl.float32)
     green = tl.load(image + 3 * pixel + 1, mask=is_inside, other=0).to(tl.float32)
     blue = tl.load(image + 3 * pixel + 2, mask=is_inside, other=0).to(tl.float32)
@@ -49,7 +49,7 @@ def _luminance(image, pixel, is_inside):
 
 @triton.jit(**_SPECIALIZE)
 def make_tables(images, uniforms, settings, tables, layer, layers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The table of one channel of one image, uint8 [N, 3, 256], where its operation has one; grid [N, 3].
+    """Writes one channel's table of one image into tables, uint8 [N, 3, 256], if its operation has one; grid [N, 3].
 
     images: uint8 [N, SIZE, SIZE, 3]; uniforms: float32 [N, layers * 4].
     """
@@ -81,7 +81,7 @@ def make_tables(images, uniforms, settings, tables, layer, layers, SIZE: tl.cons
             pixel = start + tl.arange(0, BLOCK)
             found = tl.load(image + 3 * pixel + channel, mask=pixel < count, other=0).to(tl.int32)
             counts += tl.histogram(found, 256)
-        counts -= tl.where(values == 0, tl.cdiv(count, BLOCK) * BLOCK - count, 0)  # those past the end
+        counts -= tl.where(values == 0, tl.cdiv(count, BLOCK) * BLOCK - count, 0)  # the zeros read past the end
         highest = tl.max(tl.where(counts > 0, values, 0), 0)
         step = (count - tl.sum(tl.where(values == highest, counts, 0), 0)) // 255
         below = tl.cumsum(counts, 0) - counts
@@ -110,9 +110,9 @@ def make_tables(images, uniforms, settings, tables, layer, layers, SIZE: tl.cons
 
 @triton.jit(**_SPECIALIZE)
 def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK values of one image of out, uint8 [N, SIZE, SIZE, 3]; grid [N * blocks of an image]; see `make_tables`.
+    """Writes BLOCK values of an image to out, uint8 [N, SIZE, SIZE, 3]; grid [N * blocks an image]; see `make_tables`.
 
-    In one dimension, as CUDA takes no more than 65,535 in the others.
+    The grid has one dimension, as CUDA allows no more than 65,535 programs in the others.
     """
     blocks: tl.constexpr = (3 * SIZE * SIZE + BLOCK - 1) // BLOCK
     number = tl.program_id(0) // blocks
@@ -127,7 +127,7 @@ def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: t
     y, x = pixel // SIZE, pixel % SIZE
 
     if (_GEOMETRIC >> op) & 1:
-        # From (x, y) of the result to (a x + b y + c, d x + e y + f) of the image, halves away from zero.
+        # Pixel (x, y) of the result comes from (a x + b y + c, d x + e y + f) of the image, halves away from zero.
         if op >= 12:
             a, b, d, e = 1.0, 0.0, 0.0, 1.0
             shift = tl.load(settings + 6 + sign)
@@ -156,7 +156,7 @@ def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: t
                 for column in tl.static_range(-1, 2):
                     beside = image + place + 3 * (row * SIZE + column)
                     total += tl.load(beside, mask=is_inner, other=0).to(tl.int32)
-            # A little more than the sum, so that its multiples of 13 come out whole.
+            # A little is added to the sum, so that multiples of 13 are not truncated to one less.
             smooth = ((total.to(tl.float32) + 0.25) * (1 / 13)).to(tl.int32)
             result = tl.where(is_inner, _blend(smooth.to(tl.float32), value.to(tl.float32), factor), value)
         else:  # cutout
@@ -168,10 +168,10 @@ def write_pixels(images, uniforms, settings, tables, out, layer, layers, SIZE: t
 
 
 def rand_augment(images: Tensor, uniforms: Tensor, settings: Tensor) -> Tensor:
-    """One operation for each four uniforms, in turn, of images uint8 [N, S, S, 3]; new ones of the same shape.
+    """Applies one operation for every four uniforms, in turn, to images uint8 [N, S, S, 3]; returns new images.
 
-    uniforms: float32 [N, layers * 4], of one layer at least; settings: float32 [44], as `randaugment` takes them. All
-    are dense and on one device. Runs on torch's current stream.
+    uniforms: float32 [N, layers * 4], of at least one layer; settings: float32 [44], as `randaugment` takes them. All
+    tensors are dense and on one device. Runs on torch's current stream.
     """
     count, size = images.shape[:2]
     layers, length = uniforms.shape[1] // 4, 3 * size * size

@@ -16,9 +16,9 @@ F, U = np.float32, np.uintp
 
 @jit
 def _taps(size_in, size_out, mirror, antialias):
-    """First source [size_out] and weights [size_out, an even number] of each place along an axis.
+    """For each output place along an axis, its first source [size_out] and its weights [size_out, an even number].
 
-    Places beyond the image count as its outermost; weights beyond the last source are 0.
+    Sources beyond the image count as its outermost; weights beyond the last source are 0.
     """
     scale = F(size_in) / F(size_out)
     radius = max(scale, F(1)) if antialias else F(1)
@@ -56,8 +56,8 @@ def _weighted_rows(rows, weights, out):
 
 @jit
 def _weighted_pixels(row, first, weights, out):
-    """out [3 n] = n sums of pixels of a row, each of neighbours from `first` on times their weights, plus 1/2."""
-    # Numba looks whether an index is below 0, unless its type has no such numbers.
+    """out [3 n] = n weighted sums of pixels of a row, each over the neighbours from its `first` on, plus 1/2."""
+    # Numba checks whether an index is negative, unless its type is unsigned.
     one, two, three, four, five, six = U(1), U(2), U(3), U(4), U(5), U(6)
     for i in range(first.shape[0]):
         p = U(3 * first[i])
@@ -84,8 +84,9 @@ def _truncate(values, out):
 def resize(image, mirror, antialias, out):
     """An image uint8 [h, w, 3] resized bilinearly to out, uint8 [S, S, 3]; where mirror is set, flipped horizontally.
 
-    Antialiasing widens the triangle filter where the image is scaled down. As `fn.resize` does it, to within a
-    level, in a fifth of the time: rows first, as the compiler makes vectors of that pass, and straight on.
+    Antialiasing widens the triangle filter where the image is scaled down. The result is that of `fn.resize` to within
+    a level, in a fifth of the time: rows are summed first, as the compiler vectorises that pass, and each sum is at
+    once resized along the row.
     """
     height, width, _ = image.shape
     size = out.shape[0]

@@ -68,7 +68,7 @@ def window_torchvision(size, area_uniforms, ratio_uniforms, position_uniforms, r
         start[axis] = min(np.floor(position_uniforms[axis] * (free + F(1))), free) if drawn else np.floor(free / F(2))
 
 
-# Twice the same: a function that takes the other as a value could not be kept on disk.
+# The same code twice: Numba could not cache a function on disk that takes the sampler as a value.
 
 
 def _tensorflow(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks, num_ins):
@@ -97,5 +97,5 @@ def _torchvision(outs, out_shapes, out_ranks, num_outs, ins, in_shapes, in_ranks
 
 @functools.cache
 def window_sample(sampler: str) -> int:
-    """Address of `window_tensorflow` or `window_torchvision`: their first five arguments are the inputs."""
+    """Address of `window_tensorflow` or `window_torchvision`: the inputs are their first five arguments."""
     return address(SAMPLE, {"tensorflow": _tensorflow, "torchvision": _torchvision}[sampler])
