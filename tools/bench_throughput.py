@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how fast images are loaded and trained on, apart and together, and says which limits.
+"""Measures how fast images are loaded and trained on, apart and together, and says which of the two is the limit.
 
     tools/bench_throughput.py --data PATH --gpus 1                      loader, step, and both together
     tools/bench_throughput.py --data PATH --gpus 0 --mode loader --compare    beside torchvision and timm
@@ -59,15 +59,15 @@ class Options:
     gpus: int | None = None
     """GPUs on this machine, one process each; 0: the CPU; default: all, else the CPU."""
     threads: int | None = None
-    """DALI's CPU threads per process, and workers of the loaders compared with; default: its share of the cores."""
+    """DALI's CPU threads per process, and the workers of --compare's loaders; default: the process's share of cores."""
     compile: CompileMode = "auto"
     """torch.compile of the step; auto: default on GPUs, off on the CPU; reduce-overhead, max-autotune: CUDA graphs."""
     autotune: Literal["auto", "on", "off"] = "auto"
-    """Search for the loader's fastest settings first, about a minute, unless it is known; auto: on GPUs."""
+    """Search for the loader's fastest settings first, about a minute, unless they are known; auto: on GPUs."""
     step_stream: Literal["default", "own", "high-priority"] = "default"
-    """CUDA stream that the step is queued on, to compare: training's, which is the default one, or one of its own."""
+    """CUDA stream that the step is queued on, to compare: the default stream, as in training, or one of its own."""
     grad_accum_steps: int = 1
-    """Parts in which each GPU takes its share of a batch, for those whose memory does not hold it at once."""
+    """Parts into which each GPU splits its share of a batch, for GPUs whose memory does not hold it at once."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     seconds: float = 10.0
@@ -77,7 +77,7 @@ class Options:
     sweep: bool = False
     """Also try settings of the loader, and name the best."""
     randaug_cost: bool = False
-    """Also measure training without RandAugment, in rounds that take turns, and say what it costs."""
+    """Also measure training without RandAugment, in rounds that take turns, and say what RandAugment costs."""
     profile: int = 0
     """Also write a trace of this many steps of training, for TensorBoard or Perfetto, and say where their time goes."""
     profile_dir: Path = Path("runs/profile")
@@ -128,7 +128,7 @@ def _main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[Options, Config]:
-    """The options, and the run they are about: the recipe with what the flags change; UserError for a mistake."""
+    """The options, and the config of the run to measure: the recipe as the flags change it. UserError for a mistake."""
     recipe = named_recipe(argv)
     captured = io.StringIO()
     try:
@@ -278,8 +278,8 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
 def set_step_stream(name: str, group: distributed.Group) -> None:
     """Makes this thread queue everything on another stream of the GPU from now on, unless `default` is asked for.
 
-    What a library puts on the default stream waits for the step only if that is there, too; and where a stream of high
-    priority has work left, blocks of the loader's kernels are not begun.
+    Work that a library puts on the default stream waits for the step only if the step is on that stream, too; and while
+    a stream of high priority has work left, no blocks of the loader's kernels are started.
     """
     if name == "default":
         return

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a machine is asked about loading and training, the most telling first, and a table of it beside the goals.
+"""Measures loading and training on this machine, the most telling figures first, and tabulates them beside the goals.
 
     tools/measure_all.py --out results                 on every GPU, else on the CPU
     tools/measure_all.py --out results --minutes 9     as much as fits; the same command again goes on
 
 Each measurement is a command of another tool, in a process of its own and with a time limit: where one fails or takes
-too long, the others are measured all the same. Of each, --out gets NAME.txt, what it printed, and NAME.json; and
-summary.md, written anew after each.
+too long, the others are made all the same. The folder --out gets NAME.txt, what a measurement printed, for most also
+NAME.json, their figures, and summary.md, which is written anew after each measurement.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ from dali_vit.files import replacing
 TOOLS = Path(__file__).parent
 RECORDS = "measured.json"
 IMAGES_ON_GPU, IMAGES_ON_CPU = 20_000, 594
-_GRACE = 15.0  # seconds to end in, once asked to
+_GRACE = 15.0  # seconds that a measurement has to end in, once asked to
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A command that measures something and writes it to NAME.json in the folder it runs for."""
+    """A command that measures something; most write the figures to NAME.json in the folder of the results."""
 
     name: str
     command: tuple[str, ...]
-    """A file of this folder, and its arguments."""
+    """A tool in this file's folder, and its arguments."""
     minutes: float
-    """Given up after so long."""
+    """Time limit, after which the command is ended."""
 
     def shown(self) -> str:
         return shlex.join(("tools/" + self.command[0], *self.command[1:]))
 
 
 def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Measurement]:
-    """What to measure, the most telling first; gpus 0: the CPU. Data that is not there, or not finished, is drawn."""
+    """What to measure, the most telling first; gpus 0: the CPU.
+
+    JPEGs are drawn if `data` does not exist, or holds drawn JPEGs, of which some may still be missing.
+    """
     measurements: list[Measurement] = []
 
     def add(name: str, minutes: float, tool: str, *arguments: str | int | Path, has_json: bool = True) -> None:
@@ -93,12 +96,12 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
         add(f"step-{batch}-combo", 15, *one, "--inductor", "combo_kernels=True")
         add(f"step-{batch}-descent", 15, *one, "--inductor", "coordinate_descent_tuning=True")
         add(f"step-{batch}-pdl", 10, *one, "--inductor", "triton.enable_pdl=True")
-    for kernel in ("packed", "cudnn", "flash"):  # what is the fastest by itself need not make the fastest step
+    for kernel in ("packed", "cudnn", "flash"):  # the fastest kernel by itself need not make the fastest step
         compiled = ("--batch-size", 1024, "--compile", "default")
         add(f"step-1024-{kernel}", 10, "measure_step.py", *compiled, "--attention", kernel)
     for stream in ("own", "high-priority"):
         add(f"joint-1024-{stream}", 10, *bench, 1, "--batch-size", 1024, "--step-stream", stream)
-    for mode in ("max-autotune-no-cudagraphs", "max-autotune"):  # each by itself, as they take minutes
+    for mode in ("max-autotune-no-cudagraphs", "max-autotune"):  # a measurement for each, as they take minutes
         for batch in (1024, 128):
             add(f"step-{batch}-{mode}", 20, "measure_step.py", "--batch-size", batch, "--compile", mode)
     add("compare", 10, *bench, 1, "--mode", "loader", "--compare", "--batch-size", 256)
@@ -106,9 +109,9 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
 
 
 def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
-    """Measures, for so long at most; how it went, for RECORDS. `exit_code` is None where time ran out."""
+    """Runs a measurement for at most `seconds`; returns its entry for RECORDS, `exit_code` None if time ran out."""
     result = out / f"{measurement.name}.json"
-    if result.exists():  # of another command, or of one that was given up
+    if result.exists():  # from another command, or from one that was given up
         result.replace(out / f"{measurement.name}.before.json")
     began = time.monotonic()
     command = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
@@ -118,7 +121,7 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
             stdout=printed,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=distributed.end_with_parent,  # left behind it would slow the next start's measurements
+            preexec_fn=distributed.end_with_parent,  # left behind, it would slow down the next measurements
         )
         try:
             code: int | None = process.wait(seconds)
@@ -135,7 +138,7 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that may have begun others, and those."""
+    """Ends a process and all those that it may have started."""
     for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -153,10 +156,10 @@ def read_records(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_summary(out: Path, records: dict[str, dict[str, Any]]) -> str:
-    """Writes RECORDS and summary.md; the latter's text."""
+    """Writes RECORDS and summary.md; returns the text of summary.md."""
     results: dict[str, dict[str, Any]] = {}
     for name in records:
-        with contextlib.suppress(OSError, ValueError):  # it failed before it wrote one
+        with contextlib.suppress(OSError, ValueError):  # it failed before it wrote a file, or writes none
             results[name] = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     commands = {name: f"`{record['command']}` ({_ending(record)})" for name, record in records.items()}
     text = goals.summary(results, commands)
@@ -174,7 +177,7 @@ def _ending(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Exits with 0 when all is measured, 1 when something failed or is left, 2 for what the user can mend."""
-    # Else what it has begun would go on without it.
+    # Otherwise SIGTERM would end this process alone, and the measurement in progress would go on without it.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(_main())
@@ -230,7 +233,7 @@ def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int
     records = read_records(out)
     for measurement in measurements:
         name, before = measurement.name, records.get(measurement.name, {})
-        # Drawing goes on where it stopped, and finds out by itself that nothing is left to do.
+        # make_jpegs.py goes on where it stopped, and finds out by itself that nothing is left to do.
         if name != "jpegs" and before.get("exit_code") == 0 and before["command"] == measurement.shown():
             print(f"{name:<20} there already", flush=True)
             continue

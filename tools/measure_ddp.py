@@ -5,8 +5,8 @@
     tools/measure_ddp.py --processes 2 --gpus 0 --model Ti/16 --batch-size 16      the CPU, over gloo
 
 Every process trains on random images that stay on its device, through the trainer's own step. The settings take
-turns in rounds, and come one after the other where the step is compiled, as on GPUs by default; the table gives the
-median step of each, slowest rank.
+turns in rounds; where the step is compiled, as on GPUs by default, each setting runs all its rounds before the next.
+The table gives each setting's median time of a step on the slowest rank.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    if not distributed.is_worker():  # mistakes are told once, before any process starts
+    if not distributed.is_worker():  # mistakes are reported once, before any process starts
         report.check_json(arguments.json)
         if arguments.processes < 2:
             raise UserError(f"--processes {arguments.processes}: at least 2 have gradients to exchange")
@@ -88,10 +88,10 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace, group: Group) -> dict[str, float]:
-    """Median seconds a step of each setting. They take turns where nothing is compiled.
+    """Median seconds a step of each setting. The settings take turns where nothing is compiled.
 
-    Compiled code is cut where the buckets of gradients end, and found again by the step's code alone: it would be that
-    of the first setting for all.
+    Compiled code is split where DDP's gradient buckets end, but is found again by the step's code alone: in turns, all
+    settings would run the code compiled for the first.
     """
     compiled = arguments.compile not in ("off", "auto") or (arguments.compile == "auto" and group.device.type == "cuda")
     medians: dict[str, float] = {}
@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace, group: Group) -> dict[str, float]:
 
 
 def take_turns(steps: dict[str, Callable[[], Any]], arguments: argparse.Namespace, group: Group) -> dict[str, float]:
-    """Median seconds of each step, which take turns."""
+    """Median seconds of each of the steps, run in turns."""
     rounds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(arguments.rounds + 1):
         for name, run in steps.items():
@@ -111,7 +111,7 @@ def take_turns(steps: dict[str, Callable[[], Any]], arguments: argparse.Namespac
             for _ in range(arguments.steps):
                 run()
             seconds = max(distributed.gather_objects(now(group) - began)) / arguments.steps
-            if turn > 0:  # before, things are compiled and buckets are made
+            if turn > 0:  # round 0 compiles and makes the buckets
                 rounds[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in rounds.items()}
 

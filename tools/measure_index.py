@@ -3,8 +3,8 @@
 
     python tools/measure_index.py --folder /data/scratch --images 130000 1300000
 
-The files are hard links to a few small JPEGs, so a million takes no disk but inodes of folders; they are removed
-afterwards. Times are of a warm page cache. Each measurement is made in a process of its own.
+The files are hard links to a few small JPEGs, so a million of them take no disk space but that of folders; they are
+removed afterwards. Times are with a warm page cache. Each measurement is made in a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import Image
 from dali_vit.config import UserError
 from dali_vit.validation import check_range
 
-_SOURCES = 40  # a file of ext4 takes 65,000 links
+_SOURCES = 40  # JPEGs to link to, as ext4 allows a file 65,000 links
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
             sys.exit(2)
         try:
             _link(root, images, arguments.classes)
-            time.sleep(3)  # an index is kept only of folders that have been left alone for a while
+            time.sleep(3)  # an index is kept only of folders that have not changed for a while
             result: dict[str, float] = {"images": images}
             result |= {"start s, listing the images": _alone(_start, root)}
             result |= {"start s, reading the index": _alone(_start, root)}
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _link(root: Path, images: int, classes: int) -> None:
-    """`train/<class>/*`, links in turn to small JPEGs of noise."""
+    """Makes `train/<class>/*`, links that take turns in pointing to small JPEGs of noise."""
     rng = np.random.default_rng(0)
     for i in range(_SOURCES):
         Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8)).save(root / f"{i}.jpg")
@@ -96,7 +96,7 @@ def _alone(function: Any, *arguments: Any) -> Any:
 
 
 def _start(root: Path) -> float:
-    """Seconds to a dataset whose splits are made and checked and whose names are hashed, as at a run's start."""
+    """Seconds to load a data set, split it, check its images and hash its names, as a run does when it starts."""
     from dali_vit import data, names
 
     began = time.perf_counter()
@@ -107,7 +107,7 @@ def _start(root: Path) -> float:
 
 
 def _load(root: Path, steps: int, batch_size: int) -> dict[str, float]:
-    """Resident memory, in MiB, before the index, with it, and after the first and the last of the steps."""
+    """The index's bytes an image; resident MiB added by it, and by the loader after 1/3 and all of the steps."""
     from dali_vit import data
     from pipelines.loader import TrainLoader
     from pipelines.readers import FileList

@@ -3,9 +3,9 @@
 
     tools/measure_input.py --data PATH --batch-size 128 --threads 8
 
-With a GPU this is all that is left to the CPU, so that its rate bounds the loader's there; it is measured without one.
-Files are in the page cache once they were read. Of shards only the ends of an image are touched here: the decoder reads
-the rest, so that their rate is not to be set beside that of files.
+With a GPU this is all the work that is left to the CPU, so its rate bounds the loader's; measuring it takes no GPU.
+Files are in the page cache once they have been read. Of an image in a shard only the two ends are read here, as the
+decoder would read the rest: the rates of shards and of files are not to be compared.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure(pipeline: Pipeline, batch_size: int, seconds: float) -> dict[str, float]:
-    """Images/s, and microseconds of CPU time an image of all threads and of this: medians of windows of a second."""
+    """Images/s, and microseconds of CPU time an image, of all threads and of this one: medians over 1 s windows."""
     clocks = (time.perf_counter, time.process_time, time.thread_time)
     windows: list[list[float]] = []
     while len(windows) < 1 + max(1, round(seconds / WINDOW_SECONDS)):

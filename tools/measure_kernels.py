@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Time an image of what the training graph does to its pixels: DALI's operators beside the compiled ones.
+"""Time an image takes in the training graph's operations on pixels: DALI's operators beside the compiled ones.
 
     tools/measure_kernels.py                             CPU time, on one thread
     tools/measure_kernels.py --gpu --batch-size 1024     time on a GPU
     tools/measure_kernels.py --size 8                    what RandAugment costs besides its pixels: the graph itself
 
-Every operation runs in a DALI pipeline of its own on the same batch of smooth noise, and so does the policy of two
-layers; resize, on the CPU, on windows drawn uniformly in area from 456 x 402. The least of many runs, less that of a
-pipeline that only hands the batch on. What is compiled for a GPU runs behind a pipeline, and is timed by itself.
+Every operation, and the policy of two layers, runs in a DALI pipeline of its own on the same batch of smooth noise.
+Resize is measured on the CPU alone, on windows of 456 x 402 pixels, drawn uniformly in area. A figure is the shortest
+time of many runs, less that of a pipeline that only hands the batch on. The kernels compiled for a GPU, which run
+behind a pipeline, are timed by themselves.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from pipelines.randaugment import (
 
 LAYERS = 2
 POLICY = f"RandAugment, {LAYERS} layers"
-WARM_UP, RUNS = 3, 6  # one after the other in a repetition
-AHEAD = 2  # of them begun before the first is waited for
+WARM_UP, RUNS = 3, 6  # batches in a repetition: untimed, then timed
+AHEAD = 2  # batches begun before the first is waited for
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
         settings = {"image_size": arguments.size, "magnitude": arguments.magnitude, "contrast": "paper"}
         augment = behind_graph(0, layers=LAYERS, **settings)
         if augment is None:
-            raise SystemExit(1)  # which was said
+            raise SystemExit(1)  # a warning has said why
         draws = policy_draws(len(squares)) if name == POLICY else np.tile(draw_of(name), (len(squares), 1))
         images, uniforms = (torch.from_numpy(array).cuda() for array in (np.stack(squares), draws))
         return functools.partial(run_on_gpu, augment, images, uniforms)
@@ -122,7 +123,7 @@ def policy_draws(count: int) -> np.ndarray:
 
 @pipeline_def(num_threads=1, enable_conditionals=True)
 def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude: float, on_gpu: bool) -> Any:
-    # To a GPU they would take longer than what is measured: there the first stands for all.
+    # Copying all images to a GPU would take longer than what is measured: there the first image stands for all.
     node = (
         types.Constant(images[0], device="gpu", layout="HWC")
         if on_gpu
@@ -144,7 +145,7 @@ def _graph(images: list[np.ndarray], name: str, made: bool, size: int, magnitude
 
 
 def seconds(batches: Callable[[int], None], clock: Callable[[], float]) -> float:
-    """Seconds of a batch, by `clock`, from an idle device to an idle one: nothing is left for the next to pay for."""
+    """Seconds a batch, by `clock`, from an idle device to an idle one: no work is left for the next measurement."""
     batches(WARM_UP)
     began = clock()
     batches(RUNS)

@@ -5,8 +5,8 @@
     tools/measure_step.py --gpus 0 --model mu/16 --batch-size 8         on the CPU
 
 The step is the trainer's own, on random images that stay on the device. One way of compiling after the other is
-warmed up, measured and profiled; the table under each rate sums the time of kernels by what they are for. Settings of
-torch._inductor.config are tried by --inductor combo_kernels=True, say.
+warmed up, measured and profiled; the table under each rate sums the time of kernels by what they are for. --inductor
+sets torch._inductor.config, for instance --inductor combo_kernels=True.
 """
 
 from __future__ import annotations
@@ -98,17 +98,17 @@ def _main() -> int:
                 result[mode] = measure_step(
                     tried, group, arguments.seconds, arguments.profile, timm_blocks=arguments.timm_blocks
                 )
-            except (RuntimeError, LocalUserError) as error:  # the compiler, the GPU's memory: other ways may work
+            except (RuntimeError, LocalUserError) as error:  # the compiler, or lack of memory: other ways may work
                 traceback.print_exc()
                 result[mode] = {"fails": f"{type(error).__name__}: {error}"}
             free(group)
-            if arguments.json is not None:  # as far as it has come
+            if arguments.json is not None:  # what has been measured so far
                 report.write_json(arguments.json, result)
     return int(any("fails" in result[mode] for mode in arguments.compile))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """A setting of torch._inductor.config and its value, of NAME=VALUE with a literal of Python."""
+    """The name and value of a setting of torch._inductor.config, from NAME=VALUE with a Python literal as VALUE."""
     name, _, value = text.partition("=")
     try:
         getattr(inductor_config, name)
@@ -122,7 +122,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def measure_step(
     config: Config, group: distributed.Group, seconds: float, profiled: int, *, timm_blocks: bool = False
 ) -> dict[str, Any]:
-    """Measures, profiles and prints one way of running the step; what the JSON file holds of it."""
+    """Measures, profiles and prints one way of running the step; returns what the JSON file holds about it."""
     began = time.perf_counter()
     side, count = config.data.resolution, config.optim.batch_size
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=group.device)
@@ -153,7 +153,7 @@ def measure_step(
 
 
 def free(group: distributed.Group) -> None:
-    """Gives up what was measured: two ways of running the step need not fit into a GPU's memory beside each other."""
+    """Frees the memory of what was measured: two ways of running the step may not fit into a GPU's memory together."""
     torch.compiler.reset()
     gc.collect()
     if group.device.type == "cuda":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Bytes that the compiled training step reads and writes, counted on the code torch.compile makes of it for an H200.
+"""Bytes that the compiled training step reads and writes, counted in the code that torch.compile makes for an H200.
 
     tools/measure_traffic.py --batch-size 1024
 
-No GPU is needed: nothing is run, and each kernel is taken to read and write each of its tensors once. What caches save
-on a GPU, and how near to its bandwidth a kernel comes, is not in the figures; nor are the optimiser's, nor what flash
-attention adds up in memory inside. The step is compiled with timm's blocks, with those of dali_vit/blocks.py, and with
-the attention of dali_vit/packed_attention.py in them. torch's internals are used, those of 2.11 and 2.15.
+No GPU is needed: nothing is run, and each kernel is assumed to read and write each of its tensors once. The figures
+leave out what a GPU's caches save, how near to its bandwidth a kernel comes, the optimiser's bytes, and the sums that
+flash attention keeps in memory inside. The step is compiled with timm's blocks, with those of dali_vit/blocks.py, and
+with the latter and the attention of dali_vit/packed_attention.py. It relies on internals of torch 2.11 and 2.15.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _main() -> None:
 
 
 def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
-    """What the forward and the backward pass of a step on 224 x 224 pixels move: {"all", "generated"} in bytes.
+    """Bytes that the forward and the backward pass of a step on 224 x 224 pixels move: {"all", "generated"} of each.
 
     `generated` leaves out matrix products and attention.
     """
@@ -122,7 +122,7 @@ def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
         lowering.codegen()
         total, nodes, _ = lowering.count_bytes()
         extern = [(node.node, 4 * words) for node, words in nodes if isinstance(node, ExternKernelSchedulerNode)]
-        # What a kernel of ours writes the compiler takes to be read by it, too.
+        # The compiler assumes that a kernel of ours also reads what it writes.
         written = [
             arg for node, _ in extern if isinstance(node, ir.UserDefinedTritonKernel) for arg in node.mutable_args
         ]
@@ -154,7 +154,7 @@ def count_bytes(model: nn.Module, batch_size: int) -> list[dict[str, int]]:
 
 
 def move_to_gpu(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any) -> list[Any]:
-    """Makes a graph that was traced on the CPU one of a GPU, with flash attention; its inputs there."""
+    """Turns a graph that was traced on the CPU into one for a GPU, with flash attention; returns its inputs there."""
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     for node in graph.graph.nodes:
@@ -166,7 +166,7 @@ def move_to_gpu(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any) -> li
             node.args = node.args[:3]
         elif node.target is _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             with graph.graph.inserting_before(node):
-                # The state of dropout's random numbers, of which there are none.
+                # The random state of dropout, which is off.
                 state = graph.graph.call_function(
                     _aten.empty.memory_format, ([2],), {"dtype": torch.uint64, "device": GPU}
                 )
@@ -175,7 +175,7 @@ def move_to_gpu(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any) -> li
             node.args = (*node.args[:6], None, None, tokens, tokens, 0.0, False, state, state)
     graph.recompile()
     for node in graph.graph.nodes:
-        for known in ("val", "tensor_meta"):  # of the CPU
+        for known in ("val", "tensor_meta"):  # values on the CPU
             node.meta.pop(known, None)
     with mode, torch.no_grad():
         moved = [
@@ -190,7 +190,7 @@ def move_to_gpu(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any) -> li
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """While it lasts, the compiler finds an H200 that it can generate code for."""
+    """A context in which the compiler finds an H200 that it can generate code for."""
     found: dict[str, Any] = {
         "torch.cuda.is_available": True,
         "torch.cuda.current_device": 0,
@@ -210,7 +210,7 @@ def pretended_gpu() -> Iterator[None]:
 
 @contextmanager
 def pretended_driver() -> Iterator[None]:
-    """While it lasts, Triton takes the GPU to be an H200."""
+    """A context in which Triton takes the GPU to be an H200."""
     import triton.runtime
     from triton.backends.compiler import GPUTarget
 
