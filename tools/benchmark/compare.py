@@ -28,8 +28,8 @@ TIMM = "timm"
 TORCHVISION = {"PIL": "torchvision, PIL", "decode_image": "torchvision, decode_image"}
 ROUNDS = 3
 
-# Of the other loaders' RandAugment. What it costs hardly depends on it, and below 3 timm posterizes to 0 bits,
-# which Pillow refuses.
+# The magnitude of the other loaders' RandAugment. What RandAugment costs hardly depends on it, and below 3 timm
+# posterizes to 0 bits, which Pillow refuses.
 _MAGNITUDE = 10
 
 _PREFETCH = 2  # batches a worker works ahead, the DataLoader's default
@@ -43,7 +43,7 @@ class Contestant(Protocol):
     """A loader that takes part in every round and rests between them."""
 
     cycle: int
-    """Batches that belong together: workers in step deliver one each."""
+    """Number of batches that arrive together: workers that run in step deliver one each."""
 
     def batches(self) -> Any:
         """Context of one round; its value is an iterator of (images, labels) on the device."""
@@ -131,8 +131,8 @@ def compare(
 ) -> dict[str, Any]:
     """Rates of all loaders in alternating rounds of `seconds` each, as `summarize` gives them.
 
-    `settings` are ours, asked for after the others have forked. Each loader is fed by as many threads (ours) or worker
-    processes (the others) as this process has cores. Collective.
+    `settings` gives those of our loader; it is called after the other loaders have forked. Each loader is fed by as
+    many threads (ours) or worker processes (the others) as --threads says, or this process has cores. Collective.
     """
     workers = datasets.num_threads(config, group)
     files = dataset.split("train")
@@ -156,8 +156,8 @@ def compare(
 
 
 def _check_shared_memory(config: Config, workers: int) -> None:
-    """UserError where the batches that the other loaders' workers hand over do not fit; containers have 64 MB."""
-    images = workers * (_PREFETCH + 1) * config.optim.batch_size  # of all processes; loaders take turns
+    """UserError where batches handed over by the other loaders' workers do not fit; containers default to 64 MB."""
+    images = workers * (_PREFETCH + 1) * config.optim.batch_size  # of all processes, but of one loader: they take turns
     needed = images * 3 * config.data.resolution**2
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
@@ -171,8 +171,8 @@ def _check_shared_memory(config: Config, workers: int) -> None:
 def summarize(rounds: dict[str, list[float]]) -> dict[str, Any]:
     """The comparison in numbers, from the rate of each loader in each round.
 
-    `ratio` is the median over the rounds of our rate divided by the best other one of the same round; of
-    torchvision the way of decoding counts that is faster, by its median.
+    `ratio` is the median over the rounds of our rate divided by the best other one of the same round; torchvision
+    counts with the faster of its two ways of decoding, by the median rate.
     """
     medians = {name: float(np.median(rates)) for name, rates in rounds.items()}
     decode = max(TORCHVISION, key=lambda way: medians[TORCHVISION[way]])
@@ -189,7 +189,7 @@ def summarize(rounds: dict[str, list[float]]) -> dict[str, Any]:
 
 def _rate(batches: Iterator[Batch], cycle: int, seconds: float, device: torch.device) -> float:
     """Images per second of this process, over whole cycles of batches and at least `seconds`."""
-    # What was worked ahead while nobody measured must be gone.
+    # Batches that were made ahead before the measurement must be used up first.
     for _ in range(max(5, (_PREFETCH + 1) * cycle)):
         next(batches)
     count = 0

@@ -1,4 +1,4 @@
-"""What was measured beside what is aimed at, as Markdown."""
+"""A table of what was measured beside the goals, as Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dali_vit.recipes import IMAGENET_TRAIN_99
 __all__ = ["Row", "rows", "summary"]
 
 GOALS_ARE_FOR = "one H200 with 16 CPU cores, ViT-S/16 at 224 px; the loader on the CPU: 2 cores"
-EPOCHS, GPUS = 90, 8  # of the time that is derived
+EPOCHS, GPUS = 90, 8  # of the training whose time is derived
 
 Results = Mapping[str, Mapping[str, Any]]
 """What the JSON file of each measurement holds, by the measurement's name."""
@@ -24,9 +24,9 @@ class Row(NamedTuple):
     measured: float
     unit: str
     least: float | None = None
-    """The goal is at least so much."""
+    """The goal, if it is a least value."""
     most: float | None = None
-    """Or at most so much."""
+    """The goal, if it is a greatest value."""
     remark: str = ""
 
     @property
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def rows(results: Results) -> list[Row]:
-    """The goals of which something was measured, and what follows from it."""
+    """A row for each figure that was measured, beside its goal if it has one."""
     found: list[Row] = []
     for batch, least in ((1024, 12_000), (128, 9_000)):
         step = f"step-{batch}"
@@ -75,7 +75,7 @@ def rows(results: Results) -> list[Row]:
             compared = result["compare"]
             loaders = {loader: values["images_per_sec"] for loader, values in compared["loaders"].items()}
             rates = ", ".join(f"{loader} {rate:,.0f}" for loader, rate in loaders.items())
-            on_cpu = _num_gpus(result) == 0  # on a GPU the others still load on the CPU: no goal
+            on_cpu = _num_gpus(result) == 0  # on a GPU the other loaders still work on the CPU: no goal
             found.append(
                 Row(f"loader / best other, {name}", compared["ratio"], "times", 1.6 if on_cpu else None, None, rates)
             )
@@ -83,7 +83,7 @@ def rows(results: Results) -> list[Row]:
 
 
 def _ways(results: Results, *names: str) -> dict[str, float]:
-    """Images/s of the ways of running the step, by name."""
+    """Images/s of each way of compiling the step, by its name."""
     return {
         way: results[name][way]["images_per_sec"]
         for name in names
@@ -93,7 +93,7 @@ def _ways(results: Results, *names: str) -> dict[str, float]:
 
 
 def _step(ways: dict[str, float], what: str, least: float | None = None) -> Iterator[Row]:
-    """A row for each way: the best of several would be called met by luck, or in a way that no run has by default."""
+    """A row for each way: the best of several might meet the goal by luck, or in a way that no run has by default."""
     for way, rate in ways.items():
         yield Row(f"{what}, {way}", rate, "images/s", None if way == "off" else least)
 
@@ -120,12 +120,12 @@ def _num_gpus(result: Mapping[str, Any]) -> int:
 
 
 def derived_minutes(images_per_sec: float) -> float:
-    """Of EPOCHS on GPUS that each train at the rate of one alone, without evaluation."""
+    """Minutes of EPOCHS epochs on GPUS GPUs, each of which trains at the rate of one alone, without evaluation."""
     return EPOCHS * IMAGENET_TRAIN_99 / (GPUS * images_per_sec) / 60
 
 
 def summary(results: Results, commands: Mapping[str, str]) -> str:
-    """The table, what it was measured on, and how; commands: each measurement's and how it ended, by name."""
+    """The table, the environment and the commands; commands: by name, each measurement's command and how it ended."""
     lines = [f"Goals are for {GOALS_ARE_FOR}.", "", "| | goal | measured | | |", "|---|---|---|---|---|"]
     lines += ["| " + " | ".join(row.cells()) + " |" for row in rows(results)]
     share = results.get("joint-128", {})
@@ -143,7 +143,7 @@ def summary(results: Results, commands: Mapping[str, str]) -> str:
 
 
 def _environment(results: Results) -> Iterator[str]:
-    """What was measured on, a line each; where it differs, as in a folder used again later, with what was measured."""
+    """The environment, a line a property. Values that differ, as in a folder used again later, name what has them."""
     found: dict[str, dict[str, list[str]]] = {}
     for measurement, result in results.items():
         for name, value in result.get("environment", {}).items():

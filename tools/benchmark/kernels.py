@@ -25,7 +25,7 @@ OTHER = "other"
 
 
 def kind(name: str) -> str:
-    """Which of KINDS a kernel or operator is of, or OTHER."""
+    """The kind in KINDS that a kernel or operator belongs to, or OTHER."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
@@ -39,7 +39,7 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def summarize(profiler: profile, steps: int, seconds: float, *, on_gpu: bool) -> dict[str, Any]:
-    """Milliseconds a step by kind and of the longest single names, from a profile of `steps` steps in `seconds`.
+    """Milliseconds a step by kind and for the longest single names, from a profile of `steps` steps in `seconds`.
 
     `kinds` and `longest` are sums, on a GPU over streams that overlap. `busy` is the share of the time in which at
     least one kernel ran, and `launches` the number of kernels a step; both are None on the CPU.

@@ -27,9 +27,9 @@ from pipelines.loader import TrainLoader
 
 TrainOn = Callable[[Tensor, Tensor], None]
 ROUNDS = 3
-"""Of `measure_randaug_cost`."""
+"""Rounds of `measure_randaug_cost`."""
 NEVER = 1e30
-"""Deviations of a loss that no step reaches: the search for spikes takes its time and finds none."""
+"""A threshold of loss spikes that no step reaches: the search for spikes takes its usual time and finds none."""
 
 
 def use_timm_blocks(model: nn.Module) -> None:
@@ -45,7 +45,7 @@ def training_step(config: Config, model: nn.Module, total_steps: int, group: Gro
     images uint8 [N, S, S, 3] and labels int64 [N] are on the group's device.
     """
     if config.optim.spike_threshold > 0:
-        # The loss of one batch that is learned by heart, and then those of others: steps left out would be faster.
+        # After one batch has been learned by heart, the loss of others would be a spike: steps left out are faster.
         config = replace(config, optim=replace(config.optim, spike_threshold=NEVER))
     model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
@@ -119,7 +119,7 @@ def measure_randaug_cost(
 ) -> dict[str, Any]:
     """What RandAugment costs training: the trainer's loop with it and without, in rounds that take turns.
 
-    `cost` is the median over the rounds of the share of the rate that is lost to it.
+    `cost` is the median over the rounds of the share of the rate that RandAugment takes.
     """
     without = replace(config, data=replace(config.data, randaug_layers=0))
     rounds: list[tuple[float, float]] = []
@@ -147,9 +147,9 @@ def profile_joint(
     steps: int,
     folder: Path,
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes the trace of some steps of the trainer's loop, a file a rank; this rank's, and `kernels.summarize` of it.
+    """Writes a trace of the trainer's loop, one file a rank; returns this rank's file and its `kernels.summarize`.
 
-    TensorBoard's profiler plugin and https://ui.perfetto.dev open it.
+    TensorBoard's profiler plugin and https://ui.perfetto.dev open the file.
     """
     loader = datasets.train_loader(dataset, config, group, settings=settings)
     try:
@@ -166,7 +166,7 @@ def profile_joint(
 def profile_steps(
     batch: Callable[[], tuple[Tensor, Tensor]], train_on: TrainOn, group: Group, steps: int
 ) -> tuple[torch.profiler.profile, dict[str, Any]]:
-    """The profile of some steps, after those that warm up, and `kernels.summarize` of it."""
+    """The profile of `steps` steps, which follow those that warm up, and `kernels.summarize` of it."""
     warm_up(lambda: train_on(*batch()), group)
     timer = StepTimer(group.device)
     with torch.profiler.profile() as profiler:

@@ -14,7 +14,7 @@ from benchmark.windows import Measurement
 from dali_vit.config import UserError
 from dali_vit.files import replacing
 
-# The goal of the joint rate, as a share of the step alone; from there on the loader is out of the way.
+# The goal for the joint rate, as a share of the step alone; from this share on the loader does not hinder training.
 UNHINDERED = 0.97
 
 HEADER = f"{'':<7} {'images/s':>10} {'min':>10} {'max':>10} {'spread':>10} {'worst batch':>14}"
@@ -62,7 +62,7 @@ def randaug_cost(result: Mapping[str, Any]) -> str:
 
 
 def single(mode: str, measurement: Measurement) -> str:
-    """The sentence for one mode alone, of which no limit follows."""
+    """The sentence for one mode alone, which does not tell what limits training."""
     subject = {"loader": "The loader alone reaches", "model": "The step alone reaches", "joint": "Training reaches"}
     waits = f" and waits for data {100 * measurement.wait_fraction:.0f} % of the time" if mode == "joint" else ""
     return f"{subject[mode]} {measurement.images_per_sec:,.0f} images/s{waits}; --mode all says which stage limits."
@@ -115,7 +115,7 @@ def check_json(path: Path | None) -> None:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """UserError, before anything is measured, if nothing could be written to a folder; makes it where there is none."""
+    """UserError, before anything is measured, if a folder cannot be written to; makes the folder if there is none."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -63,7 +63,7 @@ def sweep(
     seconds: float,
     show: Callable[[Trial, Settings], None],
 ) -> tuple[list[Trial], Trial]:
-    """Tries the settings one after the other, each on top of the best so far; all trials, and the best one.
+    """Tries the settings one after the other, each on top of the best so far; returns all trials and the best one.
 
     `show` is called with each trial as it ends and with the settings the sweep began with. Collective.
     """
@@ -134,7 +134,7 @@ def _changes(
     if on_gpu:
         changes += [
             [decoder(hw_decoder_load=load) for load in (0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.85, 1.0)],
-            # What DALI's ImageNet examples preallocate: the largest sides of its images.
+            # What DALI's ImageNet examples preallocate: the largest sides of ImageNet's images.
             [decoder(preallocate_width_hint=w, preallocate_height_hint=h) for w, h in ((0, 0), (5980, 6430))],
             [decoder(hybrid_huffman_threshold=pixels) for pixels in (10_000, 100_000, 1_000_000, 10_000_000)],
         ]
@@ -144,7 +144,7 @@ def _changes(
 
 
 def _other_images(settings: Settings) -> list[Settings]:
-    """Settings that give other pixels: what they cost, not what to choose."""
+    """Settings that give other pixels: tried to see what they cost, but never chosen."""
     decoder = settings.decoder
     return [
         replace(settings, antialias=not settings.antialias),

@@ -16,7 +16,7 @@ import torch
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.metrics import StepTimer
 
-WARMUP_STEPS = 5  # compilation and DDP take two, a loader's queue as many as it is deep
+WARMUP_STEPS = 5  # compilation and DDP need two steps, a loader's queue as many as it is deep
 WINDOW_SECONDS = 1.0
 WINDOW_STEPS = 5
 _SLOW_STEP_SECONDS = 5.0
@@ -32,7 +32,7 @@ class Measurement:
     worst_batch_ms: float
     """The longest step of any window on any rank."""
     wait_fraction: float
-    """Share of the time spent waiting for data by the rank that waited longest, for which the others wait."""
+    """Share of the time that the rank with the longest wait waits for data; the other ranks wait for that rank."""
 
     @property
     def rates(self) -> np.ndarray:
@@ -60,17 +60,17 @@ class Measurement:
 def measure(step: Callable[[], object], timer: StepTimer, *, images: int, seconds: float, group: Group) -> Measurement:
     """Repeats a step until windows of at least `seconds` in all are measured.
 
-    They follow on one another, as many as should do, and nothing between them waits for the device: a loader that
-    works ahead would finish a batch meanwhile, which came free to the next window, and have begun no other.
+    The windows follow one another, as many as should be needed, and nothing between them waits for the device. During
+    such a wait, a loader that works ahead would finish a batch, free of charge to the next window, and begin no other.
 
-    images is the number per step over all ranks. A step that fetches data does so within `timer.waiting()` where
-    its wait is asked for. Collective: every rank takes the same number of steps.
+    images is the number per step over all ranks. A step that fetches data does so within `timer.waiting()` if its data
+    wait is to be measured. Collective: every rank takes the same number of steps.
     """
     warm_up(step, group)
     steps = WINDOW_STEPS
     while (took := max(sum(durations) for durations, _ in _repeat(step, timer, steps))) < WINDOW_SECONDS:
         steps *= 2
-    expected = took / steps  # of one step
+    expected = took / steps  # seconds of one step
     steps = max(WINDOW_STEPS, math.ceil(steps * WINDOW_SECONDS / took))
 
     lengths: list[float] = []
@@ -87,7 +87,7 @@ def measure(step: Callable[[], object], timer: StepTimer, *, images: int, second
 
 
 def warm_up(step: Callable[[], object], group: Group) -> None:
-    """The first steps, which compile and fill queues; says so where a step takes so long that one would give up."""
+    """Runs the first steps, which compile and fill queues; gives a hint if steps are so slow that one would give up."""
     for number in range(WARMUP_STEPS):
         began = time.perf_counter()
         step()
@@ -97,7 +97,7 @@ def warm_up(step: Callable[[], object], group: Group) -> None:
 
 
 def _repeat(step: Callable[[], object], timer: StepTimer, steps: int) -> list[tuple[list[float], float]]:
-    """Seconds of each step and the seconds of data wait, for each rank; synchronised at both ends alone."""
+    """Seconds of each step and the seconds of data wait, for each rank; it synchronises only at both ends."""
     timer.reset()
     marks = [_mark(timer.device)]
     for _ in range(steps):
