@@ -22,7 +22,7 @@ _SUSPICIOUS = 16
 
 
 class DecodeError(ValueError):
-    """Samples cannot be read or decoded, and may not be passed over."""
+    """Samples cannot be read or decoded, and must not be passed over."""
 
     def __init__(self, message: str, paths: Sequence[str]) -> None:
         super().__init__(message)
@@ -144,7 +144,7 @@ def _some(names: Sequence[str]) -> str:
 def still_bad(
     samples: Samples, indices: Sequence[int], *, device_id: int | None, num_threads: int, seconds: float
 ) -> list[int]:
-    """Which samples that were bad before still are, in order: whole images are tried on the CPU, then on any GPU.
+    """Which samples that were bad before still are, in order: whole images are tried on the CPU, then on a GPU, if any.
 
     Samples that are not reached within `seconds` count as bad: each bad one takes 20 ms.
     """

@@ -85,8 +85,8 @@ def resize(image, mirror, antialias, out):
     """An image uint8 [h, w, 3] resized bilinearly to out, uint8 [S, S, 3]; where mirror is set, flipped horizontally.
 
     Antialiasing widens the triangle filter where the image is scaled down. The result is that of `fn.resize` to within
-    a level, in a fifth of the time: rows are summed first, as the compiler vectorises that pass, and each sum is at
-    once resized along the row.
+    a level, in a fifth of the time: rows are summed first, as the compiler vectorises that pass, and each summed row is
+    resized along its width straight away.
     """
     height, width, _ = image.shape
     size = out.shape[0]
