@@ -1,7 +1,8 @@
-"""Gradient accumulation: a batch in parts, one after the other, and what to do where memory does not hold a batch.
+"""Gradient accumulation, which trains on a batch part by part, and what a user is told when memory does not suffice.
 
-The parts take as much less memory and give the gradients of the whole batch up to rounding: Mixup's partners and the
-mean loss are the batch's, and processes exchange gradients once a step. Batch norm alone sees a part at a time.
+n parts need about 1/n of the memory and give the gradients of the whole batch up to rounding: Mixup's partners and the
+mean loss are those of the whole batch, and processes exchange gradients once a step. Only batch norm differs: it sees
+one part at a time.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from dali_vit.model import kept_bytes_per_image
 
 log = logging.getLogger(__name__)
 
-_FIRST = 10  # steps: what has been held for longer fails for another reason, and a restart may help
-_OF_OTHERS = 4 * 2**30  # bytes of a GPU's memory in use before a run's own: more than CUDA and NCCL themselves take
+_FIRST = 10  # steps; if memory runs out later, there is another reason, and a restart may help
+_OF_OTHERS = 4 * 2**30  # bytes in use on a GPU before the run's model: more than CUDA and NCCL themselves take
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; gradients are added up."""
+"""(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; adds to the gradients."""
 
 
 def forward_and_backward(step: nn.Module, parts: int, replicas: DistributedDataParallel | None) -> Passes:
-    """Both passes over a batch, in parts that divide it.
+    """A function that runs the forward and backward pass over a batch in `parts` parts of equal size.
 
-    step: maps images, labels, lambda and, of a part, its partners and their labels to a mean loss, as
-    `step.TrainStep` does; replicas: what is wrapped in it, if anything, to average gradients over the processes.
+    step: maps images, labels and lambda to a mean loss, as `step.TrainStep` does; for a part of a batch it also takes
+    the partners and their labels. replicas: the module in `step` that averages gradients over the processes, if any.
     """
 
     without_exchange = nullcontext if replicas is None else replicas.no_sync
@@ -61,12 +62,12 @@ def forward_and_backward(step: nn.Module, parts: int, replicas: DistributedDataP
 
 
 def next_divisor(number: int, least: int) -> int:
-    """The smallest divisor of a number from `least` on, or the number itself."""
+    """The smallest divisor of `number` that is at least `least`, or `number` itself where there is none."""
     return next((n for n in range(least, number) if number % n == 0), number)
 
 
 def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
-    """What is done every step, with a LocalUserError where the device's memory does not hold the first of them."""
+    """Wraps `work`, called every step: LocalUserError where device memory does not hold one of the first steps."""
     share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
     made = itertools.count()
 
@@ -80,7 +81,7 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
             images = f"{share // parts} images at once"
-            if isinstance(error, LackOfMemory):  # of DALI, whose batches are whole
+            if isinstance(error, LackOfMemory):  # raised for DALI, which loads whole batches
                 images = f"{share} images being loaded beside {share // parts} being trained on"
             raise LocalUserError(
                 f"--batch-size {config.optim.batch_size}: {_memory(group.device)} does not hold {images};"
@@ -91,9 +92,10 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
 
 
 def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
-    """Says so where a step on the CPU is likely to take more memory than there is: the system would end the process.
+    """Warns where a step on the CPU is likely to take more memory than there is: the system would end the process.
 
-    On a GPU there is an error instead; there it is said what others hold, so it is to be called before the model moves.
+    On a GPU a lack of memory is an error instead; there this function warns of memory that other processes hold, so it
+    has to be called before the model is moved to the GPU.
     """
     warn_of_others(group)
     if group.device.type != "cpu" or not group.is_main:
@@ -115,7 +117,7 @@ def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
 
 
 def warn_of_others(group: Group) -> None:
-    """Says so where other processes hold memory of the GPU that this one has yet to use."""
+    """Warns where other processes hold memory of the GPU; to be called before this process uses it."""
     if group.device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(group.device)

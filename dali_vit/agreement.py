@@ -1,4 +1,4 @@
-"""What all processes of a run must have alike: each may be on a machine with settings and copies of its own."""
+"""Checks that all processes of a run agree: each may be on a machine with its own settings and copies of the data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dali_vit.names import fingerprint
 
 __all__ = ["check_same_evaluation", "check_same_run", "check_same_settings"]
 
-# Where a machine has its own; which checkpoint a folder of runs holds is compared by itself.
+# Settings that may differ between machines. Whether each runs_dir leads to the same checkpoint is checked separately.
 _OWN = ("data", "runs_dir", "gpus", "threads")
 
 
 def check_same_run(
     config: Config, dataset: Dataset, *, start: int, train_fingerprint: str, val_fingerprint: str | None
 ) -> None:
-    """UserError, on every rank alike, where ranks differ in settings, in data or in the step they would go on from.
+    """Raises UserError on every rank where ranks differ in settings, in data or in the step they would resume from.
 
-    Each would do its own part of something else: train on wrong labels, or wait for the others where they do not.
-    Collective. start: that step; the others: `names.fingerprint` of the images.
+    Such ranks would train on wrong labels, or wait in a collective that other ranks do not reach. Collective.
+    start: the step this rank would resume from; train_fingerprint, val_fingerprint: `names.fingerprint` of the images.
     """
     starts = gather_objects(start)
     if len(set(starts)) > 1:
@@ -54,7 +54,7 @@ def check_same_run(
 
 
 def check_same_settings(settings: dict[str, Any]) -> None:
-    """UserError, on every rank alike, for the first setting that differs between ranks. Collective."""
+    """Raises UserError on every rank for the first setting that differs between ranks. Collective."""
     of_ranks = gather_objects(settings)
     for rank, theirs in enumerate(of_ranks):
         for name, value in theirs.items():
@@ -68,9 +68,9 @@ def check_same_settings(settings: dict[str, Any]) -> None:
 def check_same_evaluation(
     data: str, files: ImageList, folder: Path, *, weights: int | str | None, real_labels: np.ndarray | None = None
 ) -> None:
-    """UserError, on every rank alike, where ranks differ in the images, their labels, those of --real, or the weights.
+    """Raises UserError on every rank where ranks differ in images, labels, the labels of --real or weights. Collective.
 
-    folder: where the files of a list of files lie; weights: the step or the checksum of what is evaluated. Collective.
+    folder: the folder that holds the files of a FileList; weights: step or checksum of the weights to be evaluated.
     """
     found = gather_objects(weights)
     if len(set(found)) > 1:

@@ -31,9 +31,9 @@ class EvalArguments:
     gpus: int | None = None
     """GPUs to use; 0: the CPU; default: all, else the CPU."""
     split: Literal["val", "minival", "train"] = "val"
-    """Which images; `train` leaves out those of minival."""
+    """Images to evaluate on; `train` leaves out those of minival."""
     minival: float | None = None
-    """Share of the training images that is minival; default: the run's, 0.01 for a file of weights."""
+    """Share of the training images held out as minival; default: the run's, or 0.01 for a file of weights."""
     v2: bool = False
     """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
     real: Path | None = None
@@ -52,11 +52,11 @@ class EvalArguments:
 class PredictArguments:
     """The likeliest classes of image files."""
 
-    # tyro takes it for optional, as there may be no path in it.
+    # Without the hint, tyro's help would call the argument optional, as the tuple may be empty.
     images: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")
     ]
-    """Image files, or folders: of these all images in them, however deep."""
+    """Image files, or folders, of which all images at any depth are taken."""
     checkpoint: Path
     """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""
     top: int = 5
@@ -76,7 +76,7 @@ class DoctorArguments:
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """A big_vision .npz checkpoint as .safetensors, or the converse."""
+    """Converts a big_vision .npz checkpoint to .safetensors, or back."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """.npz, or a checkpoint of ours."""
@@ -93,7 +93,7 @@ class ExportArguments:
     checkpoint: Path
     """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""
     out: Path
-    """Folder to be made; it must not exist, or be empty."""
+    """Folder to create; it must either not exist yet or be empty."""
     resolution: int | None = None
     """Resample the position embeddings for images of this side."""
 
@@ -103,9 +103,9 @@ class PreviewArguments:
     """Draws the images of a training step, each below the image it was made of, with its class."""
 
     out: Path
-    """PNG file to be made; must not exist."""
+    """PNG file to create; must not exist."""
     config: Annotated[Config, tyro.conf.arg(name="")]
     at_step: int = 0
-    """Which step's images: those that a run with the same settings trains on, before Mixup."""
+    """Step whose images to draw: those that a run with the same settings trains on, before Mixup."""
     images: int = 32
-    """How many of the step's batch."""
+    """How many images of the step's batch to draw."""

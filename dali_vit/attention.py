@@ -1,6 +1,6 @@
-"""Which attention kernel is the fastest for a model on this GPU, measured when a run starts: torch's or ours.
+"""Chooses the attention kernel, torch's or ours, that is fastest for a model on this GPU, measured when a run starts.
 
-At 196 tokens and heads of 64 they are close, and which wins depends on the chip and on torch's version.
+At 196 tokens and heads of width 64 the kernels are close; which one wins depends on the chip and on torch's version.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-"""Those of torch; beside them there is `packed`, which is dali_vit/packed_attention.py."""
+"""torch's kernels; besides these there is `packed`, in dali_vit/packed_attention.py."""
 
-_GAIN = 1.03  # less is noise: the first kernel stays
+_GAIN = 1.03  # a smaller gain is noise: the first kernel stays
 _WARM_UP, _REPEATS = 3, 10
 _HEAD_START = 40_000_000  # cycles of a GPU, about 20 ms, in which Python queues all repetitions of small kernels
 _CHECKED = 4  # images
 _RESULTS = ("output", "gradient", "gradient of the bias")
-_TOLERANCE = 1e-2  # of the packed kernels' results; what rounding to bfloat16 makes of them is a few thousandths
+_TOLERANCE = 1e-2  # relative error of the packed kernels' results; rounding to bfloat16 causes a few thousandths
 
 _Run = Callable[[], tuple[Tensor, ...]]
 
 
 class Shape(NamedTuple):
-    """Of the attention in a step of one process."""
+    """The sizes of attention in one forward pass of one process."""
 
     images: int
     tokens: int
@@ -51,16 +51,16 @@ class Shape(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What attention is to run on."""
+    """The kernel that attention is to run on."""
 
     context: Callable[[], AbstractContextManager[object]]
-    """Makes a context in which torch's own does."""
+    """Makes a context in which torch's attention runs on it."""
     kernel: str
     """One of BACKENDS, `packed` or `torch's choice`."""
     words: str
-    """The kernel, and the times of all."""
+    """The kernel's name, and the times of all kernels measured."""
     packed: type[Function] | None = None
-    """`PackedAttention`, for `blocks.use_packed_attention`, where that is the kernel."""
+    """`PackedAttention`, to pass to `blocks.use_packed_attention`, where `packed` is the kernel."""
 
 
 _TORCHS_CHOICE = Attention(nullcontext, "torch's choice", "torch's choice")
@@ -69,10 +69,10 @@ _TORCHS_CHOICE = Attention(nullcontext, "torch's choice", "torch's choice")
 def choose_attention(
     wanted: AttentionKernel, model: nn.Module, images: int, group: Group, *, compiled: bool
 ) -> Attention:
-    """The kernel that is wanted, or for `auto` the fastest for `images` a process; `compiled`: whether the step is.
+    """The wanted kernel or, for `auto`, the fastest at `images` images per process; `compiled`: whether the step is.
 
-    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose alike. Collective; takes some seconds
-    where the packed kernels have to be compiled first. UserError where the one that is wanted does not run.
+    For plain ViTs on GPUs; elsewhere torch's own choice stays. All ranks choose the same kernel. Collective; takes some
+    seconds where the packed kernels have to be compiled first. UserError where the wanted kernel does not run.
     """
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
@@ -83,8 +83,8 @@ def choose_attention(
     if wanted == "packed" and not packs:
         raise UserError("--attention packed: needs a step that is compiled; see --compile")
     names: list[str] = [wanted] if wanted != "auto" else [*BACKENDS, *(["packed"] if packs else [])]
-    # On every rank: torch's first use of attention in a process puts an order of its own above the one asked for, which
-    # must not be while the step is traced.
+    # Every rank measures: at the first use of attention in a process torch puts its own order of kernels above the one
+    # asked for, and that must not happen while the step is traced.
     of_ranks = gather_objects(measure(shape, group.device, names))
     times = {name: time for name, time in of_ranks[0][0].items() if all(name in of_rank for of_rank, _ in of_ranks)}
     faults = {name: fault for _, of_rank in reversed(of_ranks) for name, fault in of_rank.items()}
@@ -101,13 +101,13 @@ def choose_attention(
         from dali_vit.packed_attention import PackedAttention
 
         return Attention(nullcontext, chosen, words, PackedAttention)
-    # The others stay behind it, for what it cannot do.
+    # The other kernels follow the chosen one in the order, for inputs that it does not support.
     order = sorted([*BACKENDS.values(), SDPBackend.MATH], key=lambda backend: backend != BACKENDS[chosen])
     return Attention(partial(sdpa_kernel, order, set_priority=True), chosen, words)
 
 
 def shape_of(model: nn.Module, images: int) -> Shape | None:
-    """What `model` asks of attention, or None where it is no plain ViT."""
+    """The shape of attention in `model` for so many images, or None where it is no plain ViT."""
     if not isinstance(model, VisionTransformer):
         return None
     vit: Any = model  # timm's modules are typed as tensors or modules
@@ -116,16 +116,16 @@ def shape_of(model: nn.Module, images: int) -> Shape | None:
 
 
 def choose(times: dict[str, float]) -> str:
-    """The fastest by time; the first where it is hardly slower."""
+    """The fastest kernel by the times given, or the first one where that is hardly slower."""
     first = next(iter(times))
     best = min(times, key=times.__getitem__)
     return best if times[best] * _GAIN < times[first] else first
 
 
 def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of forward and backward pass in bfloat16 of the kernels that run here, and why others do not.
+    """Milliseconds of a forward and backward pass in bfloat16 for each kernel that runs here, and why the others fail.
 
-    The packed kernels are left out, without a reason, where they are not made for such a shape.
+    Where the packed kernels are not made for the shape, they are left out, with a reason only if no other is measured.
     """
     times, faults = {}, {}
     for name in names:
@@ -141,8 +141,8 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
                 times[name] = _milliseconds(_packed, shape, device)
             elif names == [name]:
                 faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of at most 64"
-        except Exception as error:  # not built for this chip, or not for these sizes; whatever Triton meets
-            # What follows an empty line is advice to torch's developers.
+        except Exception as error:  # kernels not built for this chip or these sizes; anything that Triton may raise
+            # In torch's messages, what follows an empty line is advice to its developers.
             faults[name] = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
             log.debug("attention %s: %s", name, faults[name])
     return times, faults
@@ -160,7 +160,7 @@ def _draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _torchs(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
-    """Torch's attention and its gradient [N, T, 3, heads, D], in memory as the products around it have them."""
+    """A run of torch's attention: output and gradient [N, T, 3, heads, D], in the layout of the products around it."""
     parts = qkv.view(*qkv.shape[:2], 3, shape.heads, shape.head_width).requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
@@ -172,7 +172,7 @@ def _torchs(qkv: Tensor, upstream: Tensor, shape: Shape) -> _Run:
 
 
 def _packed(qkv: Tensor, upstream: Tensor, shape: Shape, *, compiled: bool = False) -> _Run:
-    """The packed attention, its gradient and that of the bias, which others sum up elsewhere."""
+    """A run of the packed attention: output, gradient and the bias's, which for other kernels is summed elsewhere."""
     from dali_vit.packed_attention import PackedAttention
 
     qkv = qkv.requires_grad_()
@@ -195,7 +195,7 @@ def _milliseconds(made: Callable[[Tensor, Tensor, Shape], _Run], shape: Shape, d
     for _ in range(_WARM_UP):
         run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_HEAD_START)  # else what takes less time than to be called would be timed by that
+    torch.cuda._sleep(_HEAD_START)  # else a kernel that is faster than its launch would be timed by the launch
     start.record()
     for _ in range(_REPEATS):
         run()
@@ -205,9 +205,10 @@ def _milliseconds(made: Callable[[Tensor, Tensor, Shape], _Run], shape: Shape, d
 
 
 def _check_packed(shape: Shape, device: torch.device) -> None:
-    """RuntimeError where a few images come out otherwise than by torch's plain attention in float32.
+    """Raises RuntimeError where the results on a few images differ from those of torch's plain attention in float32.
 
-    Compiled, as in a step: torch may then give the kernels other types of numbers than to a call.
+    The packed attention is compiled here, as in a step: torch may then pass the kernels numbers of other types than it
+    does in a plain call.
     """
     qkv, upstream = _draw(shape._replace(images=_CHECKED), device)
     with sdpa_kernel(SDPBackend.MATH):

@@ -1,7 +1,7 @@
 """The two Triton kernels of `dali_vit.packed_attention`, which calls them and says what they are for."""
 
 # mypy: disable-error-code="assignment"
-# Tuples of tiles grow in the kernels, one a step.
+# Tuples of tiles grow in the kernels by one tile per loop step, so their type changes.
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def attention_forward(
     FULL: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """A block of queries of a head. The blocks of a head follow each other, as they read the same keys and values.
+    """Computes a block of queries of a head. A head's programs are consecutive, as they read the same keys and values.
 
-    scale: log2(e) / sqrt(D), a constant here, as a number from a compiled step would be of float64 by torch 2.11.
+    scale: log2(e) / sqrt(D), a constant here, as torch 2.11 would pass a number from a compiled step as float64.
     """
     blocks: tl.constexpr = FULL + (TAIL > 0)
     sequence = tl.program_id(0) // blocks
@@ -56,7 +56,7 @@ def attention_forward(
         (weighted / total[:, None]).to(out.dtype.element_ty),
         mask=(queries < tokens)[:, None],
     )
-    # For the backward pass what lies beyond the last query has no share in anything: 2^(s - infinity) = 0.
+    # Infinity beyond the last query: in the backward pass such rows then contribute nothing, as 2^(s - infinity) = 0.
     logs += sequence.to(tl.int64) * padded
     tl.store(logs + queries, tl.where(queries < tokens, top + tl.log2(total), float("inf")), mask=queries < padded)
 
@@ -76,7 +76,7 @@ def _attend_to(
     SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The running sums of softmax (Milakov and Gimelshein, arXiv 1805.02867) with `SIZE` keys more."""
+    """Updates the running sums of softmax (Milakov and Gimelshein, arXiv 1805.02867) with `SIZE` more keys."""
     k = _rows(keys, first, tokens, row, D, SIZE)
     v = _rows(keys + row // 3, first, tokens, row, D, SIZE)
     s = tl.dot(q, tl.trans(k)) * scale
@@ -108,10 +108,10 @@ def attention_backward(
     FULL: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """A head of an image: block of keys by block of keys, and of each, tile of queries by tile of queries.
+    """Computes the gradients of a head of an image, going over all tiles of queries for each block of keys.
 
-    All products are of the transpose, keys by queries: the keys' gradients then take the exponentials from registers,
-    and the queries of the last tile are columns, of which the tensor cores take eight where they take 64 rows.
+    All products are transposed, keys by queries: the keys' gradients then take the exponentials from registers, and the
+    queries of the last tile are columns, which the tensor cores take in eights, while they take rows in 64s.
     """
     sequence = tl.program_id(0).to(tl.int64)
     image = sequence // heads
@@ -139,7 +139,7 @@ def attention_backward(
         qs += (q,)
         dos += (do,)
         dqs += (tl.zeros((D, TAIL), tl.float32),)
-    tl.debug_barrier()  # other threads of the program read the deltas again
+    tl.debug_barrier()  # the deltas that one thread has stored are read by others below
     k_sums = tl.zeros((D,), tl.float32)
     v_sums = tl.zeros((D,), tl.float32)
     for j in tl.range(tl.cdiv(padded, BLOCK)):
@@ -160,7 +160,7 @@ def attention_backward(
             added += (dq,)
         dqs = added
         dk = dk * factor
-        # What lies beyond the last key is 0 in both.
+        # Rows beyond the last key are 0 in dk and dv.
         k_sums += tl.sum(dk, 0)
         v_sums += tl.sum(dv, 0)
         _put_rows(dqkv + heads * D, dk, start, tokens, row, D, BLOCK)
@@ -183,7 +183,7 @@ def attention_backward(
 
 @triton.jit
 def _queries(qkv, out, dout, deltas, first, tokens, heads, D: tl.constexpr, SIZE: tl.constexpr):
-    """q and the gradient of the output of some queries. Their products of output and its gradient go to `deltas`."""
+    """q and the output's gradient for `SIZE` queries; stores the dot products of output and gradient in `deltas`."""
     q = _rows(qkv, first, tokens, 3 * heads * D, D, SIZE)
     do = _rows(dout, first, tokens, heads * D, D, SIZE)
     o = _rows(out, first, tokens, heads * D, D, SIZE)
@@ -193,7 +193,7 @@ def _queries(qkv, out, dout, deltas, first, tokens, heads, D: tl.constexpr, SIZE
 
 @triton.jit
 def _tile(q, do, logs, deltas, first, k, v, inside, scale: tl.constexpr, dq, dk, dv, SIZE: tl.constexpr):
-    """The gradients with what `SIZE` queries and a block of keys have to do with each other."""
+    """Adds the contributions of `SIZE` queries and a block of keys to the gradients."""
     at = first + tl.arange(0, SIZE)
     s = tl.dot(k, tl.trans(q))
     dp = tl.dot(v, tl.trans(do))
@@ -207,7 +207,7 @@ def _tile(q, do, logs, deltas, first, k, v, inside, scale: tl.constexpr, dq, dk,
 
 @triton.jit
 def _rows(base, first, tokens, row, D: tl.constexpr, SIZE: tl.constexpr):
-    """[SIZE, D] at `base`, 0 beyond the last token."""
+    """Loads rows [SIZE, D] from token `first` on; rows beyond the last token are 0."""
     rows = first + tl.arange(0, SIZE)
     return tl.load(base + rows[:, None] * row + tl.arange(0, D)[None, :], mask=(rows < tokens)[:, None], other=0.0)
 

@@ -1,8 +1,8 @@
-"""Which settings of the loader are fastest on this machine and these files, found in a minute and remembered.
+"""Finds, in about a minute, the loader settings that are fastest on this machine and these files, and remembers them.
 
-Only settings that leave the stream as it is are tried: the threads and how far they work ahead, and on a GPU which part
-of a JPEG is decoded and by which decoder, of which each may round as it likes. A GPU is kept busy meanwhile: what
-loads fastest beside training need not be what loads fastest alone, where decoding may take the whole chip.
+Only settings that leave the stream of images as it is are tried: the threads and how far they work ahead, and on a GPU
+which part of a JPEG is decoded and by which decoder (decoders may round differently). A GPU is kept busy meanwhile: the
+settings that load fastest beside training need not be fastest alone, where decoding may take the whole chip.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from pipelines.crop import REGIONS
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 60.0
-"""No further setting is tried once the search has taken so long."""
+"""Once the search has taken this long, no further settings are tried."""
 _SECONDS_PER_SETTING = 1.5
-_GAIN = 1.02  # rates of windows as short as these differ by as much by themselves
+_GAIN = 1.02  # rates measured in such short windows vary this much by themselves
 
-# Shares of the hardware decoder to try, round by round, from the best so far. The best of all is where that decoder and
-# CUDA's end at once, which differs between GPUs and with the number of cores; to either side of it the rate falls.
+# The hardware decoder's shares to try in each round, by the best so far. The optimum is where that decoder and CUDA's
+# finish at the same time, which depends on the GPU and the number of cores; on either side of it the rate falls.
 _HW_LOADS: Sequence[dict[float, tuple[float, ...]]] = (
     {0.65: (0.35, 0.85)},
     {0.65: (0.5, 0.75), 0.35: (0.5, 0.2), 0.85: (0.75, 1.0)},
@@ -45,17 +45,17 @@ _HW_LOADS: Sequence[dict[float, tuple[float, ...]]] = (
 )
 
 Work = Callable[[Tensor], object]
-"""What is done with a batch's images, uint8 [N, S, S, 3], while the next ones are loaded."""
+"""Processes a batch's images, uint8 [N, S, S, 3], while the next batches are loaded."""
 
 Alternatives = Callable[[LoaderSettings], Sequence[LoaderSettings]]
-"""What to compare with settings, which differs from them in one."""
+"""Maps settings to the alternatives to compare them with, each of which differs in one value."""
 
 
 def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, model: nn.Module) -> LoaderSettings:
-    """The settings to load with: as found here before, else searched for, or the defaults where that is off.
+    """The loader's settings: those found here before, else those that a search finds; the defaults without autotuning.
 
-    `--autotune` decides; by default it is on where training is on GPUs. There the model, on the group's device, works
-    on what is loaded, and is left as it was. Collective: all ranks get the same.
+    `--autotune` decides; by default it is on where training is on GPUs. There the model, on the group's device, runs on
+    the loaded images during the search, and is left as it was. Collective: all ranks get the same settings.
     """
     engine = environment.jpeg_engine(group.device)
     if group.is_main and engine.startswith("unusable"):
@@ -77,7 +77,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     if rates[best] < _GAIN * rates[defaults]:
         best = defaults
     if group.is_main:
-        kept = rates[best] > 0 and _write(path, conditions, best, rates[best])  # else nothing has loaded at all
+        kept = rates[best] > 0 and _write(path, conditions, best, rates[best])  # a rate of 0: no settings work
         log.info(
             "autotune: %s loads %s images/s%s, the defaults %s; %d settings tried in %.0f s, %s",
             describe(best),
@@ -92,7 +92,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
 
 
 def common_defaults(config: Config, group: Group) -> LoaderSettings:
-    """The defaults that all ranks can have, of which some may have fewer cores or decode no windows. Collective."""
+    """Defaults that suit all ranks: some may have fewer cores, or be unable to decode windows alone. Collective."""
     of_ranks = gather_objects(datasets.default_settings(config, group))
     region = max((one.decoder.region for one in of_ranks), key=REGIONS.index)
     threads = min(one.threads for one in of_ranks)
@@ -100,7 +100,7 @@ def common_defaults(config: Config, group: Group) -> LoaderSettings:
 
 
 def describe(settings: LoaderSettings) -> str:
-    """What may be found in a search, as `name value, ...`."""
+    """The settings that a search may change, as `name value, ...`; the decoder's only where not the default."""
     decoder = {key: value for key, value in asdict(settings.decoder).items() if value != asdict(Decoder())[key]}
     values = {"threads": settings.threads, "prefetch": settings.prefetch} | decoder
     return ", ".join(f"{name} {value}" for name, value in values.items())
@@ -108,10 +108,10 @@ def describe(settings: LoaderSettings) -> str:
 
 @contextmanager
 def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[Work]:
-    """Work that keeps a GPU busy as a step of training does; on the CPU none, where it would take minutes.
+    """Work that keeps a GPU as busy as a training step does; on the CPU, where it would take minutes, no work.
 
-    It is the forward pass without compilation, of a part of a batch after the other: a third of the step's arithmetic,
-    about three times as slow.
+    It is the forward pass without compilation, over one part of the batch after the other: a third of the step's
+    arithmetic, about three times as slow.
     """
     if group.device.type != "cuda":
         yield lambda images: None
@@ -124,7 +124,7 @@ def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[W
                 model(normalize(part))
 
     was_training = model.training
-    model.eval()  # batch statistics stay as they are
+    model.eval()  # keeps batch norm's running statistics as they are
     try:
         yield forward
     finally:
@@ -140,10 +140,10 @@ def search(
     deadline: float,
     work: Work = lambda images: None,
 ) -> dict[LoaderSettings, float]:
-    """Images/s over all ranks of the defaults and of the settings tried, 0 where one fails.
+    """Images/s over all ranks for the defaults and for each of the settings tried; 0 for settings that fail.
 
-    One setting after the other is varied on top of the best so far, those first that matter most. The deadline is by
-    `time.monotonic`. Collective.
+    One value after the other is varied on top of the best settings so far, the most important first. The deadline is a
+    time of `time.monotonic`. Collective.
     """
     bad_samples: set[int] = set()
     rates = {defaults: _rate(dataset, config, group, defaults, bad_samples, work)}
@@ -161,7 +161,7 @@ def search(
 
 
 def _alternatives(*, vary_threads: bool, group: Group) -> Iterator[Alternatives]:
-    """For one setting after the other, those to be compared with the best so far."""
+    """For one value after the other, a function that gives the settings to compare with the best so far."""
     if group.device.type == "cuda":
         for loads in _HW_LOADS:
             yield lambda best, loads=loads: [  # type: ignore[misc]
@@ -184,22 +184,22 @@ def _rate(
     bad_samples: set[int],
     work: Work,
 ) -> float:
-    """Images/s of the training stream beside the work, over all ranks as fast as the slowest; 0 where it fails.
+    """Images/s of the training stream beside the work, over all ranks at the pace of the slowest; 0 where it fails.
 
-    Samples that cannot be decoded are added to `bad_samples`, so that only the first to meet one has to find it out.
+    Samples that cannot be decoded are added to `bad_samples`, so that later measurements need not find them again.
     """
     seconds, loader = float("inf"), None
     try:
         loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
-        for _ in range(2 * settings.prefetch + 2):  # what was worked ahead while nobody measured
+        for _ in range(2 * settings.prefetch + 2):  # batches loaded ahead, before the measurement
             work(next(loader)[0])
         count, began = 0, _now(group)
         while time.perf_counter() - began < _SECONDS_PER_SETTING:
             work(next(loader)[0])
             count += 1
         seconds = (_now(group) - began) / count
-    # Of DALI, as when the device's memory does not hold the buffers; and of too many bad samples, which training is to
-    # report. Raised here on one rank, either would leave the others waiting.
+    # DALI's error, as when the device's memory does not hold the buffers; or too many bad samples, which training will
+    # report. If one rank raised either of them here, the other ranks would wait for it.
     except (RuntimeError, datasets.DecodeError) as error:
         log.debug("autotune: %s fails: %s", describe(settings), error)
     finally:
@@ -234,7 +234,7 @@ def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict
 
 
 def cache_path(conditions: dict[str, Any]) -> Path:
-    """Where what was found under these conditions is kept, in the user's cache."""
+    """The file in the user's cache that keeps the settings found under these conditions."""
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
     return environment.cache_folder() / f"autotune-{digest[:16]}.json"
 
@@ -254,7 +254,7 @@ def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:
 
 
 def _write(path: Path, conditions: dict[str, Any], settings: LoaderSettings, rate: float) -> bool:
-    """Whether it could be kept."""
+    """Keeps the settings found; returns whether the file could be written."""
     text = json.dumps({"conditions": conditions, "settings": asdict(settings), "images_per_sec": rate}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the step waits for a copy of the state, not for the disk."""
+"""Writes checkpoints in the background: training waits for a copy of the state, not for the disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 class BackgroundWriter:
     """Runs one write at a time in a thread of its own.
 
-    A write that fails (a full disk, a folder that became read-only) is reported and given up: what is on the disk
-    stays, and training goes on. `close` waits for the last write and raises its error. The copies are kept and
-    written over by the next one: host memory is pinned once, which takes longer than to fill it.
+    A write that fails (a full disk, a folder that became read-only) is reported and given up: earlier checkpoints stay
+    on the disk, and training goes on. `close` waits for the last write and raises its error. The host copies of the
+    state are kept and overwritten by the next ones, as pinning host memory takes longer than filling it.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class BackgroundWriter:
     def submit(self, write: Callable[..., Any], state: Mapping[str, Any] | None = None, **arguments: Any) -> None:
         """Calls write(**state, **arguments) later, with the tensors of `state` as they are now.
 
-        Waits for what is being written where there is a state: it would be written over.
+        With a state, first waits for the write under way, whose copies would be overwritten.
         """
         event = None
         if state is not None:
@@ -57,7 +57,7 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the last write, also where an error has ended what was going on."""
+        """Waits for the last write, even if the block was left by an error."""
         self.wait()
         self._thread.shutdown()
 
@@ -68,12 +68,12 @@ class BackgroundWriter:
 
 
 def snapshot(state: Any, before: Any = None) -> tuple[Any, torch.cuda.Event | None]:
-    """A copy of nested dicts and lists whose tensors lie in host memory, and the event that says it is complete.
+    """A copy of nested dicts and lists with its tensors in host memory, and the CUDA event after which it is complete.
 
-    `before` is an earlier copy that is needed no more: its tensors are written over where they fit. From a GPU the
-    copies go into pinned memory, queued on the stream that trains: nothing waits here, and the next update of the
-    weights, queued behind them, cannot be faster. (A stream of their own would have that update wait for them,
-    for a copy of some ten milliseconds.)
+    `before` is an earlier copy that is no longer needed: its tensors are overwritten where they fit. Copies from a GPU
+    go into pinned memory and are queued on the training stream: the host does not wait, and the next update of the
+    weights, queued behind them, cannot overtake them. (On a stream of their own, the update would have to wait for them
+    all the same; they take some ten milliseconds.) Without tensors on a GPU the event is None.
     """
     event = None
 

@@ -1,4 +1,4 @@
-"""big_vision's .npz checkpoints and our models, in both directions.
+"""Converts big_vision's .npz checkpoints to our models and back.
 
 A parameter tree is a flat dict from big_vision's current names (Transformer/encoderblock_0/LayerNorm_0/scale) to
 float32 arrays. `load_npz` brings every published layout to that form, `to_big_vision` makes it from a model, and
@@ -36,7 +36,7 @@ _NOTE = "dali-vit resolution "
 
 
 class Inferred(NamedTuple):
-    """What a parameter tree says of its model; `resolution` is None where positions are sincos2d."""
+    """What a parameter tree says about its model; `resolution` is None where positions are sincos2d."""
 
     config: ModelConfig
     num_classes: int
@@ -44,11 +44,11 @@ class Inferred(NamedTuple):
 
 
 def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT, ModelConfig, int]:
-    """The model of a .npz file in eval mode, its config and its resolution; entries left out are logged.
+    """The model of a .npz file in eval mode, its config and its resolution; entries that are left out are logged.
 
-    Without `resolution`: that of the learned positions or, of a file of ours, the one it was written for; else 224 (14
-    patches, where 224 is no whole number), which is said.
-    Raises UserError (a ValueError) for a file that is no whole checkpoint of a plain ViT.
+    `resolution` defaults to that of the learned positions or, in a file that we wrote, to the one noted there; else a
+    warning says that 224 is assumed (14 patches where 224 is not a multiple of the patch).
+    Raises UserError (a ValueError) for a file that is not a complete checkpoint of a plain ViT.
     """
     params = load_npz(path)
     try:
@@ -69,7 +69,7 @@ def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT,
 
 
 def load_npz(path: str | Path) -> Params:
-    """The parameter tree of a .npz file: bare, under params/ or opt/target/, of any age, in any float type."""
+    """The parameter tree of a .npz file of any age and float type, at the top level or under params/ or opt/target/."""
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
@@ -86,7 +86,7 @@ def load_npz(path: str | Path) -> Params:
 
 
 def modernise(params: Mapping[str, np.ndarray]) -> Params:
-    """Old and scanned layouts under the current names.
+    """Renames the parameters of old and scanned layouts to the current names.
 
     Scanned layers (encoderblock/..., depth first) are unrolled; pre-Linen submodule numbers (LayerNorm_2,
     MlpBlock_3) are renumbered; positions move out of Transformer/; a [cls] position merged into them is added
@@ -109,7 +109,7 @@ def modernise(params: Mapping[str, np.ndarray]) -> Params:
 
 
 def infer_config(params: Mapping[str, np.ndarray]) -> Inferred:
-    """The model that a parameter tree belongs to, by names and shapes; UserError where it is no plain ViT."""
+    """The model that a parameter tree belongs to, from names and shapes; UserError where it is no plain ViT."""
     if any(name == "probe" or name.startswith("MAPHead_0/") for name in params):
         raise UserError("attention pooling (MAPHead_0) is not supported; give a model with pool_type gap or tok")
     kernel = _get(params, "embedding/kernel")  # [patch, patch, 3, width]
@@ -133,10 +133,10 @@ def infer_config(params: Mapping[str, np.ndarray]) -> Inferred:
 
 
 def from_big_vision(params: Mapping[str, np.ndarray], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict for `model` with the tree's values, and the names in the tree it has no place for.
+    """A state dict for `model` with the tree's values, and the names in the tree that the model has no place for.
 
-    Learned positions are resampled to the model's resolution; sincos2d ones are the model's own. Raises
-    UserError for a name that is missing and for an array of another shape.
+    Learned positions are resampled to the model's resolution; sincos2d positions are the model's own. Raises
+    UserError for a missing name and for an array of another shape than the model's.
     """
     vit = _plain(model)
     state = dict(vit.state_dict())
@@ -162,7 +162,7 @@ def to_big_vision(model: nn.Module) -> Params:
     num_heads = first_block.attn.num_heads
     params: Params = {}
     for ours, theirs in _names(vit):
-        parts = vit.get_parameter(ours).detach().cpu().chunk(len(theirs))  # q, k, v of the fused matrix, or all
+        parts = vit.get_parameter(ours).detach().cpu().chunk(len(theirs))  # the fused q, k and v, else one part
         for name, part in zip(theirs, parts, strict=True):
             params[name] = np.ascontiguousarray(_from_torch(name, part.numpy(), num_heads))
     return params
@@ -171,8 +171,8 @@ def to_big_vision(model: nn.Module) -> Params:
 def save_npz(path: str | Path, params: Mapping[str, np.ndarray], resolution: int | None = None) -> None:
     """Writes a parameter tree as an .npz that big_vision loads (config.model_init), whole or not at all.
 
-    resolution: of the model's images, which fixed positions do not tell. It is noted in the archive's comment, as
-    big_vision takes every entry for a parameter.
+    resolution: side of the model's images, which cannot be told from fixed positions. It is noted in the archive's
+    comment, because big_vision takes every entry for a parameter.
     """
     with replacing(Path(path)) as temporary:
         with temporary.open("wb") as file:
@@ -190,16 +190,16 @@ def _noted_resolution(path: str | Path) -> int | None:
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:
-    """The number of classes that a plain ViT's state dict tells apart."""
+    """The number of classes of a plain ViT, from its state dict; UserError without a classifier."""
     if "head.bias" not in state:
         raise UserError("no classifier inside (no head.bias)")
     return state["head.bias"].shape[0]
 
 
 def resample_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A plain ViT's state dict with its positions made to fit `model`, the same ViT for another resolution.
+    """A plain ViT's state dict with its positions fitted to `model`, the same ViT for another resolution.
 
-    Learned positions are resampled; sincos2d ones are the model's own.
+    Learned positions are resampled; sincos2d positions are taken from `model`.
     """
     resampled = dict(state)
     if isinstance(model, PlainViT):
@@ -210,9 +210,9 @@ def resample_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
 
 
 def resample_posemb(positions: Tensor, count: int) -> Tensor:
-    """Position embeddings [1, n, width] of a square grid, bilinearly on a square grid of `count` positions.
+    """Resamples position embeddings [1, n, width] of a square grid bilinearly to a square grid of `count` positions.
 
-    Corners map to corners, as big_vision's scipy.ndimage.zoom(order=1) maps them. The same grid comes back as it is.
+    Corners map to corners, as in big_vision's scipy.ndimage.zoom(order=1). If n is `count`, they are returned as is.
     """
     if positions.shape[1] == count:
         return positions
@@ -235,7 +235,7 @@ def _block(index: int) -> str:
 
 
 def _names(model: PlainViT) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each parameter's name, and big_vision's name for it; three for the fused q, k and v."""
+    """Each parameter's name, and big_vision's name for it, or its three names for the fused q, k and v."""
     layers = {"patch_embed.proj": "embedding", "head": "head"}
     if model.pre_logits is not None:
         layers["pre_logits"] = "pre_logits"
@@ -261,7 +261,7 @@ def _names(model: PlainViT) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _to_torch(name: str, array: np.ndarray) -> np.ndarray:
-    """An array in torch's layout: kernels output first, attention heads merged."""
+    """An array in torch's layout: kernels with the output dimension first, attention heads merged."""
     if name == "embedding/kernel":
         return array.transpose(3, 2, 0, 1)
     if name.endswith("/out/kernel"):  # [heads, width of a head, width]

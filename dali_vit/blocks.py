@@ -1,8 +1,8 @@
-"""timm's transformer block, put so that the kernels torch.compile makes of them move fewer bytes and compute less.
+"""timm's transformer block, written so that the kernels torch.compile makes of it move fewer bytes and compute less.
 
-About half of what a compiled step reads and writes are activations, in kernels that the compiler makes. Here timm's
-sums are in an order that saves a tenth of the whole (BENCHMARKS.md has the counts). Only a model in training mode that
-is being compiled computes them so; otherwise everything is timm's own, to the bit.
+About half of the bytes that a compiled step reads and writes are activations, in kernels that the compiler makes. The
+order of computation used here saves a tenth of all bytes (BENCHMARKS.md has the counts). It applies only to a model in
+training mode that is being compiled; otherwise everything is timm's own, to the bit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-_TWICE_U, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of u = sqrt(2 / pi) (x + 0.044715 x^3), in GELU
+_TWICE_U, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of 2 u, where GELU's u = sqrt(2 / pi) (x + 0.044715 x^3)
 
 
 class LeanBlock(Block):
-    """timm's pre-norm block on tokens [N, T, C], as PlainViT has it: no dropout or scales of branches; GELU by tanh."""
+    """timm's pre-norm block on tokens [N, T, C], as PlainViT uses it: without dropout and layer scale; GELU by tanh."""
 
     norm1: nn.LayerNorm
     attn: Attention
@@ -61,22 +61,22 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def has_lean_blocks(model: nn.Module) -> bool:
-    """Whether `use_packed_attention` is for this model."""
+    """Whether `use_packed_attention` has an effect on this model."""
     return any(isinstance(layer, LeanBlock) for layer in model.modules())
 
 
 def use_packed_attention(model: nn.Module, packed: type[Function] | None) -> None:
-    """Has the blocks of a compiled model compute attention by `packed_attention.PackedAttention`; None: by torch's."""
+    """Makes a compiled model's blocks compute attention by `packed`, i.e. `PackedAttention`, or by torch's (None)."""
     for layer in model.modules():
         if isinstance(layer, LeanBlock):
             layer.packed = packed
 
 
 class _BiasGradient(Function):
-    """Gives a bias that `y` [N, T, C] has in it already its gradient, summed over the tokens of each image first.
+    """The gradient of a bias that was added to `y` [N, T, C] beforehand, summed over the tokens of each image first.
 
-    The compiler cannot join a sum over all N * T rows to the kernel that computes them, and reads them once more; a sum
-    over an axis of its own it can.
+    The compiler cannot fuse a sum over all N * T rows into the kernel that computes the rows, and reads them once more;
+    it can fuse a sum over the token axis alone.
     """
 
     @staticmethod
@@ -92,8 +92,8 @@ class _BiasGradient(Function):
 class _Cast(Function):
     """x.to(dtype) for x [N, T, C], whose gradient is written in the shape of x.
 
-    What reads it, a matrix product, sees the tokens of all images in a row. The compiler would take that shape for
-    the conversion, too, not recognise what the kernel before it has just written, and read it from memory.
+    A matrix product reads the gradient as [N * T, C]. The compiler would use that shape for the conversion, too, would
+    then not recognise the tensor that the kernel before has just written, and would read it from memory again.
     """
 
     @staticmethod
@@ -105,15 +105,15 @@ class _Cast(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dx = dy.to(ctx.dtype).contiguous()
         images, tokens, width = dx.shape
-        # as_strided makes the compiler write its input first; a view would be seen through.
+        # as_strided makes the compiler write its input first; it would see through a view.
         return dx.as_strided((images * tokens, width), (width, 1)).view(dx.shape), None
 
 
 class _Gelu(Function):
-    """GELU in the approximation with tanh, as the sigmoid that it is: (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """GELU in its tanh approximation, computed by a sigmoid: (1 + tanh(u)) / 2 = sigmoid(2 u).
 
-    CUDA's tanh branches and takes many instructions, in kernels that nothing but memory should limit (BENCHMARKS.md has
-    the counts); the sigmoid is an exponential and a division. Computed in float32 at least, as torch's.
+    CUDA's tanh branches and takes many instructions, in kernels that only memory should limit (BENCHMARKS.md has the
+    counts); the sigmoid is an exponential and a division. Like torch's, it is computed in float32 at least.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class _Gelu(Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         wide, share = _Gelu._share(x)
-        slope = _TWICE_U + 3 * _TWICE_U * _CUBIC * wide * wide  # of 2 u
+        slope = _TWICE_U + 3 * _TWICE_U * _CUBIC * wide * wide  # the derivative of 2 u
         return (dy * (share + wide * share * (1 - share) * slope)).to(x.dtype)
 
     @staticmethod
@@ -138,9 +138,9 @@ class _Gelu(Function):
 
 
 class _SplitHeads(Function):
-    """q, k and v [N, heads, T, D] of their projection [N, T, 3 * heads * D], whose gradient is put together at once.
+    """Splits a projection [N, T, 3 * heads * D] into q, k and v [N, heads, T, D]; its gradient is one concatenation.
 
-    Stacked and permuted, as autograd has it, the gradient is of a shape to which no sum over the tokens fits.
+    Autograd would stack and permute the gradient, in a shape that a sum over the tokens cannot be fused with.
     """
 
     @staticmethod
@@ -156,9 +156,9 @@ class _SplitHeads(Function):
 class _LayerNorm(Function):
     """LayerNorm of x [..., C], whose backward pass reads x, which is in memory anyway.
 
-    Of torch's formula the compiler keeps (x - mean) / deviation for the backward pass, another tensor of that size that
-    the forward pass has to write. It cannot where x is multiplied by nothing but what only the backward pass knows; so
-    x - mean is nowhere formed there, though it would be the shorter expression.
+    With torch's formula the compiler keeps (x - mean) / deviation for the backward pass: another tensor of x's size, to
+    be written by the forward pass. It cannot do so where x is multiplied only by values that are first known in the
+    backward pass; hence x - mean is never formed there, though it would be the shorter expression.
     """
 
     @staticmethod

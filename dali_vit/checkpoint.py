@@ -4,10 +4,10 @@
         model.safetensors   parameters and buffers, float32, named as in timm; its metadata says how to build it
         trainer.pt          optimiser state and random states; loaded with weights_only
         checkpoint.json     format, step, config, class names, loader state, metrics, SHA-256 of the other files
-    checkpoints/best        link to the best of them by minival top-1, without a minival by val's
+    checkpoints/best        link to the best of them by minival top-1, or by val top-1 where there is no minival
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a folder named step_*
-is complete. An evaluation's metrics are added to checkpoint.json afterwards. Nothing that is loaded can run code.
+is complete. An evaluation's metrics are added to checkpoint.json afterwards. Loading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class OtherVersion(UserError):
-    """A checkpoint that is whole, and of a version of dali-vit that this one cannot go on from."""
+    """A complete checkpoint that was written by a version of dali-vit that this version cannot resume from."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Checkpoint:
     classes: tuple[str, ...]
     loader: dict[str, Any]
     metrics: dict[str, float]
-    """Of the evaluation of these weights; none where they were not evaluated."""
+    """From the evaluation of these weights; empty where they were not evaluated."""
 
     def model_state(self) -> dict[str, torch.Tensor]:
         return weights.read(self.path / "model.safetensors")[0]
@@ -68,7 +68,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model ready for inference and what its file says of it."""
+    """A model ready for inference and what its file says about it."""
 
     model: torch.nn.Module
     config: ModelConfig
@@ -76,7 +76,7 @@ class OpenedModel:
     classes: tuple[str, ...] | None
     step: int | None
     minival: float | None = None
-    """Share of the training images that was held out; None where it is a file of weights, which does not say."""
+    """Share of the training images that was held out; None for a file of weights, which does not record it."""
 
 
 def save(
@@ -89,9 +89,9 @@ def save(
     trainer_state: Mapping[str, Any],
     loader_state: Mapping[str, Any],
 ) -> Path:
-    """Writes the checkpoint of a step and removes what is no longer to be kept; returns its folder.
+    """Writes the checkpoint of a step and removes checkpoints no longer to be kept; returns the new one's folder.
 
-    OSError, with nothing half-written left behind and the older checkpoints untouched, where the disk refuses.
+    OSError where the disk refuses; nothing half-written is left behind then, and older checkpoints are untouched.
     """
     final = step_folder(run_dir, step)
     folder = final.parent
@@ -108,7 +108,7 @@ def save(
 
 
 def _refusal(error: Exception, folder: Path) -> str:
-    """Why a checkpoint could not be written. torch and safetensors do not say it in these words."""
+    """Why a checkpoint could not be written, in clearer words than those of torch and safetensors."""
     if os.strerror(errno.EFBIG) in str(error):
         return "larger than a file may be here; raise that limit (ulimit -f)"
     if isinstance(error, OSError):
@@ -156,9 +156,9 @@ def _write(
 
 
 def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep: int) -> None:
-    """Adds to the checkpoint of a step what the evaluation of its weights found, after which none is due.
+    """Adds the metrics of its weights to the checkpoint of a step and notes that their evaluation is no longer due.
 
-    Removes what is no longer to be kept then. Does nothing where the checkpoint could not be written.
+    Then removes checkpoints no longer to be kept. Does nothing where the checkpoint could not be written.
     """
     folder = step_folder(run_dir, step)
     file = folder / "checkpoint.json"
@@ -195,10 +195,10 @@ def save_model(
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; damaged ones are named in the log and passed over.
+    """The newest complete checkpoint of a run; damaged ones are named in the log and passed over.
 
-    None where the run has no checkpoint; UserError where it has some and all are damaged. PermissionError where one may
-    not be read, and OtherVersion, as going on from an older one would be to lose it.
+    None where the run has no checkpoint; UserError where all are damaged. PermissionError for one that may not be read
+    and OtherVersion for one of another version: resuming from an older checkpoint instead would lose it.
     """
     while True:
         folders = step_folders(run_dir / "checkpoints")
@@ -209,7 +209,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
                 raise
             except UserError as error:
                 if not os.path.lexists(folder):
-                    break  # the run that goes on meanwhile has removed it, and written newer ones
+                    break  # the run is in progress: it has removed this one and written newer ones
                 log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
         else:
             if folders:
@@ -251,8 +251,8 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     """The model of a run folder (its newest checkpoint), a checkpoint, a .safetensors or a big_vision .npz.
 
     The model is in eval mode, float32, and maps [N, 3, H, W] in [-1, 1] to logits. With `resolution` it is
-    built for images of that size, its position embeddings resampled. UserError names what cannot be read,
-    PermissionError what may not.
+    built for images of that size, its position embeddings resampled. UserError for a file that cannot be read as a
+    model, PermissionError for one that may not be read.
     """
     check_local(path, "--checkpoint")
     path = at_home(path)
@@ -304,7 +304,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
 
 
 def _as_utf8(name: str) -> str:
-    """A class's name as `listing.utf8_name` gives it; once it was recorded as a locale without UTF-8 had it."""
+    """A class's name as `listing.utf8_name` gives it; older checkpoints have it as read in the locale, UTF-8 or not."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
@@ -314,7 +314,7 @@ def load_model(path: str | Path) -> torch.nn.Module:
 
 
 def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, torch.Tensor], dict[str, str]]:
-    """What `_model_file` says of a path, and the weights and metadata in that file."""
+    """The file and the checkpoint that `_model_file` finds for a path, and the weights and metadata in that file."""
     while True:
         file, made_by = _model_file(path)
         try:
@@ -323,7 +323,7 @@ def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, tor
             raise
         except (SafetensorError, OSError, RuntimeError) as error:
             if made_by is not None and not os.path.lexists(file):
-                continue  # the run that goes on meanwhile has removed it, and written a newer one
+                continue  # the run is in progress: it has removed this one and written a newer one
             raise UserError(f"{file}: not a readable .safetensors file ({error}); it may be cut short") from error
 
 
@@ -332,13 +332,13 @@ def _exported(path: Path) -> str:
 
 
 def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
-    """The .safetensors file that a path given by the user means, and the checkpoint that it is of."""
+    """The .safetensors file that a path given by the user means, and the checkpoint that it belongs to, if any."""
     if path.is_file():
         if path.suffix != ".safetensors":
             meant = "a run folder, a step_* folder, a .safetensors file or a big_vision .npz"
             raise UserError(f"--checkpoint {path}: not a checkpoint; give {meant}")
         return path, None
-    if path.is_symlink():  # as `best`, which may lead elsewhere in the middle
+    if path.is_symlink():  # such as `best`, which may be redirected at any moment
         path = path.parent / os.readlink(path)
     if (path / "config.json").exists() and not (path / "checkpoint.json").exists():
         raise UserError(_exported(path))

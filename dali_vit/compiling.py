@@ -1,4 +1,4 @@
-"""torch.compile: whether it works here, and how it is left at the program's end."""
+"""torch.compile: whether it works on this machine, and how its worker processes are ended at the program's end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["compile_fault", "how_to_compile"]
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds that torch.compile's workers have to end
+_PATIENCE = 5.0  # seconds that torch.compile's workers are given to end
 
 
 def how_to_compile(config: Config, group: Group) -> tuple[str, str]:
-    """The mode of torch.compile or `off`, and that in words. Collective."""
+    """The mode of torch.compile or `off`, and a description of it for the run's summary. Collective."""
     wanted = config.run.compile
     if wanted == "off":
         return "off", "off (--compile off)"
@@ -40,27 +40,27 @@ def how_to_compile(config: Config, group: Group) -> tuple[str, str]:
 
 
 def compile_fault(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on a device, in one line, such as a missing C compiler; None if nothing.
+    """Why torch.compile does not work on a device, in one line, such as a missing C compiler; None if it works.
 
-    A sum is compiled: a second, or for the first time on a machine half a minute on the CPU.
+    A sum is compiled, which takes a second; for the first time on a machine, half a minute on the CPU.
     """
     atexit.unregister(_limit_compile_workers)
-    # Of a machine with CUDA's compiler and no GPU it warns that there is none, which is told elsewhere.
+    # On a machine with CUDA's compiler but no GPU, torch would warn of the missing GPU, which is reported elsewhere.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
-    except Exception as error:  # of any of the many things that have to fit together
-        # What follows an empty line is advice to torch's developers.
+    except Exception as error:  # torch.compile needs many things that fit together, each of which may fail
+        # In torch's messages, what follows an empty line is advice to its developers.
         return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
     finally:
-        atexit.register(_limit_compile_workers)  # after torch's own, which runs later then
+        atexit.register(_limit_compile_workers)  # registered after torch's own, it runs before it
     return None
 
 
 def _limit_compile_workers() -> None:
-    """Has the end of the program wait a few seconds for torch.compile's workers, in place of five minutes.
+    """Makes the program wait at its end for torch.compile's workers a few seconds instead of five minutes.
 
-    The process that forks them may stand still when it is to end (seen with torch 2.11); torch waits 300 s for it.
+    The process that forks the workers may hang when told to end (seen with torch 2.11); torch waits 300 s for it.
     """
     compiler = sys.modules.get("torch._inductor.async_compile")
     for pool in getattr(compiler, "_pool_set", ()):

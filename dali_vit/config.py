@@ -1,10 +1,10 @@
 """Every setting of a run: its type, its default (the paper's 90-epoch ViT-S/16) and its one-line meaning.
 
 The docstring under a field is its help text on the command line. The defaults reproduce *Better plain ViT
-baselines for ImageNet-1k* (arXiv 2205.01580), but for `antialias` and `first_moment`, which make no difference that
-could be measured, and `spike_threshold`, which leaves steps out that big_vision would take; so are steps whose gradient
-is not finite, and images that cannot be decoded. On GPUs matrix products are in bfloat16, and training's JPEG decoder
-repeats chroma (`pipelines.crop.Decoder`). `dali_vit.recipes` states what other recipes change.
+baselines for ImageNet-1k* (arXiv 2205.01580), except for `antialias` and `first_moment`, which make no measurable
+difference, and `spike_threshold`, which leaves out steps that big_vision would take. Steps whose gradient is not finite
+and images that cannot be decoded are left out, too. On GPUs matrix products are in bfloat16, and the JPEG decoder used
+in training repeats chroma (`pipelines.crop.Decoder`). `dali_vit.recipes` states what other recipes change.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import yaml
 from dali_vit.files import at_home
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
-"""How the training step is compiled: torch.compile's modes, beside auto and off."""
+"""How the training step is compiled: auto, off or one of torch.compile's modes."""
 
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Those of the modes that record CUDA graphs."""
+"""The modes that record CUDA graphs."""
 
 
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "packed"]
-"""What computes attention in training: torch's kernels and dali_vit/packed_attention.py, beside auto."""
+"""What computes attention in training: auto, one of torch's kernels or dali_vit/packed_attention.py (`packed`)."""
 
 
 class UserError(ValueError):
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class LocalUserError(UserError):
-    """One that a single rank may meet with while the others do not: each that does says so itself."""
+    """A UserError that may occur on one rank and not on others: each rank on which it occurs reports it itself."""
 
 
 _MENDABLE = {
@@ -50,7 +50,7 @@ _MENDABLE = {
 
 
 def mendable(error: OSError) -> UserError | None:
-    """The operating system's refusal of a file as what the user is told; None where it may be a defect of ours."""
+    """The UserError for the operating system's refusal of a file; None where the cause may be a defect of ours."""
     if error.filename is None or error.errno not in _MENDABLE:
         return None
     return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; {_MENDABLE[error.errno]}")
@@ -72,7 +72,7 @@ class DataConfig:
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
     max_bad_share: float = operational(0.01)
-    """Share of the images of train or val that may be undecodable, one in any case unless 0; they are left out."""
+    """Share of the images of train or val that may be undecodable and are left out; unless 0, one always may be."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop, of 5 % of the area or more: TensorFlow's (the paper's) or torchvision's."""
     antialias: bool = True
@@ -136,11 +136,11 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    """Type that Adam's first moment is rounded to after each step (big_vision: bfloat16); it lies in float32."""
+    """Type that Adam's first moment is rounded to after each step (big_vision: bfloat16); it is stored as float32."""
     grad_clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None switches clipping off."""
     spike_threshold: float = operational(10.0)
-    """Leave out steps whose loss is so many standard deviations above its mean (docs/distributed.md); 0: none."""
+    """Leave out steps whose loss is this many standard deviations above its mean (docs/distributed.md); 0: none."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     mixup_alpha: float = 0.2
@@ -179,19 +179,19 @@ class RunConfig:
     checkpoint_every: int = operational(1000)
     """Steps between checkpoints; one is also written before each evaluation and at the end."""
     keep_checkpoints: int = operational(3)
-    """Newest checkpoints kept, beside the best by minival top-1 (without a minival by val's)."""
+    """Number of newest checkpoints to keep, besides the best by minival top-1 (without a minival, by val top-1)."""
     grad_accum_steps: int = operational(1)
-    """Parts of a GPU's share of a batch, one by one: less memory, the same step but for rounding and batch norm."""
+    """Parts to split a GPU's share of a batch into: less memory, the same step except for rounding and batch norm."""
     max_hours: float | None = operational(None)
-    """Stop after so many hours with a checkpoint and exit code 75; started again, the run goes on."""
+    """Stop after this many hours with a checkpoint and exit code 75; started again, the run goes on."""
     max_restarts: int = operational(3)
-    """How often --gpus, of two or more, starts the processes again, from the last checkpoint, after one has died."""
+    """How often a run with two or more --gpus restarts its processes from the last checkpoint after one has died."""
     max_skipped_steps: int = operational(10)
-    """Steps left out for a gradient that is not finite or a loss spike before the run stops."""
+    """Steps that may be left out for a gradient that is not finite or a loss spike before the run stops."""
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
-    """Steps to record in the run's folder profile/, after the first 10 (of a shorter run the last); 0: none."""
+    """Steps to profile into the run's folder profile/, after the first 10 (in a shorter run, the last); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Config:
 
 
 GROUPS: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "run": RunConfig}
-"""The fields of Config."""
+"""The types of Config's fields by name."""
 
 
 def total_steps(optim: OptimConfig, num_images: int) -> int:
@@ -222,7 +222,7 @@ def total_steps(optim: OptimConfig, num_images: int) -> int:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The config as plain YAML/JSON values, one dictionary a group."""
+    """The config as plain YAML/JSON values, one dictionary per group."""
     groups = dataclasses.asdict(config)
     return {
         group: {key: str(value) if isinstance(value, Path) else value for key, value in fields.items()}
@@ -246,7 +246,7 @@ def from_dict(groups: dict[str, dict[str, Any]]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The text of a run's config.yaml, which `--config` takes: every field, defaults, too."""
+    """The text of a run's config.yaml, which `--config` takes: every field, including those at their default."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 

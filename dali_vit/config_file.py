@@ -1,4 +1,4 @@
-"""`--config FILE`: a run's settings from YAML, as its config.yaml has them and --print-config prints them."""
+"""`--config FILE`: a run's settings from YAML, in the form of a run's config.yaml and of --print-config's output."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["expand", "named_file"]
 FLAG = "--config"
 _MEANT = "give a run's config.yaml, or what --print-config printed"
 _TEXTS = ("str", "str | None", "Path")
-# What a flag on the command line takes away from the file beside the setting of its own name.
+# Settings of the file that a flag on the command line removes, besides the one of the flag's own name.
 _TAKES = {"--steps": {"epochs"}, "--epochs": {"steps"}, "--model": {"width", "depth", "num_heads", "mlp_dim"}}
 
 
 def expand(argv: list[str]) -> list[str]:
-    """The flags with those that the file of --config stands for in front, so that all others override them.
+    """The arguments with --config replaced by flags for the file's settings, in front so that all others override them.
 
-    Settings that the file leaves out are its recipe's. UserError for a file that holds something else.
+    Settings that the file leaves out are those of its recipe. UserError for a file that holds anything but settings.
     """
     path, rest = _taken(argv)
     if path is None:
@@ -36,7 +36,7 @@ def expand(argv: list[str]) -> list[str]:
 
 
 def named_file(argv: list[str], flag: str) -> str | None:
-    """The file of --config where a flag stands for a setting of it; None where the flag itself was given."""
+    """The file of --config if it has the setting of `flag`; None if it does not, or if the flag itself was given."""
     path, rest = _taken(argv)
     if path is None or flag in _names(rest) or flag not in _names([own for _, own in _flags(path)]):
         return None
@@ -44,12 +44,12 @@ def named_file(argv: list[str], flag: str) -> str | None:
 
 
 def _names(argv: list[str]) -> set[str]:
-    """Flags as they are documented; the parser takes them with underscores, too."""
+    """The flags' documented names; the parser also accepts them with underscores."""
     return {argument.partition("=")[0].replace("_", "-") for argument in argv}
 
 
 def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file that is named, and the other arguments."""
+    """The file that --config names, if given, and the other arguments."""
     path, rest = None, []
     arguments = iter(argv)
     for argument in arguments:
@@ -89,7 +89,7 @@ def _flags(path: str) -> list[tuple[str, str]]:
             flag = str(name).replace("_", "-")
             if isinstance(value, bool):
                 flags.append((name, f"--{flag}" if value else f"--no-{flag}"))
-            elif value is not None or "str" not in fields[name]:  # of a text, None would be taken for one
+            elif value is not None or "str" not in fields[name]:  # as a text setting, None would become the text
                 flags.append((name, f"--{flag}={value}"))
     return flags
 
