@@ -3,10 +3,10 @@
 ```
 config.json                   architecture, arguments, input statistics and class names, as timm has them
 model.safetensors             the weights
-head/classifier.safetensors   models with an MLP head alone: the head, as timm's ViT has no place for its tanh, and in
-                              its metadata `classes`, their names as JSON
+head/classifier.safetensors   only for models with an MLP head: the head, as timm's ViT has no place for its tanh; the
+                              metadata's `classes` are the class names as JSON
 ```
-In a folder of its own because timm before 1.0.29 fails where it finds two files of weights.
+The head has a folder of its own because timm before 1.0.29 fails where it finds two files of weights.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from dali_vit.variants import TIMM_PREFIX, resolve_variant
 
 __all__ = ["export"]
 
-# Registered models that our sizes are nearest to; every argument in which one might differ is given as well.
+# timm's registered models nearest to our sizes; every argument in which one might differ is given as well.
 _SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant", "G": "gigantic"}
 _ANY_VIT = "vit_base_patch16_224"
 _CLASSIFIER = "head/classifier.safetensors"
 
 
 def export(source: Path, target: Path, resolution: int | None = None) -> str:
-    """Writes a checkpoint as a folder for timm; returns what to say of it, one line or two.
+    """Writes a checkpoint as a folder for timm; returns one or two lines to print about it.
 
     `resolution` resamples the position embeddings. A model with an MLP head becomes one without a classifier, and
-    the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists.
+    the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists,
+    unless it is an empty folder.
     """
     check_local(target, "--out")
     target = at_home(target)
@@ -64,7 +65,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     num_classes = 0 if classifier else int(opened.model.num_classes)  # type: ignore[arg-type]
     stock = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **arguments)
     try:
-        stock.load_state_dict(state)  # what timm's own model does not take is not written
+        stock.load_state_dict(state)  # weights that timm's own model refuses are not written
     except RuntimeError as error:
         raise no_such_images(opened.config, opened.resolution, error) from error
 
@@ -73,7 +74,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     try:
         _write(target, config, files, opened.classes)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOTEMPTY:  # made meanwhile by another
+        if getattr(error, "errno", None) == errno.ENOTEMPTY:  # created meanwhile by another process
             raise taken from error
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"--out {target}: cannot write there ({reason})") from error
@@ -87,9 +88,9 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
 
 
 def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
-    """The registered name and the arguments with which timm's VisionTransformer is ours but for an MLP head.
+    """The registered name and the arguments with which timm's VisionTransformer equals ours, except for an MLP head.
 
-    Fixed positions are saved as learned ones are.
+    Fixed positions are saved like learned ones.
     """
     _, patch = resolve_variant(opened.config)
     name = f"vit_{_SIZES.get(opened.config.model.split('/')[0], '')}_patch{patch}_224"
@@ -101,9 +102,9 @@ def _plain_vit(opened: checkpoint.OpenedModel) -> tuple[str, dict[str, Any]]:
 
 
 def crop_pct(resolution: int) -> float:
-    """224 / 256, or the share of it by which timm, which rounds down, resizes to the side that our evaluation does.
+    """224 / 256, or a value near it with which timm, which rounds down, resizes to the same side as our evaluation.
 
-    Where the crop begins may differ by a pixel: timm rounds that, and our evaluation, as its reference, cuts it off.
+    The crop's offset may still differ by a pixel: timm rounds it, while our evaluation, like its reference, truncates.
     """
     side = round(resolution * 256 / 224)
     return 0.875 if math.floor(resolution / 0.875) == side else resolution / (side + 0.5)
@@ -144,12 +145,12 @@ def _config(
 def _write(
     target: Path, config: dict[str, Any], files: dict[str, dict[str, Tensor]], classes: tuple[str, ...] | None
 ) -> None:
-    """Writes the folder under another name and renames it, so that it is there as a whole or not at all.
+    """Writes the folder under another name and renames it, so that it exists as a whole or not at all.
 
-    An empty folder that is there already, which may be the one that the user is in, is filled, config.json coming last.
+    An empty folder that exists already, perhaps the user's working directory, is filled instead, config.json last.
     """
     make_parent(target)
-    is_there = target.is_dir()  # one that another makes meanwhile is not filled
+    is_there = target.is_dir()  # a folder that another process makes after this is not filled
     name = f".{target.name}.{os.getpid()}.tmp"
     temporary = target / name if is_there else target.with_name(name)
     try:

@@ -1,4 +1,4 @@
-"""What is done with a finished model: accuracy on a labelled set, predictions for files, conversion."""
+"""Uses of a finished model: accuracy on a labelled set, predictions for files, conversion."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
-    Collective over the group; every image counts once. A run's folder is its newest checkpoint as rank 0 finds it. The
-    main process shows a bar where stderr is a terminal.
-    minival: share of the training images that is minival; None: what the checkpoint's run had, 0.01 where a file of
-    weights does not say. With `v2` the classes are DATA's own folders and the scalars are `v2/*`. UserError and
-    DecodeError name what does not fit.
+    Collective over the group; every image counts once. A run's folder means its newest checkpoint as rank 0 finds it.
+    The main process shows a progress bar where stderr is a terminal.
+    minival: share of the training images held out as minival; None: that of the checkpoint's run, or 0.01 for a file of
+    weights, which does not record it. With `v2` the class folders lie in DATA itself and the scalars are `v2/*`. Raises
+    UserError or DecodeError, which name what does not fit.
     """
     same = {"split": split, "minival": minival, "v2": v2, "batch_size": batch_size, "resolution": resolution}
     check_same_settings({**same, "real": real is not None})
@@ -67,7 +67,7 @@ def evaluate_checkpoint(
         raise UserError(f"--real {real}: its labels are those of val; leave --split {split} out")
     named = "v2" if v2 else split
     newest = together(lambda: _newest(at_home(path)) if group.is_main and group.world_size > 1 else None)
-    chosen = gather_objects(newest)[0]  # a run that goes on may write another meanwhile
+    chosen = gather_objects(newest)[0]  # a run in progress may write a newer one meanwhile
 
     def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
         if threads is not None:
@@ -109,7 +109,7 @@ def evaluate_checkpoint(
 
 
 def _newest(path: Path) -> str | None:
-    """What a run's folder, or the link to its best checkpoint, stands for now, from there; None for anything else."""
+    """The checkpoint that a run's folder or a link to its best one stands for now, relative to `path`; else None."""
     if path.is_symlink() and (path / "checkpoint.json").exists():
         return os.path.join(os.pardir, path.resolve().name)
     newest = checkpoint.newest(path)
@@ -119,7 +119,7 @@ def _newest(path: Path) -> str | None:
 def _images(
     data: str, opened: checkpoint.OpenedModel, group: Group, *, split: str, minival: float | None, v2: bool
 ) -> tuple[datasets.ImageList, Path]:
-    """What a model is to be evaluated on, and the folder in which the files of a list of files lie."""
+    """The images that a model is to be evaluated on, and the folder that holds the files of a FileList."""
     if v2:
         classes = opened.classes or tuple(map(str, range(_num_outputs(opened))))
         return datasets.load_eval_folder(data, classes), at_home(data).absolute()
@@ -134,7 +134,7 @@ def _images(
 
 @contextmanager
 def _progress_bar(name: str, total: int, *, visible: bool) -> Iterator[tqdm]:
-    """A bar of images where stderr is a terminal, which gets no other messages meanwhile."""
+    """A progress bar of images where stderr is a terminal; other messages are kept from the terminal meanwhile."""
     with (
         _stderr_itself() as terminal,
         no_messages_beside_ours(),
@@ -145,7 +145,7 @@ def _progress_bar(name: str, total: int, *, visible: bool) -> Iterator[tqdm]:
 
 @contextmanager
 def _stderr_itself() -> Iterator[TextIO]:
-    """A file of its own, which stays where it leads when others are kept from there."""
+    """A duplicate of stderr that still leads to the terminal while other messages are kept from it."""
     stderr = os.fdopen(os.dup(2), "w")
     try:
         yield stderr
@@ -157,7 +157,7 @@ def _stderr_itself() -> Iterator[TextIO]:
 def _counted(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]], total: int, bar: tqdm, world_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches; all ranks are taken to be as far as this one, as asking for padding would wait for the GPU."""
+    """The batches, counted as if all ranks were as far as this one: asking which rows are padding waits for the GPU."""
     for images, labels in batches:
         yield images, labels
         bar.update(min(len(images) * world_size, total - bar.n))
@@ -166,11 +166,11 @@ def _counted(
 def predict(
     path: Path, images: Sequence[Path], device: torch.device, *, top: int = 5, resolution: int | None = None
 ) -> Generator[tuple[Path, list[dict[str, Any]]]]:
-    """For each image file, or image in a folder, its `top` likeliest classes, as they are found.
+    """Yields each image file, or image in a folder, with its `top` likeliest classes, as soon as they are found.
 
-    Of each `class`, `index` and `probability` in [0, 1]; `description`, too, where the classes are WordNet's. An image
-    that cannot be used has none, and after the last image a DecodeError names those. UserError says what else does not
-    fit. Until it is closed or at its end, stderr is kept back.
+    A class has `class`, `index` and `probability` in [0, 1], and `description` where class names are WordNet ids. An
+    image that cannot be used has no classes, and after the last image a DecodeError names all such images. UserError
+    for anything else that does not fit. Messages on stderr are held back until the generator ends or is closed.
     """
     files = list_images(images)
     opened = checkpoint.open_model(path, resolution)
@@ -191,7 +191,7 @@ def predict(
         with no_messages_beside_ours(), saying_why(files):
             for start, (pixels, labels) in zip(range(0, len(files), batch_size), batches, strict=True):
                 values, indices = _likeliest(model, pixels, top)
-                # The last batch is padded, beyond the files.
+                # The last batch is padded beyond the last file.
                 for row, label, value, index in zip(
                     range(start, len(files)), labels.tolist(), values.tolist(), indices.tolist(), strict=False
                 ):

@@ -24,8 +24,8 @@ from dali_vit.files import replacing
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). The first whose words are in
-# a GPU's name counts.
+# Dense bf16 tensor-core peak, FLOP/s, from NVIDIA's datasheets (SXM parts unless named). The first entry whose words
+# are in a GPU's name counts.
 _PEAK_BF16 = [
     ("B200", 2250e12),
     ("H200 NVL", 835e12),
@@ -57,8 +57,8 @@ class StepTimer:
     """Wall time of the steps since the last reading, and the part of it spent waiting for data.
 
     On a GPU the wait is read off the training stream: the time between the end of one step's kernels and the
-    moment the next batch is ready for the stream. While the host runs ahead of the GPU that is zero, however
-    long the host itself stood in the loader. Nothing is synchronised before `read`.
+    moment the next batch is ready for the stream. While the host runs ahead of the GPU the wait is zero, however
+    long the host itself waited in the loader. Nothing is synchronised before `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class StepTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Put around fetching a batch, once a step."""
+        """A context to fetch a batch in, once a step."""
         self._steps += 1
         if self.device.type == "cuda":
             events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -94,7 +94,7 @@ class StepTimer:
             self._waited += time.perf_counter() - start
 
     def read(self) -> tuple[int, float, float]:
-        """Steps of the window, its seconds and those of data wait in it. The next window begins."""
+        """The window's steps, its seconds and the seconds of it spent waiting for data. Starts the next window."""
         self._synchronize()
         now = time.perf_counter()
         steps, seconds = self._steps, now - self._start
@@ -106,7 +106,7 @@ class StepTimer:
 class Window:
     """Loss and gradient norm of the steps since the last log line, summed on the device.
 
-    Steps whose gradient norm is not finite, which the optimiser leaves out, are counted and not summed.
+    Steps whose gradient norm is not finite, which the optimiser leaves out, are counted but not summed.
     """
 
     def __init__(self, group: Group) -> None:
@@ -121,7 +121,7 @@ class Window:
         """Whether a rank had found more bad samples at the last reading than at the one before."""
 
     def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Adds a step: its loss and the norm of its gradient, both 0-d on the group's device, for which nothing waits.
+        """Adds a step's loss and gradient norm, both 0-d on the group's device, without waiting for them.
         A norm that is not finite says that the step was left out."""
         taken = torch.isfinite(grad_norm)
         values = torch.stack([loss, grad_norm, torch.ones_like(loss)])
@@ -130,11 +130,12 @@ class Window:
         self._steps += 1
 
     def read(self, bad_samples: int, waited: float) -> tuple[float, float, float]:
-        """Means over the ranks and the steps taken, NaN where none was, and the longest wait; empties the window.
+        """Mean loss and norm over ranks and steps taken (NaN if none was), and the longest wait; empties the window.
 
-        bad_samples: how many this rank has found so far. That any has found more comes along, as to gather which they
-        are takes two messages to all ranks and stalls a GPU. waited: seconds that this rank has waited for data; the
-        others wait for the slowest one as long, but in the exchange of gradients, where it does not show. Collective.
+        bad_samples: how many this rank has found so far. Their sum over ranks tells whether any rank has found more;
+        gathering which samples they are takes two messages to all ranks and stalls a GPU. waited: seconds that this
+        rank has waited for data. The other ranks wait as long for the slowest one, but in the exchange of gradients,
+        where it does not show. Collective.
         """
         waits = [waited if rank == self._rank else 0.0 for rank in range(self._world_size)]
         sums = sum_over_ranks(torch.cat([self._sums, self._sums.new_tensor([bad_samples, *waits])]))
@@ -153,10 +154,10 @@ class Window:
 class MetricLog:
     """The run's scalars, images and texts: TensorBoard events and `metrics.jsonl` in the run's folder.
 
-    `start_step` is the step the run goes on from: what an interrupted run logged past it is dropped from both,
-    because those steps run again. What cannot be written (a full disk, a folder that became read-only) is lost with
-    a warning: of metrics.jsonl those lines, of TensorBoard's events all from there on. `now` tells where the folder is,
-    should it be moved meanwhile: the few events that wait to be written are lost then.
+    `start_step` is the step the run resumes from: what an interrupted run logged past it is dropped from both files,
+    because those steps run again. Where writing fails (a full disk, a folder that became read-only), a warning says so:
+    metrics.jsonl lacks the lines in question, and TensorBoard gets no more events. `now` returns where the folder is,
+    should it be moved during the run; the few events that are still to be written at that moment are lost.
     """
 
     def __init__(self, run_dir: Path, start_step: int, now: Callable[[], Path] | None = None) -> None:
@@ -165,7 +166,7 @@ class MetricLog:
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
         _put_events_before_now(run_dir)
-        # Of a run that begins again from scratch not even the sample images of step 0 stay.
+        # If the run begins again from scratch, even the sample images of step 0 are dropped.
         self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else 0)
         path = run_dir / "metrics.jsonl"
         if path.exists():
@@ -214,7 +215,7 @@ class MetricLog:
         self.close()
 
     def _unless_of_events(self, failed: threading.ExceptHookArgs) -> None:
-        """Reports what ended a thread, but for the disk's refusal of events: their writer raises it here once more."""
+        """Reports what ended a thread, except the disk's refusal of events, which `_to_tensorboard` reports."""
         if not (isinstance(failed.exc_value, OSError) and getattr(failed.thread, "exception", None)):
             self._report_thread(failed)
 
@@ -222,22 +223,22 @@ class MetricLog:
         if self._events is None:
             return
         try:
-            if (moved := self._now()) != self._run_dir:  # their writer goes by the name of its file
+            if (moved := self._now()) != self._run_dir:  # the events' writer opens its file by name
                 self._run_dir = moved
                 with suppress(OSError):
                     self._events.close()
                 self._events = SummaryWriter(str(moved))
             write(self._events)
-        except OSError as error:  # which has ended the writer's thread
+        except OSError as error:  # it has ended the writer's thread
             log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)
             self._events = None
 
 
 def _put_events_before_now(run_dir: Path) -> None:
-    """Renames TensorBoard's files that a start by a clock ahead of this one has given names of later times.
+    """Renames event files named for times ahead of now by an earlier start whose clock was ahead of this one's.
 
-    They are read in the order of their names, and this start's has to come last; a start within the same second waits
-    for the next. A TensorBoard that had a renamed file open may have to be started again.
+    TensorBoard reads the files in the order of their names, and this start's has to come last; a start within the same
+    second as another waits for the next second. A TensorBoard that has a renamed file open may need a restart.
     """
     files = []
     for path in sorted(run_dir.glob("events.out.tfevents.*"), reverse=True):
@@ -258,7 +259,7 @@ def _put_events_before_now(run_dir: Path) -> None:
 
 
 def _append(file: FileIO, line: bytes) -> None:
-    """Writes a line whole or not at all; OSError where it cannot be."""
+    """Writes a line whole or not at all; OSError where it cannot be written."""
     size = os.fstat(file.fileno()).st_size
     rest = memoryview(line)
     try:
@@ -277,7 +278,7 @@ def _drop_lines_past(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # a line cut short by a crash, or none of ours
+            continue  # a line cut short by a crash, or not one of ours
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 

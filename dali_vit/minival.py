@@ -17,9 +17,9 @@ __all__ = ["split_minival"]
 def split_minival(samples: ImageList, folder: Path, share: float) -> tuple[ImageList, ImageList | None]:
     """Training images and minival: the round(share x N) images whose hashed `class/file` is smallest.
 
-    So it is random over the whole set, the same on every machine and in every layout, and adding or losing
-    a few files moves hardly any other image across. folder: where the files of a FileList lie, which is no part of
-    what is hashed. Raises UserError for a share that leaves nothing to train on.
+    So minival is random over the whole set and the same on every machine and in every layout, and adding or losing a
+    few files moves hardly any other image into or out of it. folder: the folder that holds the files of a FileList,
+    which is not part of the hashed name. Raises UserError for a share that leaves nothing to train on.
     """
     count = round(share * len(samples))
     if count == 0:

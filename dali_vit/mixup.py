@@ -19,7 +19,7 @@ def sample_lambda(alpha: float, seed: int, step: int) -> float:
     """
     if alpha == 0:
         return 1.0
-    # The step is the counter's highest word: each step has 2^192 numbers of its own, however many the draw takes.
+    # The step is the counter's highest word: each step has 2^192 counts of its own, more than any draw takes.
     generator = np.random.Generator(np.random.Philox(key=[seed, _PHILOX_KEY], counter=[0, 0, 0, step]))
     draw = float(generator.beta(alpha, alpha))
     return max(draw, 1.0 - draw)
@@ -33,8 +33,8 @@ def normalize(images: Tensor) -> Tensor:
 def normalize_and_mix(images: Tensor, lam: Tensor, partners: Tensor | None = None) -> Tensor:
     """`normalize`, then each image's blend with its partner: lam * image + (1 - lam) * the batch rolled by one.
 
-    images: [N, H, W, 3] uint8; lam: 0-d float32 on the same device; returns [N, 3, H, W] float32 in [-1, 1]. Of a part
-    of a batch the partners are given, as the first one's is in another part.
+    images: [N, H, W, 3] uint8; lam: 0-d float32 on the same device; returns [N, 3, H, W] float32 in [-1, 1]. For a part
+    of a batch, pass the partners: that of the part's first image lies in another part.
     """
     normalized = normalize(images)
     mixed_in = normalized.roll(1, 0) if partners is None else normalize(partners)
@@ -51,8 +51,8 @@ def mixup_cross_entropy(
     """Mean softmax cross-entropy (0-d float32) against labels mixed as `normalize_and_mix` mixes the images.
 
     logits: [N, classes] of any float type; labels: [N] int64; lam: 0-d float32. `label_smoothing` spreads that
-    share of every label evenly over all classes. Label -1 stands for no label: its weight, as an image's own or as
-    its partner's, is left out of the sum and nothing takes its place, the mean being over all N.
+    share of every label evenly over all classes. Label -1 means no label: its term, as an image's own label or as its
+    partner's, is left out of the sum without replacement, while the mean is still over all N.
     """
     if partner_labels is None:
         partner_labels = labels.roll(1, 0)

@@ -28,16 +28,16 @@ from dali_vit.config import ModelConfig, UserError
 from dali_vit.variants import TIMM_PREFIX, check_model, indivisible, resolve_variant
 
 LAYER_NORM_EPS = 1e-6  # flax's default; torch's is 1e-5
-_META_IMAGES = 2  # batch norm refuses one
+_META_IMAGES = 2  # batch norm refuses a single image
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a unit normal truncated at 2 sigma (jax.nn.initializers)
 
 
 class PatchMatmul(PatchEmbed):
     """timm's patch embedding, in training as a matrix product over the pixels of each patch, with the same parameters.
 
-    Patches do not overlap, so that it is the same sum, and faster (BENCHMARKS.md): 3 channels are few for a
-    convolution, and once the step is compiled, the kernel that normalises and mixes pixels puts them in order, too. In
-    eval mode it is timm's convolution, whose bits an exported model has.
+    As patches do not overlap, the product computes the same sums, and faster (BENCHMARKS.md): 3 channels are few for a
+    convolution, and in a compiled step the kernel that normalises and mixes pixels also sorts them by patch. In eval
+    mode it is timm's convolution, so that an exported model gives the same bits.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class PatchMatmul(PatchEmbed):
 class PlainViT(VisionTransformer):
     """timm's VisionTransformer with big_vision's optional MLP head: logits = head(tanh(pre_logits(pooled))).
 
-    Under autocast the blocks add to float32 tokens, as the positions are float32; or, with `residual` bfloat16, to
-    tokens of the type of the patch embedding, in which big_vision makes its positions. LayerNorm computes in float32
-    either way, and so does the last layer in evaluation.
+    Under autocast the residual stream is float32, as the positions are; with `residual` bfloat16 it has the type of the
+    patch embedding's output, in which big_vision makes its positions. LayerNorm computes in float32 either way, and so
+    does the last layer in evaluation.
     """
 
     def __init__(self, *, posemb: str, mlp_head: bool, residual: str, **kwargs) -> None:
@@ -83,7 +83,7 @@ class PlainViT(VisionTransformer):
             return x
         if self.training:
             return self.head(x)
-        # Rounded to bfloat16 the two largest of 1,000 logits are equal now and then. Shapes alone have no autocast.
+        # In bfloat16 the two largest of 1,000 logits are now and then equal. The meta device has no autocast.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return self.head(x.to(next(self.head.parameters()).dtype))
 
@@ -98,7 +98,7 @@ def create_model(config: ModelConfig, *, num_classes: int, resolution: int, seed
     create = _create_timm if config.model.startswith(TIMM_PREFIX) else _create_plain
     try:
         return create(config, num_classes=num_classes, resolution=resolution, seed=seed)
-    except RuntimeError as error:  # of torch's allocator, which has no class of its own for it on the CPU
+    except RuntimeError as error:  # torch's CPU allocator has no class for a lack of memory
         if "allocate memory" not in str(error):
             raise
         raise UserError(f"--model {config.model}: memory does not hold its parameters; choose a smaller one") from error
@@ -122,7 +122,7 @@ def _create_plain(config: ModelConfig, *, num_classes: int, resolution: int, see
 
 
 def vit_arguments(config: ModelConfig, resolution: int) -> dict[str, Any]:
-    """What timm's VisionTransformer is told of a plain ViT's sizes and pooling, as numbers and names."""
+    """Arguments of timm's VisionTransformer for a plain ViT's sizes and pooling, as numbers and names."""
     (width, depth, mlp_dim, num_heads), patch = resolve_variant(config)
     cls_token = config.pool == "tok"
     return {
@@ -169,11 +169,11 @@ def flops_per_image(model: nn.Module, resolution: int) -> int:
 
 
 def kept_bytes_per_image(model: nn.Module, resolution: int) -> int:
-    """Bytes that a forward pass without compilation, in the parameters' type, keeps of an image for the backward pass.
+    """Bytes per image that an uncompiled forward pass, in the parameters' type, keeps for the backward pass.
 
     Counted on shapes alone, like `flops_per_image`, in the mode that the model is in.
     """
-    kept: dict[int, Tensor] = {}  # each storage once; held, so that no other takes its number
+    kept: dict[int, Tensor] = {}  # each storage once; a kept tensor's number is not reused
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
@@ -187,15 +187,15 @@ def kept_bytes_per_image(model: nn.Module, resolution: int) -> int:
 
 
 def check_forward(model: nn.Module, resolution: int, images: int) -> None:
-    """Raises what a forward pass of so many images raises, in the mode that the model is in; nothing is computed."""
+    """Raises what a forward pass of so many images would raise, in the model's current mode; nothing is computed."""
     with torch.no_grad():
         _forward_on_meta(model, resolution, images)
 
 
 def _forward_on_meta(model: nn.Module, resolution: int, images: int = _META_IMAGES) -> list[Tensor]:
-    """A forward pass of which nothing is computed; what it used in place of parameters and buffers."""
+    """Runs a forward pass on shapes alone; returns the meta tensors that stood in for parameters and buffers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # Without gradients FlopCounterMode fails where a module is given a view of a parameter that requires one.
+    # With gradients disabled, FlopCounterMode fails where a module gets a view of a parameter that requires a gradient.
     graded = torch.is_grad_enabled()
     meta = {name: t.detach().to("meta").requires_grad_(graded and t.requires_grad) for name, t in tensors.items()}
     pixels = torch.empty(images, 3, resolution, resolution, device="meta")
@@ -219,7 +219,7 @@ def _initialise(model: PlainViT) -> None:
         if isinstance(layer, nn.Conv2d) or name == "pre_logits":
             _lecun_normal(layer)
         elif isinstance(layer, nn.Linear):
-            # q, k and v are each width x width: drawn as one, the fused matrix would have smaller bounds.
+            # q, k and v are each width x width; drawn as a whole, the fused matrix would have smaller bounds.
             for kernel in layer.weight.split(width) if name.endswith(".qkv") else [layer.weight]:
                 nn.init.xavier_uniform_(kernel)
             nn.init.normal_(layer.bias, std=1e-6 if ".mlp." in name else 0.0)
@@ -240,7 +240,7 @@ def _lecun_normal(layer: nn.Module) -> None:
 
 
 def timm_name(config: ModelConfig) -> str:
-    """What timm calls the model; UserError where it has none of that name."""
+    """The model's name in timm; UserError where timm has no such model, or the name has a tag of weights."""
     name = config.model.removeprefix(TIMM_PREFIX)
     if "." in name:
         name, tag = name.split(".", 1)
@@ -272,16 +272,16 @@ def _create_timm(config: ModelConfig, *, num_classes: int, resolution: int, seed
 
 
 def _check_patch(config: ModelConfig, model: nn.Module, resolution: int) -> None:
-    """UserError where a timm model would not look at the last rows and columns of pixels, and not say so."""
+    """Raises UserError where a timm model would silently ignore the last rows and columns of pixels."""
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad and resolution % embed.patch_size[0]:
         raise UserError(indivisible(config, resolution, embed.patch_size[0]))
 
 
 def set_timm_resolution(config: ModelConfig, model: nn.Module, resolution: int) -> None:
-    """Makes a timm model take images of another side, in place: what depends on it, timm resamples.
+    """Makes a timm model take images of another side, in place; timm resamples the tensors that depend on the side.
 
-    UserError where timm cannot do that for this model, or the model takes no such images.
+    UserError where timm cannot do that for this model, or the model cannot take such images.
     """
     _check_patch(config, model, resolution)
     about: Any = model.pretrained_cfg
@@ -292,7 +292,7 @@ def set_timm_resolution(config: ModelConfig, model: nn.Module, resolution: int) 
         )
     try:
         if about["fixed_input_size"]:
-            # Swin's windows would grow with the image, but not in a model that is made for such images.
+            # timm would enlarge Swin's windows with the image, though it does not in a model created for that size.
             windows: Any = getattr(model, "_ref_window_sizes", None)
             resize(img_size=(resolution, resolution), **({} if windows is None else {"window_size": windows}))
         flops_per_image(model, resolution)
@@ -308,13 +308,13 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def no_such_images(config: ModelConfig, resolution: int, error: Exception) -> UserError:
-    """What is said of a timm model that fails with images of a side."""
+    """The error for a timm model that fails with images of a side."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"--resolution {resolution}: {config.model} takes no images of that size ({reason})")
 
 
 def _rescale_input(model: nn.Module) -> None:
-    """Makes a timm model take images in [-1, 1] in place of timm's (pixels / 255 - mean) / std."""
+    """Makes a timm model take images in [-1, 1] instead of timm's (pixels / 255 - mean) / std."""
     statistics: Any = model.pretrained_cfg
     mean, std = (torch.tensor(statistics[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     # Not persistent: the state dict keeps exactly timm's names.

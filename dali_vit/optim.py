@@ -24,8 +24,8 @@ from dali_vit.spikes import is_spike
 def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
     """The factor in [0, 1] on the peak learning rate at `step` (from 0): linear warm-up, then cosine to 0.
 
-    Step 0 has 0 and `total_steps` would have 0 again. Raises UserError unless the warm-up ends before the run
-    does, but of a run of one step, which `plan` looks at. Source: big_vision, utils.create_learning_rate_schedule.
+    The factor is 0 at step 0 and would be 0 again at `total_steps`. Raises UserError unless the warm-up ends before the
+    run does; a run of one step is checked by `plan` instead. Source: big_vision, utils.create_learning_rate_schedule.
     """
     if warmup_steps >= total_steps > 1:
         raise UserError(
@@ -42,7 +42,7 @@ def lr_schedule(step: int, *, total_steps: int, warmup_steps: int) -> float:
 def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters in two lists: those that weight decay applies to, and the others.
 
-    Decayed are the kernels of dense and convolution layers; biases, norms, positions and [cls] are not.
+    It applies to the kernels of dense and convolution layers, not to biases, norms, positions and [cls].
     """
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -66,7 +66,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     betas = (config.beta1, config.beta2)
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
-        # Zeros are what its first step begins with. Left to itself it would not write them if that step is left out.
+        # SGD's first step begins with zeros, but if that step is left out, SGD leaves its new buffers uninitialised.
         for p in decayed + others:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
@@ -78,7 +78,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets the learning rate of every group, in place on the device and without waiting for it."""
     for group in optimizer.param_groups:
-        # A checkpoint read onto the CPU leaves the rate there.
+        # Loading a checkpoint that was read onto the CPU leaves the rate there.
         group["lr"] = group["lr"].to(group["params"][0].device)
         group["lr"].fill_(lr)
 
@@ -86,8 +86,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scales all gradients by min(1, max_norm / norm) and returns their global L2 norm from before, a 0-d tensor.
 
-    None only measures. optax's formula: unlike torch's clip_grad_norm_ it adds no epsilon to the norm. A norm
-    that is not finite makes the gradients so, too.
+    With max_norm None they are not scaled. optax's formula: unlike torch's clip_grad_norm_ it adds no epsilon to the
+    norm. Scaled by a norm that is not finite, the gradients become 0 or NaN.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -101,15 +101,15 @@ def optimizer_step(
 ) -> Tensor:
     """Clips the gradients, updates the parameters and clears the gradients; returns the norm before clipping.
 
-    With several GPUs the gradients must be averaged over them already, and the loss, too. The learning rate is
-    `set_lr`'s. Where the norm is not finite, or the loss (0-d) a spike by a threshold above 0, the update is left
-    out: parameters and optimiser state stay as they are, and the norm returned is NaN.
+    With several GPUs, gradients and loss must be averaged over them already. The learning rate is set by `set_lr`.
+    Where the norm is not finite, or the loss (0-d) is a spike by a threshold above 0, the update is left out:
+    parameters and optimiser state stay as they are, and the norm returned is NaN.
     """
     norm = clip_grad_norm((p for group in optimizer.param_groups for p in group["params"]), grad_clip_norm)
     left_out = ~torch.isfinite(norm)
     if loss is not None and spike_threshold > 0:
         left_out |= is_spike(_losses_seen(optimizer, loss), loss, spike_threshold)
-    # What GradScaler sets, too: fused optimisers then decide on the device whether to update.
+    # GradScaler sets this attribute, too: by it, fused optimisers decide on the device whether to update.
     optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ def optimizer_step(
 def _losses_seen(optimizer: Optimizer, loss: Tensor) -> Tensor:
     """The statistics of `is_spike`, kept like the learning rate in a group, which is saved with the optimiser.
 
-    Checkpoints from before they were kept have none: they are then begun anew.
+    Checkpoints from before the statistics were kept have none; the statistics then start anew.
     """
     group = optimizer.param_groups[0]
     seen = group.get("losses_seen")
@@ -132,8 +132,8 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
 
     The update uses the new moment before it is rounded. beta1 itself is rounded (0.9 to 0.8984375) where it
     multiplies the old moment, because JAX gives a constant the type of the array; with 0.9 the losses of
-    tests/reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. The rounded moment lies in
-    float32, where torch's fused kernel takes it. Options of a group: lr (a 0-d tensor on the parameters' device),
+    tests/reference/trajectory_mu_bfloat16.npz differ by 0.6 %, with 0.8984375 by 1e-6. The rounded moment is stored as
+    float32, which torch's fused kernel requires. Options of a group: lr (a 0-d tensor on the parameters' device),
     betas, eps, weight_decay.
     """
 
@@ -141,7 +141,7 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
         super().__init__(params, betas=betas, eps=eps, fused=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Checkpoints from before the fused kernel have moments in bfloat16, which torch widens, and do not ask for it.
+        # Checkpoints from before the fused kernel have bfloat16 moments, which torch widens, and no `fused` in groups.
         groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
@@ -151,7 +151,7 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
         for group in self.param_groups:
             moments = self._moments(group)
             if moments:
-                # The kernel multiplies by beta1. A step that is left out changes nothing, so neither does this.
+                # The kernel itself multiplies by beta1. A step that is left out must not change the moments.
                 beta1 = group["betas"][0]
                 scale = torch.full((), _to_bfloat16(beta1) / beta1, device=moments[0].device)
                 if hasattr(self, "found_inf"):

@@ -1,10 +1,10 @@
-"""Attention of short sequences in two Triton kernels, on q, k and v as their one product leaves them in memory.
+"""Attention of short sequences in two Triton kernels, on q, k and v as their joint projection leaves them in memory.
 
-torch's kernels are made for long sequences. Of the 196 tokens of a ViT they make 256 both ways, add up the gradient of
-q in float32 in memory, and give the gradients of q, k and v apart, which one more kernel has to put together. Here a
-program has all tokens of a head: the gradient of q stays in its registers, all three are written where the next product
-reads them, with the sums that the gradient of the bias needs, and only 208 of the 256 columns are computed. The order
-of all sums is fixed: the same input gives the same bits.
+torch's kernels are made for long sequences. They pad a ViT's 196 tokens to 256 in both directions, add up the gradient
+of q in float32 in memory, and return the gradients of q, k and v separately, to be joined by one more kernel. Here a
+program has all tokens of a head: the gradient of q stays in its registers, all three gradients are written where the
+next product reads them, with the sums that the gradient of the bias needs, and only 208 of the 256 columns are
+computed. The order of all sums is fixed: the same input gives the same bits.
 
 The kernels are in `dali_vit.attention_kernels`. Importing this needs Triton, which comes with torch's builds for GPUs.
 `dali_vit.attention` decides, by a measurement, whether a run uses it.
@@ -24,21 +24,24 @@ from torch.library import triton_op, wrap_triton
 
 from dali_vit.attention_kernels import attention_backward, attention_forward
 
-MOST_TOKENS = 256  # of which the gradient of q, head by head, fits into the registers of a program
+MOST_TOKENS = 256  # up to here the gradient of q for one head fits into the registers of a program
 HEAD_WIDTHS = (16, 32, 64)
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
-"""Of the backward kernel. More stages would copy its many small loads ahead, and wait for them."""
+"""Launch options of the backward kernel. More stages would prefetch its many small loads, and wait for them."""
 
 _BLOCK = 64  # rows of a product of Hopper's tensor cores
 _TILE = 32  # queries that the backward pass takes at once
 
 
-# Triton 3.9 says that its default, which is meant here, will be another one day.
+# Triton 3.9 warns that its default, which is wanted here, will change one day.
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION is unset")
 
 
 class _Tiles(NamedTuple):
-    """How tokens are cut: into `full` tiles and one of `tail` rows, the least power of two from 16 that is enough."""
+    """How tokens are cut: into `full` tiles and, for the rest, one of `tail` rows.
+
+    `tail` is the least power of two from 16 on that holds the rest; 0 where there is no rest.
+    """
 
     full: int
     tail: int
@@ -55,9 +58,9 @@ def fits(tokens: int, head_width: int) -> bool:
 
 
 class PackedAttention(Function):
-    """softmax(q k^T / sqrt(D)) v of qkv [N, T, 3 * heads * D] to [N, T, heads * D], both in memory in that order.
+    """softmax(q k^T / sqrt(D)) v: maps qkv [N, T, 3 * heads * D] to [N, T, heads * D], both in memory in that order.
 
-    `bias` [3 * heads * D] is in qkv already; it is given for its gradient. See `fits` for T and D.
+    `bias` [3 * heads * D] has been added to qkv already; it is passed to get its gradient. `fits` limits T and D.
     """
 
     @staticmethod
@@ -78,7 +81,7 @@ class PackedAttention(Function):
 def attend(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Attention [N, T, heads * D] of qkv [N, T, 3 * heads * D], contiguous on a GPU.
 
-    Besides, of each query, the logarithm to base 2 of the sum of its exponentials, float32 [N * heads, T rounded up].
+    Also returns each query's logarithm to base 2 of the sum of its exponentials, float32 [N * heads, T rounded up].
     """
     return launch_forward(wrap_triton(attention_forward), qkv, heads)
 
@@ -90,7 +93,7 @@ def attend_backward(dout: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, heads:
 
 
 def launch_forward(kernel: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """`attend` by `attention_forward`, as it is or wrapped for torch.compile."""
+    """Computes `attend`. kernel: `attention_forward`, as it is or wrapped for torch.compile."""
     images, tokens, width = qkv.shape
     head_width = width // (3 * heads)
     full, tail = _Tiles.of(tokens, _TILE)
@@ -117,7 +120,7 @@ def launch_forward(kernel: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor
 def launch_backward(
     kernel: Any, dout: Tensor, qkv: Tensor, out: Tensor, logs: Tensor, heads: int
 ) -> tuple[Tensor, Tensor]:
-    """`attend_backward` by `attention_backward`, as it is or wrapped for torch.compile."""
+    """Computes `attend_backward`. kernel: `attention_backward`, as it is or wrapped for torch.compile."""
     images, tokens, width = qkv.shape
     head_width = width // (3 * heads)
     dqkv = torch.empty_like(qkv)

@@ -10,11 +10,11 @@ from typing import Any
 __all__ = ["as_json", "as_table"]
 
 Predictions = Iterable[tuple[Path, list[dict[str, Any]]]]
-"""Images and the likeliest classes of each, none where it cannot be used; at the end it may raise a DecodeError."""
+"""Images and the likeliest classes of each (none for an unusable image); may raise a DecodeError after the last one."""
 
 
 def as_json(predictions: Predictions) -> Iterator[str]:
-    """All at once, as half an array is no JSON; until then as text, which is a fraction of the size of the objects."""
+    """One array, yielded at the end, as half an array is no JSON; kept as text, which is smaller than the objects."""
     from dali_vit.data import DecodeError  # here, because --help must not wait for DALI
 
     images = []
@@ -22,7 +22,7 @@ def as_json(predictions: Predictions) -> Iterator[str]:
     try:
         for path, found in predictions:
             images.append(json.dumps({"image": str(path), "predictions": found}))
-    except DecodeError as error:  # after the last of them
+    except DecodeError as error:  # raised after the last image
         failed = error
     yield f"[{', '.join(images)}]"
     if failed is not None:
@@ -37,6 +37,6 @@ def as_table(predictions: Predictions) -> Iterator[str]:
 
 
 def _class_shown(prediction: dict[str, Any]) -> str:
-    """The class's name, with the first of its words where it has any."""
+    """The class's name and, where it has a description, the first of the words there."""
     first_word = prediction.get("description", "").partition(", ")[0]
     return f"{prediction['class']} {first_word}".rstrip()

@@ -1,4 +1,4 @@
-"""`dali-vit preview`: the images of a training step, each below the whole image that it was made of."""
+"""`dali-vit preview`: the images of a training step, each below the whole image that it was made from."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from pipelines.order import TrainOrder
 __all__ = ["preview"]
 
 _COLUMNS = 8
-_CELL = 96  # pixels an image has at least: smaller ones are shown enlarged, as the class would not fit below
-_TEXT = 16  # pixels a line of text has
+_CELL = 96  # pixels: smaller images are enlarged to at least this side, else the class would not fit below them
+_TEXT = 16  # pixels: the height of a line of text
 _BLANK = (128, 128, 128)
 
 
 def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: int = 32) -> str:
     """Writes the first `count` images of a step, as the training graph gives them, as a labelled grid.
 
-    They are those that a run of this config trains on at that step (before Mixup): on the CPU pixel for pixel, on a
-    GPU but for what other decoder settings, which the run may have found to be faster, round otherwise. Above each is
-    the image it was made of, below it the class. Returns one line to print.
+    A run of this config trains on the same images at that step (before Mixup): on the CPU pixel for pixel; on a GPU
+    they may be rounded differently, if the run has found other decoder settings to be faster. Above each image is the
+    whole image it was made from, below it the class. Returns one line to print.
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
     out = at_home(out)
@@ -42,7 +42,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     samples = dataset.split("train")
     datasets.check_images(samples, config.data.max_bad_share)
     check_range("--at-step", step, 0, total_steps(config.optim, len(samples)) - 1)
-    # One of many ranks has the first rows of the batch and nothing else to do.
+    # As rank 0 of many, this process loads the first rows of the batch and nothing else.
     total = config.optim.batch_size
     local = next(n for n in range(min(count, total), total + 1) if total % n == 0)
     alone = dataclasses.replace(group, rank=0, world_size=total // local)
@@ -110,7 +110,7 @@ def _grid(originals: list[Image.Image | None], augmented: np.ndarray, names: lis
 
 
 def _fit(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as there is room for, in pixels, on one line."""
+    """As much of a text as fits on one line of `width` pixels."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text

@@ -16,19 +16,19 @@ from pipelines.readers import Samples
 __all__ = ["load_real_labels"]
 
 NUM_VAL = 50_000
-"""Images of ImageNet-1k's val, which real.json is of."""
+"""Number of images of ImageNet-1k's val, which real.json is for."""
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
 def load_real_labels(path: str | Path, val: Samples, *, num_classes: int, split: str = "val") -> np.ndarray:
     """Acceptable labels of each validation image, int64 [len(val), most labels of an image], padded with -1.
 
-    Source: ReaL's `real.json` (arXiv 2006.07159), one list an image in the order of the sorted file names,
-    whatever the class folders; the rows here are in the order of `val`. An image of an empty list (a row of -1)
-    is left out of the score. Of ImageNet's 50,000 images the number in ILSVRC's name counts; in other sets file names
-    that repeat between classes are taken in the order of the paths. Raises UserError for a file of another layout or
+    Source: ReaL's `real.json` (arXiv 2006.07159), one list per image in the order of the sorted file names, whatever
+    the class folders; the rows here are in the order of `val`. An image with an empty list (a row of -1) is left out of
+    the score. ImageNet's 50,000 images are ordered by the number in their ILSVRC names; in other sets where file names
+    repeat between classes, images are taken in the order of paths. Raises UserError for a file of another layout or
     another number of images, for labels that are no class, and for images whose names do not tell which list is theirs;
-    `split` is what these call `val`.
+    `split` is the name of `val` in these errors.
     """
     try:
         lists = json.loads(Path(path).read_text())

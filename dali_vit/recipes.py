@@ -1,6 +1,6 @@
 """Named recipes: functions that return a Config, each stating only what it changes.
 
-Each recipe runs as `dali-vit train --recipe NAME --data PATH`, `demo` without the latter.
+Each recipe runs as `dali-vit train --recipe NAME --data PATH`; `demo` needs no --data.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def demo(config: Config) -> Config:
     return _set(config, "run", log_every=20, checkpoint_every=200, eval_every=5.0)
 
 
-# Of each row of *Better plain ViT baselines for ImageNet-1k* (arXiv 2205.01580): ImageNet-1k val top-1 in percent at
-# 224 px, after as many epochs.
+# For each row of *Better plain ViT baselines for ImageNet-1k* (arXiv 2205.01580): ImageNet-1k val top-1 in percent at
+# 224 px after these numbers of epochs.
 _EPOCHS = (90, 150, 300)
 _ROWS: dict[str, tuple[Callable[[Config], Config], tuple[float, float, float]]] = {
     "": (paper, (76.5, 78.5, 80.0)),
@@ -142,6 +142,6 @@ def get(name: str) -> Config:
 
 
 def describe() -> str:
-    """One line a recipe, with the top-1 that the paper reports."""
+    """One line per recipe, with the top-1 that the paper reports."""
     width = max(map(len, RECIPES))
     return "\n".join(f"  {name:<{width}}  {words}" for name, (_, words) in RECIPES.items())

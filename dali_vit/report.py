@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
-    """A model in words; forward_flops: of one image of `resolution` pixels a side, forward pass."""
+    """A model in words; forward_flops: of the forward pass of one image of `resolution` pixels a side."""
     if config.model.startswith(TIMM_PREFIX):
         kind = config.model
     else:
@@ -38,14 +38,14 @@ def model_line(config: ModelConfig, parameters: int, forward_flops: float, resol
 
 
 def with_sizes(config: ModelConfig) -> str:
-    """The model's name, and those sizes that are not its name's."""
+    """The model's name, and the sizes that override those its name stands for."""
     sizes = {"width": config.width, "depth": config.depth, "heads": config.num_heads, "MLP": config.mlp_dim}
     own = ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
     return f"{config.model} ({own})" if own else config.model
 
 
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
-    """What about a run that is allowed may not be what was meant."""
+    """Remarks on settings and data that are allowed but may not be what the user meant."""
     found = []
     if config.data.data == "demo" and (os.path.isdir("demo/train") or os.path.isfile(f"demo/{MANIFEST}")):
         found.append("--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo")
@@ -89,7 +89,7 @@ def summary(
     bad_samples: int,
     threads: int,
 ) -> str:
-    """What will be trained, on what, how (`build_update`'s) and for how long: one `name  value` line each."""
+    """What will be trained, on what, how (as `build_update` says) and for how long: one `name  value` line each."""
     counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
@@ -137,7 +137,7 @@ def speed(
         "perf/images_per_sec": rate,
         "perf/images_per_sec_per_gpu": rate / group.world_size,
         "perf/step_ms": 1e3 * seconds / steps,
-        "perf/data_wait_pct": 100 * min(waited / seconds, 1.0),  # ranks do not look at the clock at once
+        "perf/data_wait_pct": 100 * min(waited / seconds, 1.0),  # ranks do not read the clock at the same time
     }
     peak = peak_flops(group.device)
     if peak is not None:
@@ -148,7 +148,7 @@ def speed(
 
 
 class StarvationWarning:
-    """Says once, after the first window, that training waits for data, and what helps."""
+    """Warns once, from the second window on, that training waits for data, and says what helps."""
 
     LIMIT = 10.0  # percent of wall time
 
@@ -157,7 +157,7 @@ class StarvationWarning:
         self._shards = "" if in_shards else " shards on a local disk (`dali-vit prepare`),"
 
     def check(self, data_wait_pct: float) -> None:
-        """Takes the share of wall time, in percent, that the steps since the last call stood still for data."""
+        """Takes the share of wall time, in percent, that the steps since the last call waited for data."""
         self._windows += 1
         if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
             self._said = True
@@ -171,9 +171,9 @@ class StarvationWarning:
 
 
 class TimeLeft:
-    """Seconds to the end of a run, by the mean of all steps but those of the first log line, which torch.compile slows.
+    """Seconds to the end of a run, by the mean of all steps except the first log line's, which torch.compile slows.
 
-    Evaluations and checkpoints are among them, as they are to come.
+    The time of evaluations and checkpoints is included, as more of them are to come.
     """
 
     def __init__(self, total: int, start: int) -> None:
@@ -191,7 +191,7 @@ class TimeLeft:
 
 @contextmanager
 def progress_bar(total: int, start: int, *, visible: bool) -> Iterator[tqdm]:
-    """A bar with the time left on a terminal; in a log file the lines alone."""
+    """A progress bar with the time left where stderr is a terminal; a log file gets only the log lines."""
     shown = visible and sys.stderr.isatty()
     with (
         logging_redirect_tqdm(loggers=[logging.getLogger("dali_vit")]),
@@ -225,7 +225,7 @@ def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
 
 
 def _short(loss: float) -> str:
-    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.4g}"  # of a run that diverges it may have 38 digits
+    return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.4g}"  # a diverging run's loss may have 38 digits
 
 
 def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:

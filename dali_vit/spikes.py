@@ -1,9 +1,9 @@
 """Loss spikes: a step whose loss leaps out of the run is recognised on the device, before it reaches the weights.
 
-Watched is the loss and not the norm of the gradients. Clipping bounds what a large gradient does, and healthy
-runs have norms many times their usual one; the mean loss of a whole batch has no such tail, so that a bound far
-above it can be reached by nothing but a leap. What is compared is the mean over all ranks, the same bits on each,
-because either all of them leave a step out or none does.
+The loss is watched rather than the norm of the gradients. Clipping bounds what a large gradient does, and healthy
+runs have norms many times their usual one; the mean loss of a whole batch has no such tail, so that only a leap can
+reach a bound far above it. Every rank compares the mean loss over all ranks, with the same bits, because either all
+ranks leave a step out or none does.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MEMORY = 1000  # steps: the running mean is that of all steps until then, and exponential from there on
-WARM_UP = 100  # steps: as many are needed before a deviation means something
-_LEAST = 0.1  # of the mean and of 1 nat: what counts as a deviation at least, see `is_spike`
+MEMORY = 1000  # steps: until then the running mean is over all steps, from there on it is exponential
+WARM_UP = 100  # steps that are needed before a deviation means something
+_LEAST = 0.1  # the least deviation, as a share of the mean and of 1 nat; see `is_spike`
 
 
 def is_spike(seen: Tensor, loss: Tensor, threshold: float) -> Tensor:
-    """Whether a step's loss leaps out of those before it: a 0-d bool on their device, which nothing waits for.
+    """Whether a step's loss leaps above the losses before it: a 0-d bool on the device, without waiting for it.
 
-    seen: float32 [3], zeros at first: steps counted, running mean and variance of the loss, updated in place by a
-    loss that is finite and no spike, so that a row of spikes stays one. loss: 0-d float32. A spike is more than
-    `threshold` deviations above the mean. A deviation counts as a tenth of the mean and as 0.1 at least: with
-    a threshold of 10 the loss has to double and to rise by 1, which keeps small batches of memorised images, whose
-    losses are next to 0 but for single images, from being taken for spikes.
+    seen: float32 [3], zeros at first: steps counted, running mean and variance of the loss; updated in place by a
+    loss that is finite and no spike, so that spikes in a row are all recognised. loss: 0-d float32. A spike is more
+    than `threshold` deviations above the mean. A deviation counts as at least a tenth of the mean and at least 0.1:
+    with a threshold of 10 the loss has to double and to rise by 1, so that small batches of memorised images, whose
+    losses are near 0 except for single images, are not taken for spikes.
     """
     count, mean, variance = seen.unbind()
     excess = loss - mean
@@ -44,8 +44,8 @@ def is_spike(seen: Tensor, loss: Tensor, threshold: float) -> Tensor:
 class SharedLoss(nn.Module):
     """A loss for DistributedDataParallel to wrap, whose mean over the ranks comes along with the gradients.
 
-    It is the gradient of a parameter that is 0 and stays it, in a bucket that is averaged anyway: a collective of
-    its own would cost every step a message to all ranks. The loss itself and the other gradients keep their bits.
+    The mean is the gradient of a parameter that is and stays 0, in a bucket that is averaged anyway: a separate
+    collective would cost every step a message to all ranks. The loss itself and the other gradients keep their bits.
     """
 
     def __init__(self, step: nn.Module, device: torch.device) -> None:
@@ -58,10 +58,10 @@ class SharedLoss(nn.Module):
         return loss + self.carrier * loss.detach()
 
     def take_mean(self) -> Tensor:
-        """The mean after a backward pass, 0-d; it is to be taken once each."""
+        """The mean loss, 0-d; to be called once a step, after its backward passes."""
         mean = self.carrier.grad
         assert mean is not None
-        self.carrier.grad = None  # else the next would be added to it
+        self.carrier.grad = None  # else the next step's mean would be added to it
         return mean
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run there are, by the names of their folders, and which of them stay."""
+"""Which checkpoints a run has, by the names of their folders, and which of them are kept."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def _step(folder: Path) -> int:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, that just written being the newest, and the best one, to which the
-    link `BEST` leads from then on."""
-    # Those of later steps are damaged, else the run would have gone on from them: they must displace no good one.
+    """Removes all checkpoints except the newest `keep`, `written` being the newest, and the best, to which it points
+    the link `BEST`."""
+    # Checkpoints of later steps are damaged, else the run would have resumed from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
     for candidate in folders:
         try:
             metrics = json.loads((candidate / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
         except (OSError, ValueError, KeyError):
-            continue  # damaged: it is no candidate for the best, and goes when its turn comes
+            continue  # damaged: it cannot be the best, and is removed when its turn comes
         score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
         if score is not None:
             scores[candidate] = score
@@ -52,7 +52,7 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     for candidate in folders[:-keep]:
         if candidate == best or candidate.is_symlink():
             continue
-        # By another name first: who reads the run meanwhile finds it whole or not at all.
+        # Renamed first, so that a reader of the run finds the checkpoint whole or not at all.
         going = folder / f".tmp-old-{candidate.name}"
         with suppress(OSError):
             os.replace(candidate, going)
@@ -60,10 +60,10 @@ def prune(folder: Path, keep: int, written: Path) -> None:
 
 
 def _link(link: Path, target: str) -> None:
-    """Has a link lead to a folder beside it; nothing where the file system has no links, or something else is there."""
+    """Points a link to a folder beside it; does nothing where links are not supported or something else is there."""
     temporary = link.with_name(f".tmp-{link.name}")
     with suppress(OSError):
-        if os.path.lexists(link) and os.readlink(link) == target:  # OSError for what is no link
+        if os.path.lexists(link) and os.readlink(link) == target:  # readlink raises OSError for what is no link
             return
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)

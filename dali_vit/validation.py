@@ -1,4 +1,4 @@
-"""Which values no run can use, whatever the data and the machine."""
+"""Refuses settings whose values no run can use, whatever the data and the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dali_vit.config import WITH_CUDA_GRAPHS, Config, OptimConfig, UserError
 
 __all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_STEPS", "MAX_THREADS", "check_local", "check_range", "validate"]
 
-# Past what any machine can do, so that slips of the finger end here and not in the operating system's refusals.
+# Beyond what any machine can do, so that typing errors are refused here and not by the operating system.
 MAX_THREADS = 1024
 MAX_RESOLUTION = 8192
 MAX_BATCH_SIZE = 2**20
@@ -33,15 +33,15 @@ def check_range(flag: str, value: float, low: float, high: float = math.inf) -> 
 
 
 def check_local(path: str | Path, flag: str = "") -> None:
-    """UserError for a URL where only files of this machine are meant: it would be the name of a folder `s3:` here."""
+    """UserError for a URL where only local files are possible: it would be taken for a path in a folder named `s3:`."""
     url = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", str(path), re.DOTALL)
-    if url:  # of whose slashes a Path has kept one
+    if url:  # a Path has kept one of its slashes
         given = f"{flag} {url[1]}://{url[2]}".lstrip()
         raise UserError(f"{given}: must be on this machine's disks; name a local path, and copy from or to the store")
 
 
 def validate(config: Config) -> None:
-    """Raises UserError for the first such value, by its flag and with the remedy."""
+    """Raises UserError for the first value that no run can use, naming its flag and the remedy."""
     data, optim, run = config.data, config.optim, config.run
     for group in (data, optim, run):
         for f in dataclasses.fields(group):
@@ -75,7 +75,7 @@ def validate(config: Config) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(optim, name)}: has no effect on {optim.optimizer}; leave it out"
             )
-    check_range("--eps", optim.eps, 1e-37, MAX_FLOAT32)  # one that is 0 in float32 makes NaN
+    check_range("--eps", optim.eps, 1e-37, MAX_FLOAT32)  # an eps that is 0 in float32 makes NaN
     if optim.grad_clip_norm is not None and optim.grad_clip_norm <= 0:
         raise UserError(f"--grad-clip-norm {optim.grad_clip_norm:g}: must be above 0; None switches clipping off")
     for flag, number in [
@@ -107,7 +107,7 @@ def validate(config: Config) -> None:
     if not 0 <= optim.label_smoothing < 1:
         raise UserError(f"--label-smoothing {optim.label_smoothing:g}: must be from 0 to below 1")
     if run.compile in WITH_CUDA_GRAPHS and run.grad_accum_steps > 1:
-        # A part's replay would write over the gradients of the one before.
+        # Replaying the graph for a part would overwrite the gradients of the part before.
         raise UserError(
             f"--compile {run.compile}: its CUDA graphs do not go with --grad-accum-steps; give --compile default"
         )

@@ -1,4 +1,4 @@
-"""big_vision's names of models, the sizes behind them, and which sizes go together. Needs no torch."""
+"""big_vision's model names, the sizes they stand for, and which sizes go together. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     num_heads: int
 
 
-# big_vision, models/vit.py, decode_variant; the larger ones are of "Scaling Vision Transformers" (2106.04560).
+# big_vision, models/vit.py, decode_variant; the larger ones are from "Scaling Vision Transformers" (2106.04560).
 VARIANTS = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),
@@ -32,7 +32,7 @@ VARIANTS = {
     "g": Variant(1408, 40, 6144, 16),
     "G": Variant(1664, 48, 8192, 16),
 }
-# Past any ViT there is, so that slips of the finger end here and not with all memory taken.
+# Larger than any existing ViT, so that typing errors are refused here before they take all memory.
 _MAX_SIZE = {"width": 2**16, "depth": 1024, "mlp_dim": 2**18, "num_heads": 2**12}
 TIMM_PREFIX = "timm:"
 
@@ -57,9 +57,9 @@ def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
 
 
 def check_model(config: ModelConfig, resolution: int) -> None:
-    """UserError for a name that is none, sizes that do not fit together, and settings that a timm model ignores.
+    """UserError for an unknown name, sizes that do not fit together, and settings that a timm model ignores.
 
-    Whether timm has the model that is named, timm says.
+    Whether timm has a model of the name is not checked here but by `model.timm_name`.
     """
     if config.model.startswith(TIMM_PREFIX):
         _check_no_effect(config)
@@ -74,7 +74,7 @@ def check_model(config: ModelConfig, resolution: int) -> None:
 
 
 def indivisible(config: ModelConfig, resolution: int, patch: int) -> str:
-    """What is said of a resolution that is no multiple of the patch's side."""
+    """The error message for a resolution that is no multiple of the patch's side."""
     near = max(patch, round(resolution / patch) * patch)
     return f"--resolution {resolution}: not divisible by the patch of {config.model}; use {near}"
 

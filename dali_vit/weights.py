@@ -14,7 +14,7 @@ __all__ = ["read", "write"]
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a file that others may read as far as the umask lets them; safetensors' own is its owner's alone."""
+    """Writes a file with the permissions that the umask allows; safetensors by itself lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
@@ -23,6 +23,6 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a file, on the CPU, and its metadata; OSError or SafetensorError where it cannot be read."""
-    path.open("rb").close()  # safetensors says of a file that it may not read that there is none
+    path.open("rb").close()  # safetensors reports an unreadable file as missing
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
