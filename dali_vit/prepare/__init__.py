@@ -1,8 +1,8 @@
 """`dali-vit prepare`: a dataset in any of its usual forms becomes the set that `--data` takes.
 
-All work happens in TARGET.partial, which is renamed to TARGET when everything in it is whole. It keeps a receipt
-for every finished part, so a run that was killed goes on where it stopped; as nothing depends on time, chance or
-the number of workers, it ends in the same bytes.
+The set is made in TARGET.partial/.set, which is renamed to TARGET once everything in it is whole. Beside it, .state
+keeps a receipt for every finished part, so a run that was killed can be continued where it stopped. As nothing depends
+on time, chance or the number of workers, the continued run ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ _FOLDERS = (".state", ".set")  # of TARGET.partial, beside the file `lock`
 
 @dataclass(frozen=True)
 class PrepareArguments:
-    """Makes a set that --data takes out of ILSVRC's tars, an image folder, TFRecords or Hugging Face parquet."""
+    """Makes a set for --data from ILSVRC's tars, an image folder, TFRecords or Hugging Face parquet."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder to be made; while it is unfinished it is called TARGET.partial."""
     to: Literal["shards", "folder", "index"] = "shards"
-    """`shards`: WebDataset tars, shuffled; `folder`: image folder; `index`: SOURCE's tars, TFRecords, read in place."""
+    """`shards`: WebDataset tars, shuffled; `folder`: image folder; `index`: SOURCE's tars/TFRecords, read in place."""
     source_format: Format = "auto"
-    """What SOURCE holds; auto: known by its files."""
+    """What SOURCE holds; auto: recognised by its files."""
     val_labels: Path | None = None
-    """Text file with the class of each validation image, as Kaggle's LOC_val_solution.csv: where val/ has no class
-    folders, or instead of ILSVRC's devkit."""
+    """Text file with the class of each validation image, such as Kaggle's LOC_val_solution.csv: for a val/ without
+    class folders, or instead of ILSVRC's devkit."""
     shard_mb: int = 1000
-    """Megabytes a shard has on average."""
+    """Average size of a shard in megabytes."""
     shorter_side: int | None = None
     """Resize larger images to this shorter side, in pixels; changes the recipe. Default: bytes stay as they are."""
     quality: int = 92
     """JPEG quality of the images that --shorter-side resizes, 1 to 95."""
     workers: int | None = None
-    """Threads; default: the machine's cores."""
+    """Threads; default: one for each core that the process may use."""
 
 
 def prepare(arguments: PrepareArguments) -> Path:
@@ -84,7 +84,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     _check(arguments)
     target = at_home(arguments.target).absolute()
     if target.is_symlink():
-        target = target.resolve()  # the folder that the link names is made, not one in the link's place
+        target = target.resolve()  # make the folder that the link names, not one in the link's place
     if not target.name:
         raise UserError(f"{target} exists already: choose another TARGET")
     partial = target.with_name(target.name + ".partial")
@@ -95,7 +95,7 @@ def prepare(arguments: PrepareArguments) -> Path:
         with _exclusive(partial):
             _prepare(arguments, target, partial, existing)
     except OSError as error:
-        where = error.filename or f"preparing {target}"  # a write to a full disk does not say which file it was to
+        where = error.filename or f"preparing {target}"  # the error of a full disk names no file
         remedy = "mend that and run the command again: it goes on where it stopped"
         if Path(str(where)).is_relative_to(at_home(arguments.source).absolute()):
             remedy += f"; to do without that file is to begin anew, with {partial} removed"
@@ -125,7 +125,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         name: Job(samples, name, source.classes, folder, state, settings, workers)
         for name, samples in source.splits.items()
     }
-    for job in jobs.values():  # before the target is claimed, which what is refused here must not keep from others
+    for job in jobs.values():  # before the claim: what is refused here must not keep TARGET.partial from others
         {"shards": lambda job: None, "folder": check_folder, "index": check_index}[arguments.to](job)
     _claim(state, plan)
 
@@ -173,9 +173,9 @@ def _check(arguments: PrepareArguments) -> None:
 
 @contextmanager
 def _exclusive(partial: Path) -> Iterator[None]:
-    """Holds TARGET.partial against another prepare; the kernel lets go of it even if this process is killed.
+    """Locks TARGET.partial against other prepares; the kernel releases the lock even if this process is killed.
 
-    UserError for one that no prepare has made.
+    UserError if another prepare holds the lock, or if TARGET.partial has anything that prepare did not make.
     """
     if partial.exists() and not (partial.is_dir() and {path.name for path in partial.iterdir()} <= {*_FOLDERS, "lock"}):
         raise UserError(f"{partial} is in the way, and not by prepare: rename it, or choose another TARGET")
@@ -189,14 +189,14 @@ def _exclusive(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Nothing done that another run could go on with.
+            # An empty .state: nothing was done that another run could continue.
             if partial.exists() and not any((partial / ".state").glob("*")):
                 with suppress(OSError):
                     _remove(partial)
 
 
 def _remove(partial: Path) -> None:
-    """Removes TARGET.partial, but nothing in it that is not prepare's."""
+    """Removes what prepare made in TARGET.partial, and the folder itself if nothing else is in it."""
     for name in _FOLDERS:
         if (partial / name).is_dir():
             shutil.rmtree(partial / name)
@@ -206,7 +206,7 @@ def _remove(partial: Path) -> None:
 
 
 def _claim(state: Path, plan: str) -> None:
-    """Notes what TARGET.partial is becoming; UserError if it was becoming something else."""
+    """Records the plan by which TARGET.partial is made; UserError if it was begun by another plan."""
     path = state / "plan.json"
     begun = read_receipt(path)
     if begun is None:
@@ -221,7 +221,7 @@ def _claim(state: Path, plan: str) -> None:
 
 
 def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
-    """SHA-256 of everything that the bytes of the target depend on; for the contents of images stand their sizes."""
+    """SHA-256 of everything that the bytes of the target depend on; sizes stand in for the contents of images."""
     digest = hashlib.sha256()
     described: list[Any] = [layout, settings.recorded(), source.classes]
     for split, samples in source.splits.items():
@@ -240,12 +240,13 @@ def _fingerprint(source: Source, layout: str, settings: Settings) -> str:
 
 
 def _sizes(files: FileList) -> np.ndarray:
-    """Bytes of each file, int64 [N]; UserError where one is not there, as a link may lead nowhere."""
+    """Size of each file in bytes, int64 [N]; UserError if one is missing, such as the target of a link."""
 
     def size(i: int) -> int:
         try:
             return os.stat(files.path(i)).st_size
-        except OSError as error:  # now: found later it would have to be put back, as without it the set is another
+        # Refused before the claim: after it the file would have to be put back, as without it the fingerprint differs.
+        except OSError as error:
             raise UserError(f"{files.path(i)}: {error.strerror}; put it back, or remove it from the source") from error
 
     def sizes(first: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Receipts: small JSON files that say that a part of the work is done, and what came of it."""
+"""Receipts: small JSON files, each of which says that a part of the work is done and records its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["read_receipt", "write_receipt"]
 def write_receipt(path: Path, content: Any) -> None:
     """Writes a receipt in one piece, once everything written before it is on the disk.
 
-    Otherwise, after a loss of power, there might be the receipt but not what it stands for.
+    Otherwise a loss of power might leave the receipt without the files that it stands for.
     """
     os.sync()
     temporary = path.with_suffix(".tmp")
@@ -22,5 +22,5 @@ def write_receipt(path: Path, content: Any) -> None:
 
 
 def read_receipt(path: Path) -> Any:
-    """What a receipt says; None where there is none."""
+    """The content of a receipt; None if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None

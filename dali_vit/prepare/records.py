@@ -1,7 +1,7 @@
 """TFRecords and parquet as sources of images.
 
-In a TFRecord an encoded image lies in one piece, so that its place in the file is all that has to be known.
-Columns of parquet are compressed by the page; their images are unpacked beside the target first.
+In a TFRecord an encoded image lies in one piece, so its place in the file is all that has to be known. Parquet
+compresses its columns page by page, so its images are first unpacked into TARGET.partial.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ __all__ = ["open_parquet", "open_tfrecords"]
 
 _log = logging.getLogger(__name__)
 
-# First that is there of the names a feature has with TensorFlow Datasets and with the Inception scripts.
+# Names of each feature, by TensorFlow Datasets and by the Inception scripts; the first one that is found counts.
 _IMAGE, _LABEL = ("image", "image/encoded"), ("label", "image/class/label")
 _FILE, _CLASS = ("file_name", "image/filename"), ("image/class/synset",)
-# The sides of the protocol buffer messages in use: Example.features, Features.feature, a map's key and value.
+# Field numbers of protocol buffers: key and value of an entry of Features.feature; the kinds of a Feature's value.
 _KEY, _VALUE = 1, 2
 _BYTES_LIST, _INT64_LIST = 1, 3
-# NAME-IIIII-of-NNNNN; what Hugging Face's `datasets` once added to that is a fingerprint, another for each file.
+# NAME-IIIII-of-NNNNN; Hugging Face's `datasets` once added a fingerprint, which differs from file to file.
 _NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
 # Hugging Face's ImageNet adds the class to the name that a file has in ILSVRC's tars.
 _WITH_WNID = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
 # A place in a buffer: (start, end).
 Place = tuple[int, int]
-# A record before its class is known by index: (shard, offset, length, label as recorded, class name, file name).
+# A record whose class has no index yet: (shard, offset, length, label as recorded, class name, file name).
 _Record = tuple[int, int, int, int, str | None, str]
 
 
 def open_tfrecords(root: Path) -> Source:
     """Images of `*train*` and `*val*` TFRecords, as TensorFlow Datasets or the Inception scripts write them.
 
-    Classes are `image/class/synset` where the records have it, or the lines of `label.labels.txt`, or else the
-    labels' numbers.
+    Classes are named by `image/class/synset` if all records have it, else by the lines of `label.labels.txt`, else by
+    the labels' numbers.
     """
     files = [path for path in _files(root) if not path.name.endswith((".json", ".txt", ".parquet", ".md"))]
     shards, records = {}, {}
@@ -65,8 +65,8 @@ def open_tfrecords(root: Path) -> Source:
 def open_parquet(root: Path, scratch: Path) -> Source:
     """Images of `*train*` and `*val*` parquet files with columns `image` (struct of `bytes`, `path`) and `label`.
 
-    Classes are those of the Hugging Face metadata in the files, or else the labels' numbers. ImageNet-1k as Hugging
-    Face has it gets ILSVRC's names, of classes and of files, as from any other source.
+    Classes are named by the Hugging Face metadata in the files, or else by the labels' numbers. The classes and files
+    of Hugging Face's ImageNet-1k get ILSVRC's names, as from any other source.
     """
     files = [path for path in _files(root) if path.name.endswith(".parquet")]
     shards: dict[str, list[str]] = {}
@@ -84,8 +84,11 @@ def open_parquet(root: Path, scratch: Path) -> Source:
 def _with_names_of_ilsvrc(
     records: dict[str, list[_Record]], label_names: list[str] | None
 ) -> tuple[dict[str, list[_Record]], list[str] | None]:
-    """Files named NAME_WNID.JPEG as NAME.JPEG, and the WNIDs as names of the labels. Minival and the order within a
-    class go by these names, and the labels of ReaL. Both as they were unless all files tell the same of every label."""
+    """Renames files NAME_WNID.JPEG to NAME.JPEG and names the labels by the WNIDs.
+
+    Minival, the order within a class and ReaL's labels depend on these names. Returns records and label names unchanged
+    unless all files agree on the WNID of every label.
+    """
     renamed: dict[str, list[_Record]] = {}
     wnids: dict[int, str] = {}
     for split, rows in records.items():
@@ -96,7 +99,7 @@ def _with_names_of_ilsvrc(
                 return records, label_names
             renamed[split].append((shard, offset, length, label, class_name, match[1] + match[3]))
     named = [wnids[label] for label in sorted(wnids)]
-    # As many as there are labels and in the order of a folder's: else the classes would have other numbers elsewhere.
+    # Every label must have a WNID, in a folder's order: else classes would have other numbers than from other sources.
     if sorted(wnids) != list(range(len(label_names or wnids))) or named != sorted(set(named)):
         return records, label_names
     return renamed, named
@@ -107,7 +110,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]:
-    """The files whose own or whose folder's name has `train` or `val` in it; UserError if some are missing."""
+    """Files by split: their own or their folder's name has the word `train` or `val`; UserError if some are missing."""
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
@@ -123,7 +126,7 @@ def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]
 
 
 def _check_complete(root: Path, paths: list[Path]) -> None:
-    """UserError unless of every NAME-IIIII-of-NNNNN all N files are there; other names say nothing of that."""
+    """UserError unless all N files of every NAME-IIIII-of-NNNNN are there; other names do not tell their number."""
     found: dict[tuple[str, str], dict[str, set[int]]] = {}
     for path in paths:
         if match := _NUMBERED.fullmatch(path.relative_to(root).as_posix()):
@@ -135,7 +138,7 @@ def _check_complete(root: Path, paths: list[Path]) -> None:
         if len(patterns) > 1:
             raise UserError(f"{root} has files of several sets, {' and '.join(patterns)}: keep those of one")
         ((total, numbers),) = totals.items()
-        # TensorFlow and Hugging Face count from 0, but not everyone who names files as they do.
+        # TensorFlow and Hugging Face count from 0, but others who name files in this way may count from 1.
         missing = min((set(range(first, first + int(total))) - numbers for first in (0, 1)), key=len)
         if missing:
             example = f"{name}{min(missing):0{len(total)}d}-of-{total}{suffix}"
@@ -149,7 +152,7 @@ def _check_complete(root: Path, paths: list[Path]) -> None:
 def _assemble(
     root: Path, shards: dict[str, list[str]], records: dict[str, list[_Record]], label_names: list[str] | None
 ) -> Source:
-    """Gives classes their index and every image a name of its own."""
+    """Gives every class an index, and every image a name that is unique within its class."""
     for split, found in records.items():
         if not found:
             raise UserError(f"{root}: its {split} files hold no images; fetch them again")
@@ -186,7 +189,7 @@ def _assemble(
 
 
 def _folder_names(names: list[str]) -> list[str]:
-    """Names that folders can bear, each once."""
+    """The names, made unique and valid as names of folders."""
     safe = [re.sub(r"[/\x00-\x1f]", "_", name).strip().lstrip(".") or "_" for name in names]
     return [name if safe.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(safe)]
 
@@ -258,7 +261,7 @@ def _integer(data: mmap.mmap, feature: Place) -> int:
 
 
 def _fields(data: mmap.mmap, message: Place) -> Iterator[tuple[int, Place]]:
-    """Number and place of the fields of a protocol buffer message (of those that Examples are made of)."""
+    """Number and place of each field of a protocol buffer message; ValueError for types that Examples do not have."""
     position, end = message
     while position < end:
         tag, position = _varint(data, position)
@@ -276,7 +279,7 @@ def _fields(data: mmap.mmap, message: Place) -> Iterator[tuple[int, Place]]:
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """An integer, seven bits a byte and the lowest first, and the position after it."""
+    """The integer at a position (seven bits a byte, the lowest first), and the position after it."""
     value = shift = 0
     while True:
         byte = data[position]
@@ -288,7 +291,7 @@ def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
 
 
 def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], list[str] | None]:
-    """Writes the images one after the other; returns the file, their rows (offset, length, label, name), classes."""
+    """Writes all images to one file; returns it, their rows (offset, length, label, name) and the class names."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -301,7 +304,7 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
             about = path.stat()
             origin = [str(path), about.st_size, about.st_mtime_ns]
             done = read_receipt(receipt)
-            if done is not None and done["origin"] == origin:  # else it is of a source given before
+            if done is not None and done["origin"] == origin:  # else the receipt is of an earlier source
                 rows = done["rows"]
             else:
                 rows, position = [], 0

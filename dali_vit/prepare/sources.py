@@ -1,7 +1,7 @@
 """The forms in which datasets come: image folders, ILSVRC's tars, and records (in `records`).
 
-Every source becomes lists of files or of byte ranges, sorted by label and name as an image folder's listing is;
-nothing is copied or decoded for that.
+Every source becomes lists of files or of byte ranges, sorted by label and name as an image folder's listing is.
+Nothing is decoded for that, and only parquet's images are copied.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Row = tuple[int, int, int, int, str]
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
-_KAGGLE_COLUMNS = "ImageId,PredictionString"  # of LOC_val_solution.csv; the class is the second's first word
+_KAGGLE_COLUMNS = "ImageId,PredictionString"  # of LOC_val_solution.csv; the class is the first word of the second
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Source:
 
 
 def open_source(root: Path, source_format: Format, val_labels: Path | None, scratch: Path) -> Source:
-    """Lists a source; scratch is a folder for what has to be unpacked for that. UserError for an unusable source."""
+    """Lists a source, unpacking images into the folder `scratch` if it must; UserError for an unusable source."""
     kind = _recognise(root) if source_format == "auto" else source_format
     if val_labels is not None and kind not in ("folder", "ilsvrc"):
         raise UserError(f"--val-labels {val_labels}: only ILSVRC's tars and a flat val/ need it; leave it out")
@@ -69,14 +69,14 @@ def open_source(root: Path, source_format: Format, val_labels: Path | None, scra
     counts = ", ".join(f"{name} {len(samples):,}" for name, samples in source.splits.items())
     _log.info("%s (%s): %s images of %s classes", root, kind, counts, f"{len(source.classes):,}")
     folders = [root / name / class_ for name in source.splits for class_ in source.classes]
-    folders += [] if val_labels is None else [root / "val"]  # which is flat
+    folders += [] if val_labels is None else [root / "val"]  # a flat val/ holds the images itself
     for files in left_out(folders) if kind == "folder" else ():
         _log.info("%s", files)
     return source
 
 
 def sample_names(samples: ImageList, classes: Sequence[str] | None = None) -> list[str]:
-    """`class/file` of every sample; with `classes`, by index, also of files that lie in no folder of their class."""
+    """`class/file` of every sample. Files that do not lie in a folder of their class need `classes`, names by index."""
     if isinstance(samples, ShardList):
         return [samples.names.path(i) for i in range(len(samples))]
     if classes is None:
@@ -86,11 +86,11 @@ def sample_names(samples: ImageList, classes: Sequence[str] | None = None) -> li
 
 
 def read_sample(samples: ImageList, index: int) -> bytes:
-    """The encoded image, whatever it is; OSError where it cannot be read."""
+    """Bytes of a sample's encoded image; OSError if they cannot be read."""
     if isinstance(samples, ShardList):
         return samples.payload(np.array([index]))[0].tobytes()
     path = samples.path(index)
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its writer
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb") as file:
         return file.read()
@@ -131,7 +131,7 @@ def _open_flat_val(root: Path, val_labels: Path) -> Source:
     names = _flat_images(root / "val", val_labels)
     found = _read_val_labels(val_labels, names, dataset.classes)
     labels = _class_indices(found, dataset.classes, len(names), f"--val-labels {val_labels}", ("train/", "val/"))
-    order = np.argsort(labels, kind="stable")  # as the names are sorted: by class and name
+    order = np.argsort(labels, kind="stable")  # by class and name, as the names are sorted
     val = FileList.from_paths([f"{root}/val/{names[i]}" for i in order.tolist()], labels[order])
     return Source(dataset.classes, {"train": dataset.split("train"), "val": val})
 
@@ -178,7 +178,7 @@ def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
 
 
 def _list_train_tar(path: Path) -> tuple[list[Row], list[str]]:
-    """Rows of the images in the tars of the classes, and the sorted classes."""
+    """Rows of the images in the inner tars, one a class, and the sorted class names."""
     found: dict[str, list[tuple[str, int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as outer, tqdm(desc=path.name, unit=" classes", disable=None) as bar:
@@ -217,10 +217,10 @@ def _members(path: Path, fileobj: IO[bytes] | None = None) -> Iterator[tuple[str
 def _class_indices(
     found: Sequence[str], classes: Sequence[str], count: int, where: str, places: tuple[str, str]
 ) -> np.ndarray:
-    """Labels, int64 [count], of the validation images by the classes found for them.
+    """Labels of the validation images, int64 [count], from the class names found for them.
 
-    where, places: what says the classes, what holds the images of train and of val; for the UserError of classes that
-    are of another set than the images.
+    where: what the class names were read from; places: what holds the images of train and of val. The UserError for
+    class names that belong to another set than the images names both.
     """
     train, val = places
     if len(found) != count:
@@ -236,12 +236,12 @@ def _class_indices(
 
 
 def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Classes of a text file: one a line in the order of the images, or lines of image and class.
+    """Class name of each image, from a text file of classes in the images' order or of lines of image and class.
 
-    Of the latter kind is Kaggle's LOC_val_solution.csv, where boxes follow. UserError if an image has no class.
+    Kaggle's LOC_val_solution.csv has lines of image and class, followed by boxes. UserError if an image has no class.
     """
     try:
-        # Spreadsheets put a mark before UTF-8.
+        # Spreadsheets put a byte order mark before UTF-8.
         lines = [line for line in re.split(r"[\r\n]+", path.read_text(encoding="utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--val-labels {path} cannot be read ({error}): give a text file") from error
@@ -263,10 +263,10 @@ def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -
 
 
 def _check_columns(path: Path, first_line: str) -> None:
-    """UserError if a file of labels that are of no use begins with the names of columns that are not Kaggle's."""
+    """UserError if a file without usable labels begins with names of columns other than Kaggle's."""
     columns = first_line.strip()
     name = re.split(r"[\s,;]", columns)[0]
-    # An image's name has its number in it, or a suffix.
+    # A name with a digit or a suffix is an image's, not a column's.
     if columns != _KAGGLE_COLUMNS and "," in columns and not re.search(r"\d|\.", name):
         raise UserError(
             f"--val-labels {path} has the columns {columns[:80]}: give Kaggle's LOC_val_solution.csv"
@@ -275,7 +275,7 @@ def _check_columns(path: Path, first_line: str) -> None:
 
 
 def _devkit_classes(root: Path) -> list[str]:
-    """Classes by the devkit's ground truth, one a validation image, and its table of synsets."""
+    """Class name of each validation image, from the devkit's ground truth and its table of synsets."""
     archive = next((root / f"{_DEVKIT}{s}" for s in (".tar.gz", ".tar") if (root / f"{_DEVKIT}{s}").is_file()), None)
     truth, meta = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
     try:
@@ -314,5 +314,5 @@ def _read_synsets(meta: bytes) -> dict[int, str]:
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except Exception as error:  # scipy has one for every way in which a file can be damaged
+    except Exception as error:  # scipy raises another type for every kind of damage
         raise ValueError(f"meta.mat: {error}") from error

@@ -44,7 +44,7 @@ __all__ = [
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
-# What a sample takes in a tar besides the image: two headers, the class, half a block of padding.
+# Bytes of a sample in a tar besides the image: two headers, the class, half a block of padding.
 _TAR_OVERHEAD = 512 + 256 + 2 * 512
 _FOLDER_PART = 1000
 _INDEX_VERSION = "v1.2"  # of DALI's wds2idx
@@ -61,7 +61,7 @@ class Settings:
     quality: int
 
     def recorded(self) -> dict[str, Any]:
-        """The settings in force, as the manifest has them."""
+        """The settings in force, as the manifest records them."""
         packing = {} if self.shard_bytes is None else {"shard_bytes": self.shard_bytes, "shuffle_seed": _SHUFFLE_SEED}
         resized = {} if self.shorter_side is None else {"shorter_side": self.shorter_side, "quality": self.quality}
         return packing | resized
@@ -84,26 +84,26 @@ class Job:
     """Threads."""
 
     def image(self, index: int) -> bytes:
-        """Bytes of a sample as the target gets them."""
+        """Encoded image of a sample as the target gets it: resized if --shorter-side asks for it."""
         data = read_sample(self.samples, index)
         side = self.settings.shorter_side
         return data if side is None else shrink(data, side, self.settings.quality)
 
 
-# Writes a part and returns its receipt; to be given up, by any exception, when the event is set.
+# Writes a part and returns its receipt; gives up, by raising any exception, once the event is set.
 Part = Callable[[threading.Event, "tqdm[Any]"], dict[str, Any]]
 
 
 def as_8_bits(image: Image.Image) -> Image.Image:
-    """An image as it is, or the upper 8 bits of a grey one of 16, which Pillow itself would clip."""
+    """The upper 8 bits of a grey image of 16 bits, which Pillow itself would clip; any other image unchanged."""
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
     """An image resized (bicubic, antialiased) to a shorter side in pixels, in its own format.
 
-    An image that is no larger, or cannot be decoded, is returned as it is: leaving it out is up to `verify`. So is a
-    TIFF with an orientation, by which Pillow would turn it. Of 16 bits the upper 8 are kept, as by DALI.
+    An image that is no larger or cannot be decoded is returned unchanged: leaving it out is up to `verify`. A TIFF with
+    an orientation is returned unchanged, too, as Pillow would turn it. Of 16 bits the upper 8 are kept, as DALI does.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -116,7 +116,7 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
             kept = as_8_bits(image)
             small = (kept if kept.mode in ("RGB", "L") else kept.convert("RGB")).resize(size, Image.Resampling.BICUBIC)
             out = io.BytesIO()
-            # A TIFF keeps its compression, and of those JPEG alone takes a quality.
+            # A TIFF keeps its compression, and JPEG is the only compression with a quality.
             takes_quality = image.format != "TIFF" or image.info.get("compression") == "jpeg"
             options = {"quality": quality} if takes_quality else {}
             # The orientation is in the Exif data.
@@ -127,10 +127,10 @@ def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
 
 
 def write_shards(job: Job) -> Split:
-    """Writes `split/shard-000000.tar` and on, an index for DALI beside each, and the split's own index.
+    """Writes `split/shard-000000.tar` and so on, an index for DALI beside each, and the split's own index.
 
-    The samples lie shuffled over all shards, which are of about equal counts. Members are `<place>.jpg` (or the
-    suffix the image had) and `<place>.cls`, the class index in decimal, as WebDataset has it.
+    The samples are shuffled over all shards, which hold about equally many. A sample's members are `<place>.jpg` (or
+    the suffix the image had) and `<place>.cls`, the class index in decimal, as in WebDataset.
     """
     samples, shard_bytes = job.samples, job.settings.shard_bytes
     assert shard_bytes is not None
@@ -165,7 +165,7 @@ def write_shards(job: Job) -> Split:
 
 
 def check_folder(job: Job) -> None:
-    """UserError where an image folder cannot hold the samples, or would not list them all."""
+    """UserError if an image folder cannot hold the samples, or its listing would leave some out."""
     names = sample_names(job.samples, job.classes)
     if len(set(names)) < len(names):
         raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
@@ -208,7 +208,7 @@ def check_index(job: Job) -> None:
 
 
 def write_index(job: Job) -> Split:
-    """Writes only where the images lie in the source's own tars or TFRecords."""
+    """Writes an index alone: where the images lie in the source's own tars or TFRecords."""
     samples = job.samples
     assert isinstance(samples, ShardList)
     counts = np.bincount(samples.shard, minlength=len(samples.shards)).tolist()
@@ -220,7 +220,7 @@ def write_index(job: Job) -> Split:
 
 
 def _carry_out(job: Job, parts: list[Part], cuts: list[int]) -> list[dict[str, Any]]:
-    """Does the parts that have no receipt yet and returns all receipts."""
+    """Writes the parts that have no receipt yet; returns the receipts of all parts."""
     stop = threading.Event()
     paths = [job.state / f"{job.split}-{i:06d}.json" for i in range(len(parts))]
     receipts = {i: receipt for i, path in enumerate(paths) if (receipt := read_receipt(path)) is not None}
@@ -258,7 +258,7 @@ def _write_shard(
     stop: threading.Event,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
-    """Writes a shard and its DALI index under other names, then renames them; the receipt is its checksum."""
+    """Writes a shard and its DALI index under temporary names, then renames them; the receipt has the checksum."""
     temporary, index = job.state / path.name, job.state / f"{path.stem}.idx"
     digest = sha256()
     position = 0
@@ -294,7 +294,7 @@ def _tar_header(name: str, size: int) -> bytes:
 
 
 def _extension(name: str) -> str:
-    """A member's suffix: that of the image's name, `jpg` for any JPEG and where there is none."""
+    """Suffix of an image's member: that of the image's name, but `jpg` for .jpeg and for a missing or odd suffix."""
     suffix = os.path.splitext(name)[1].lower().lstrip(".")
     return "jpg" if suffix in ("", "jpeg") or not suffix.isalnum() else suffix
 
