@@ -1,9 +1,9 @@
 """The command line: the only module that prints results.
 
-Exit codes: 0 done; 2 the user can mend it (one line on stderr); 75 stopped by a signal or --max-hours with a
+Exit codes: 0 done; 2 a fault that the user can mend (one line on stderr); 75 stopped by a signal or --max-hours with a
 checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep; 1 a
-defect of ours (traceback). `stopping` ends a run that hangs with 70; with 128 + the signal ends one that is told a
-second time to stop, and an evaluation with --gpus N.
+defect of ours (traceback). `stopping` ends a run that hangs with 70. A run that is told to stop a second time, and an
+evaluation with --gpus N that is told to stop once, end with 128 + the signal.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ def run() -> NoReturn:
 
 
 def _tell(line: str) -> None:
-    """Prints a line on stderr, if anybody reads it."""
+    """Prints a line on stderr; it is no error if nobody reads it."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def _say(what: object) -> None:
-    """Prints on stdout. UserError where that is a file on a full disk."""
+    """Prints on stdout; UserError if stdout is a file on a full disk."""
     with stdout_may_be_full():
         print(what, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """A command by its arguments; exits with the code the module's docstring gives."""
+    """Runs the command that the arguments name; exits with one of the codes in the module's docstring."""
     argv = list(sys.argv[1:] if argv is None else argv)
     rank = 0
     try:
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         told = mendable(error) if isinstance(error, OSError) else error
         if told is None or not _is_the_users(told):
             raise
-        if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):  # else all raise it
+        # Every rank raises a UserError that is not local, so rank 0 alone reports it.
+        if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):
             _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
         code = 2
     if code:
@@ -83,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _rank() -> int:
-    """This process's among those a launcher started. `distributed` is not asked: it imports torch, and has not taken
-    over srun's variables yet."""
+    """This process's rank among those a launcher started. `distributed` is not asked: it imports torch, and has not
+    taken over srun's variables yet."""
     rank, tasks = process.int_from_environment("RANK", 0), process.int_from_environment("SLURM_STEP_NUM_TASKS", 1)
     if os.environ.get("RANK"):
         return rank if os.environ.get("WORLD_SIZE") else 0
@@ -94,7 +95,7 @@ def _rank() -> int:
 def _is_the_users(error: ValueError) -> bool:
     if isinstance(error, UserError):
         return True
-    from dali_vit.data import DecodeError  # here, because --help must not wait for DALI
+    from dali_vit.data import DecodeError  # imported here, as --help must not wait for DALI
 
     return isinstance(error, DecodeError)
 
@@ -156,7 +157,7 @@ def _train(argv: list[str]) -> int:
         validate(config)
         check_model(config.model, config.data.resolution)
         if config.model.model.startswith(TIMM_PREFIX):
-            from dali_vit.model import timm_name  # here, as timm takes seconds
+            from dali_vit.model import timm_name  # imported here, as timm takes seconds
 
             timm_name(config.model)
         _say(to_yaml(config).removesuffix("\n"))
@@ -237,7 +238,7 @@ def _predict(argv: list[str]) -> int:
         def work() -> None:
             asked = arguments.checkpoint, arguments.images, group.device
             found = inference.predict(*asked, top=arguments.top, resolution=arguments.resolution)
-            # Of several processes the others would wait for the word of one that ends because nobody reads it.
+            # If this process ended because nobody reads its output, the other ranks would wait for word from it.
             with contextlib.suppress(BrokenPipeError), contextlib.closing(found) as predictions:
                 for text in lines(predictions):
                     _say(text)
@@ -247,7 +248,7 @@ def _predict(argv: list[str]) -> int:
 
 
 def _by_main_alone(group: Group, work: Callable[[], T]) -> T | None:
-    """What comes of something that one process is enough for; None to the others, which end by its mistakes, too."""
+    """The result of work that only the main process does; None on the other ranks, which its errors end, too."""
     from dali_vit import distributed
 
     def told() -> T:
@@ -329,7 +330,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _keep_stdout() -> None:
-    """For one JSON object alone: messages go to stderr."""
+    """Keeps stdout for the JSON alone: messages go to stderr."""
     for handler in logging.getLogger("dali_vit").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)

@@ -40,8 +40,8 @@ Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 def demo_folder() -> Path:
     """Folder of the demo dataset, drawn on first use (seconds): 2,000 training and 500 validation images.
 
-    It lies in DALI_VIT_CACHE, or else in `dali-vit` under XDG_CACHE_HOME or ~/.cache.
-    Raises UserError if that cannot be written.
+    It lies in the cache folder: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
+    Raises UserError if the dataset cannot be written there.
     """
     folder = cache_folder() / f"demo-v{_VERSION}"
     try:
@@ -55,10 +55,10 @@ def demo_folder() -> Path:
 
 
 def make_demo(folder: Path, train_per_class: int = _TRAIN_PER_CLASS, val_per_class: int = _VAL_PER_CLASS) -> None:
-    """Draws the dataset into `folder`, in place of anything there, unless it is there whole already.
+    """Draws the dataset into `folder`, in place of anything there, unless the whole dataset is there already.
 
-    The folder appears complete or not at all, whatever kills the process; processes that start at once wait for
-    the one that draws. An image depends on its place alone (split, class, number), not on how many are drawn.
+    The folder appears complete or not at all, whatever kills the process; of processes that start at the same time one
+    draws and the others wait. An image depends on its place alone (split, class, number), not on how many are drawn.
     """
     per_class = {"train": train_per_class, "val": val_per_class}
     if _is_whole(folder, per_class):
@@ -94,7 +94,7 @@ def draw_image(class_index: int, seed: tuple[int, ...]) -> np.ndarray:
     u = x * cos + y * sin + phase_u
     v = y * cos - x * sin + phase_v
     distance = _TEXTURES[class_index](u, v, rng)
-    # Coverage of a pixel by the shape: its edge is about two pixels wide.
+    # Share of each pixel that the shape covers; the shape's edge is about two pixels wide.
     inside = np.clip(distance * np.float32(period / 2) + np.float32(0.5), 0, 1)
 
     colours = _draw_colours(rng)
@@ -126,7 +126,7 @@ def _draw_files(folder: Path, per_class: dict[str, int]) -> None:
         Image.fromarray(image).save(path, quality=80 + number % 16)
         return path.stat().st_size
 
-    # Threads suffice: NumPy and Pillow's encoder let others run while they work.
+    # Threads suffice: NumPy and Pillow's encoder release the GIL while they work.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         num_bytes = sum(pool.map(draw_file, items))
     (folder / _MANIFEST).write_text(json.dumps({"per_class": per_class, "bytes": num_bytes}))
@@ -143,7 +143,7 @@ def _is_whole(folder: Path, per_class: dict[str, int]) -> bool:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock, which the system lets go however the process ends."""
+    """Holds an exclusive lock, which the system releases however the process ends."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -167,7 +167,7 @@ def _draw_colours(rng: np.random.Generator) -> np.ndarray:
 
 
 def _cell(u: np.ndarray) -> np.ndarray:
-    """Place within its period, in [-0.5, 0.5)."""
+    """Position within the period, in [-0.5, 0.5)."""
     return u - np.floor(u) - np.float32(0.5)
 
 

@@ -17,7 +17,7 @@ from pipelines import windows
 
 
 def report() -> str:
-    """The machine, one `name  value` line each, and a verdict on each part of a run."""
+    """What the machine has, and whether each part of a run works on it, as lines of `name  value`."""
     rows: list[tuple[str, str]] = list(environment.versions().items())
     rows.append(("cpu", f"{environment.cpu_name()}, {environment.cpu_count()} cores usable"))
     rows.append(("driver", environment.gpu_driver() or "none"))

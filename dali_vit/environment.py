@@ -50,18 +50,18 @@ def versions() -> dict[str, str]:
 def cache_folder() -> Path:
     """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
 
-    Of a user without a home, as containers have: `dali-vit-<uid>` in the folder for temporary files.
+    For a user without a home, as in containers, it is `dali-vit-<uid>` in the folder for temporary files.
     """
     if given := os.environ.get("DALI_VIT_CACHE"):
         return at_home(given).absolute()
     parent = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if str(parent).startswith("~"):  # a user without a home, as containers have
+    if str(parent).startswith("~"):  # a user without a home, as in containers
         return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
     return parent.absolute() / "dali-vit"
 
 
 def cpu_count() -> int:
-    """Cores this process may use, which a scheduler or a container may have limited, to cores or to a quota of time."""
+    """How many cores this process may use: a scheduler or container may limit them, or the CPU time by a quota."""
     return max(1, int(min(len(usable_cores()), cpu_quota())))
 
 
@@ -71,17 +71,17 @@ def usable_cores() -> set[int]:
 
 
 def machine() -> str:
-    """The same for all processes of a machine, in whatever containers, and for no others: hosts may share a name."""
+    """An id of this machine, the same in all its containers and no other machine's: host names may be shared."""
     return _read_text(Path("/proc/sys/kernel/random/boot_id")) or platform.node()
 
 
 def control_groups() -> str:
-    """The control groups this process is in, a line each; none where the kernel has none."""
+    """The control groups of this process, a line each, as in /proc/self/cgroup; empty if the kernel has none."""
     return _read_text(Path("/proc/self/cgroup"))
 
 
 def quota_holder() -> str:
-    """The same for processes that share a `cpu_quota`: within containers, groups may be called the same."""
+    """An id that processes share if they share a `cpu_quota`: groups of different containers may have the same name."""
     try:
         namespace = os.readlink("/proc/self/ns/cgroup")
     except OSError:
@@ -90,10 +90,10 @@ def quota_holder() -> str:
 
 
 def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Seconds of CPU time a second that control groups grant all their processes together; infinite without a limit.
+    """CPU seconds per second that control groups grant all their processes together; infinite without a limit.
 
-    groups: as `control_groups` has them, by default this process's; root: where their files are. Source: the kernel's
-    cgroup-v2.rst (cpu.max) and, of version 1, sched-bwc.rst (cpu.cfs_quota_us).
+    groups: as `control_groups` returns them, by default this process's; root: the folder of their files. Source: the
+    kernel's cgroup-v2.rst (cpu.max) and, for version 1, sched-bwc.rst (cpu.cfs_quota_us).
     """
     quotas = [math.inf]
     for folder, version in _group_folders("cpu", groups, root):
@@ -109,10 +109,10 @@ def cpu_quota(groups: str | None = None, root: Path = Path("/sys/fs/cgroup")) ->
 def available_memory(
     groups: str | None = None, root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")
 ) -> float:
-    """Bytes that processes of this machine may still take, infinite where it does not say.
+    """Bytes of memory that processes of this machine may still take; infinite if the machine does not tell.
 
-    The least of what the kernel thinks it can free and the limits of control groups, whatever these hold already.
-    groups, root: as in `cpu_quota`. Source: the kernel's cgroup-v2.rst (memory.max) and, of version 1, memory.rst.
+    The least of MemAvailable and the control groups' limits; what the groups already use is not subtracted from these.
+    groups, root: as in `cpu_quota`. Source: the kernel's cgroup-v2.rst (memory.max) and, for version 1, memory.rst.
     """
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read_text(meminfo), re.MULTILINE)
     limits = [1024.0 * int(found[1]) if found else math.inf]
@@ -124,16 +124,16 @@ def available_memory(
 
 
 def _group_folders(controller: str, groups: str | None, root: Path) -> Iterator[tuple[Path, int]]:
-    """Folders of the groups that may limit what a controller grants, innermost first, and the version of each tree."""
+    """Folders of the groups that may limit what a controller grants, innermost first, each with its cgroup version."""
     for controllers, path in _groups_of(controller, control_groups() if groups is None else groups):
-        # A container's own group may be the top of what it sees of the tree.
+        # In a container, the tree that it sees may begin at its own group.
         own = root / controllers / path.strip("/")
         for folder in (own, *own.parents):
             yield folder, 1 if controllers else 2
 
 
 def _groups_of(controller: str, groups: str) -> list[tuple[str, str]]:
-    """Controllers and path of the groups that may limit one of them; version 2 names no controllers."""
+    """Controllers and path of each group that may limit the given controller; version 2 names no controllers."""
     lines = [line.split(":", 2)[1:] for line in groups.splitlines()]
     return [(names, path) for names, path in lines if not names or controller in names.split(",")]
 
@@ -146,7 +146,7 @@ def _read_text(path: Path) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name by Linux, `unknown` where it tells none; elsewhere what `platform` knows."""
+    """The processor's model name as Linux reports it, or `unknown`; on other systems what `platform` knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -168,9 +168,9 @@ def gpu_names() -> list[str]:
 def jpeg_engine(device: torch.device) -> str:
     """Whether a GPU's own JPEG decoder can be used: `usable`, `none known`, or `unusable: ` and why, with the remedy.
 
-    A100, H100 and their successors in data centres have one. nvJPEG reaches it through a library of the driver, which
-    containers do not have unless they ask for it, and does without in silence. Source: libnvjpeg, which loads that
-    library; NVIDIA in CUDALibrarySamples, issue 132.
+    A100, H100 and their successors in data centres have such a decoder. nvJPEG reaches it through a library of the
+    driver, which containers lack unless they ask for it; without that library nvJPEG silently decodes in another way.
+    Source: libnvjpeg, which loads the library; NVIDIA in CUDALibrarySamples, issue 132.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) not in _WITH_JPEG_ENGINE:
         return "none known"
@@ -210,7 +210,7 @@ def git_commit() -> str | None:
 
 
 def _one_line(value: str) -> str:
-    return value.replace("\n", "\\n").replace("\r", "\\r")  # of the command, a path
+    return value.replace("\n", "\\n").replace("\r", "\\r")  # the command or a path may have line breaks
 
 
 def describe_environment() -> str:

@@ -1,4 +1,4 @@
-"""Files by the names that users give them, and files that are there as a whole or not at all."""
+"""Paths as users give them, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["at_home", "dead_link", "file_sha256", "flush", "make_parent", "repla
 
 
 def at_home(path: str | Path) -> Path:
-    """A path whose `~` is the user's home: shells do not see to that within `--flag=~/x`."""
+    """A path with `~` replaced by the user's home: shells do not expand it within `--flag=~/x`."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # of a user that nobody knows
+    except RuntimeError:  # no home is known for the user
         return Path(path)
 
 
 def dead_link(path: str | Path) -> str | None:
-    """What is to be said of a link that leads nowhere, as to a disk that is not mounted; None of anything else."""
+    """The message about a link that leads nowhere, such as to a disk that is not mounted; None for other paths."""
     try:
         os.stat(path)
     except OSError as error:
@@ -35,7 +35,7 @@ def dead_link(path: str | Path) -> str | None:
 
 
 def make_parent(path: Path) -> None:
-    """Makes the folder that a file is to lie in; OSError, in words about that folder, where something else is there."""
+    """Makes the folder that a file is to lie in; NotADirectoryError naming the folder if it is something else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -44,9 +44,9 @@ def make_parent(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Another name beside a file, to write to: what is there when the body is done becomes the file, else it goes.
+    """Yields a temporary path beside a file: what the body writes there replaces the file, or is removed if it fails.
 
-    Of processes that write at once the last one's stays.
+    If several processes write at the same time, the file of the last one stays.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -67,6 +67,6 @@ def flush(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

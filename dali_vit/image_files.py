@@ -19,12 +19,12 @@ __all__ = ["list_images"]
 
 
 def list_images(arguments: Sequence[Path]) -> FileList:
-    """The files, and in the place of a folder all images in it, however deep, by name; labels are indices, int64 [N].
+    """The files, with each folder replaced by all images below it, sorted by name; labels are indices, int64 [N].
 
-    Links are followed, hidden files and folders left out. UserError for what is not there or cannot be listed, and for
-    a folder without images.
+    Links are followed, hidden files and folders left out. UserError for a path that is not there or cannot be listed,
+    and for a folder without images.
     """
-    paths, lengths = bytearray(), array("i")  # never Python's strings of all: they would take several times as much
+    paths, lengths = bytearray(), array("i")  # Python strings of all paths would take several times as much
     for given in arguments:
         check_local(given)
         argument = at_home(given)
@@ -47,11 +47,11 @@ def _images_of(argument: Path) -> Iterator[str]:
         return _walk(str(argument), ())
     if not argument.is_file():
         raise UserError(f"{argument}: no such image file")
-    return iter((str(argument),))  # whatever it is called
+    return iter((str(argument),))  # whatever its suffix
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-    """above: the real paths of the folders that it lies in, to which a link may lead back."""
+    """Images below a folder; above: real paths of the folders around it, as a link may lead back to one of them."""
     here = os.path.realpath(folder)
     if here in above:
         return

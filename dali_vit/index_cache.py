@@ -1,8 +1,8 @@
 """The listing of a large image folder, kept beside the images so that a run need not list it again.
 
-An index is good for as long as every class folder's times of change are those it was made at: a file that comes,
-goes or is renamed changes them, and the time of the last status change cannot be set back by a program that copies
-files. What is in a file does not matter to an index. It is a plain .npz whose checksums are verified as it is read.
+An index is valid as long as every class folder has the times of change that it had when the index was made: adding,
+removing or renaming a file changes them, and a program that copies files cannot set back the time of the last status
+change. The contents of files do not matter to an index. It is a plain .npz whose checksums are verified on reading.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INDEX = ".dali-vit-index.npz"
 _VERSION = 1
 # Below this many images, listing takes no longer than reading an index.
 _MIN_IMAGES = 10_000
-# File systems note times as coarsely as this: of a folder that changed so recently, a further change may not show.
+# File systems may record times this coarsely: a folder that changed so recently may change again at the same time.
 _SETTLED_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ class Listing:
     """The images of all classes."""
 
     names: np.ndarray
-    """`class/file` of each image behind a zero byte, ordered by class and name, uint8."""
+    """`class/file` of each image, with a zero byte before each, ordered by class and name, uint8."""
     counts: np.ndarray
     """Images of each class, int64 [classes]."""
 
 
 def stamps(folders: Sequence[str], pool: Executor) -> np.ndarray | None:
-    """Times of change of each folder in ns, int64 [folders, 2]; None where one cannot be looked at."""
+    """Times of the last modification and status change of each folder in ns, int64 [folders, 2]; None if stat fails."""
 
     def stamp(folder: str) -> tuple[int, int]:
         status = os.stat(folder)
@@ -63,7 +63,7 @@ def stamps(folders: Sequence[str], pool: Executor) -> np.ndarray | None:
 
 
 def load(folder: Path, classes: Sequence[str], times: np.ndarray | None, suffixes: Sequence[str]) -> Listing | None:
-    """The listing kept of a folder; None, after a line in the log, where it is of no use any more."""
+    """The listing that was kept of a folder; None if there is none or, with a line in the log, if it is not valid."""
     if times is None:
         return None
     for path in (folder / INDEX, _elsewhere(folder)):
@@ -87,7 +87,7 @@ def save(
 ) -> None:
     """Keeps a listing beside the images or, where that is not allowed, in the user's cache.
 
-    Nothing is kept of a small folder, nor of one that changed a moment ago.
+    No index is kept of a small folder, nor of a folder that changed a moment ago.
     """
     count = int(listing.counts.sum())
     if times is None or count < _MIN_IMAGES or times.max() > time.time_ns() - _SETTLED_SECONDS * 1e9:
@@ -115,7 +115,7 @@ def save(
 def _outdated(
     columns: dict[str, np.ndarray], classes: Sequence[str], times: np.ndarray, suffixes: Sequence[str]
 ) -> str | None:
-    """Why an index is of no use; None if it is good."""
+    """Why an index is not valid; None if it is."""
     if columns["rule"].tobytes() != _rule(suffixes).encode():
         return "was made by another version"
     before = os.fsdecode(columns["classes"].tobytes()).split("\0")
@@ -147,7 +147,7 @@ def _elsewhere(folder: Path) -> Path:
 
 
 def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """In one piece: of processes that write at once, the last one's stays, and readers see a whole one."""
+    """Writes an index in one piece: readers see a whole one; of processes that write at once, the last one's stays."""
     with replacing(path) as temporary, temporary.open("xb") as file:
         np.savez(file, allow_pickle=False, **columns)
 

@@ -1,4 +1,4 @@
-"""What is wrong with encoded images: Pillow reads their headers, and they are decoded by DALI, as they are to train."""
+"""What is wrong with encoded images: Pillow reads their headers, and DALI decodes them, as it does for training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ KINDS = {
     "floats": "has floats for pixels, of which those above 1 become white: look at it with `preview`",
     "other format": "is decoded as what it is",
 }
-"""Everything that is reported, and what it means."""
+"""Every kind of problem that is reported, and what it means."""
 
 _HARMLESS = ("CMYK", "floats", "other format")
 
@@ -74,7 +74,7 @@ class Problem:
 
     @property
     def hurts(self) -> bool:
-        """Whether training or its evaluation is the worse for it."""
+        """Whether it makes training or its evaluation worse."""
         return self.kind not in _HARMLESS
 
 
@@ -101,8 +101,8 @@ class _InMemory:
 
 
 def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tuple[str, str]], bool]:
-    """Kind and detail of everything wrong with an encoded image that is known without decoding it, and whether it may
-    be decoded: not if it is no image or too large."""
+    """Kind and detail of each problem that shows without decoding the image, and whether the image may be decoded: not
+    if it is empty, too large, or has no header of a format that DALI decodes."""
     if not data:
         return [("empty", "0 bytes")], False
     try:
@@ -115,7 +115,7 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         return [("too large", one_line(error))], False
     except MemoryError:
         raise
-    except Exception as error:  # each format's parser has its own
+    except Exception as error:  # each format's parser raises its own
         return [("damaged", one_line(error))], False
     with image:
         kind = "JPEG" if image.format == "MPO" else image.format
@@ -135,7 +135,7 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
 
 
 def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
-    """Which of the encoded images DALI does not decode, rising; UserError where it decodes none, good or bad."""
+    """Indices of the images that DALI does not decode, rising; UserError if it does not decode good ones either."""
     make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=num_threads)
     with _no_messages():
         failed = [i for i, decodes in probe.try_samples(_InMemory(images), make) if not decodes]
@@ -146,7 +146,7 @@ def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
 
 @contextmanager
 def _no_messages() -> Iterator[None]:
-    """Keeps from the terminal what the decoders' libraries print of single images without naming them."""
+    """Suppresses the messages that the decoders' libraries print about images without naming them."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         with _stderr_to(nowhere):
@@ -157,7 +157,7 @@ def _no_messages() -> Iterator[None]:
 
 @contextmanager
 def no_messages_beside_ours() -> Iterator[None]:
-    """Keeps them from the terminal where a DecodeError ends the block, which names the image; else they come late."""
+    """Holds back the libraries' messages until the block ends; a DecodeError, which names the image, drops them."""
     kept = os.memfd_create("stderr")
     try:
         with _stderr_to(kept):
@@ -173,7 +173,7 @@ def no_messages_beside_ours() -> Iterator[None]:
 
 @contextmanager
 def _stderr_to(descriptor: int) -> Iterator[None]:
-    """Of libraries, too, which know nothing of `sys.stderr`."""
+    """Redirects what is written to stderr, also by libraries, which know nothing of `sys.stderr`."""
     sys.stderr.flush()
     stderr = os.dup(2)
     try:
@@ -186,7 +186,7 @@ def _stderr_to(descriptor: int) -> Iterator[None]:
 
 
 def why_undecodable(data: bytes) -> tuple[str, str]:
-    """Kind and detail of an image that DALI does not decode, by what Pillow says to it; MemoryError for lack of it."""
+    """Kind and detail of an image that DALI does not decode, by Pillow's error; MemoryError if memory runs out."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()

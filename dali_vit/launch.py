@@ -1,4 +1,4 @@
-"""How --gpus starts one process a GPU, and starts them again when one has died."""
+"""How --gpus starts one process a GPU, and starts all of them again when one has died."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped in order, to be started again
 
 
 def hang_up_is_ignored() -> bool:
-    """Whether this process was told not to mind when its terminal is closed, as by `nohup`."""
+    """Whether this process ignores the closing of its terminal (SIGHUP), as under `nohup`."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int:
     """Runs `dali-vit ARGV` in worker processes under torch's elastic launcher; returns the exit code.
 
-    When a worker dies (killed, out of memory, an exception) all are started again, up to `max_restarts` times:
-    they go on from the last checkpoint. A mistake of the user (exit code 2) or a stop that was asked for (75) is
-    not tried again.
+    When a worker dies (killed, out of memory, an exception), all workers are started again, up to `max_restarts`
+    times, and go on from the last checkpoint. A mistake of the user (exit code 2) and a stop that was asked for (75)
+    are not tried again.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     for attempt in range(max_restarts + 1):
         try:
-            # Restarts are ours, because torch's would also repeat a mistake of the user.
-            # After a failure --no-resume would refuse what this very run has written; the last of the flags counts.
+            # Workers are restarted here and not by torch, which would also repeat a mistake of the user.
+            # After a failure, --no-resume would refuse what this very run wrote; --resume comes later, so it counts.
             code = _start(num_processes, ["-m", "dali_vit", *argv, *(["--resume"] if attempt else [])])
         except SignalException:
             return REQUEUE
@@ -45,10 +45,10 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
 
 
 def launch_once(num_processes: int, program: Sequence[str]) -> int:
-    """Runs what keeps no checkpoints to go on from, a script or `-m MODULE` with arguments, in worker processes.
+    """Runs a program that keeps no checkpoints (a script or `-m MODULE`, with arguments) in worker processes, once.
 
-    Returns its exit code: that of the first worker to fail, 1 where a signal killed it; 128 + the signal that this
-    process was told to stop by.
+    Returns 0, or the exit code of the first worker to fail (1 if a signal killed it), or 128 + the signal that told
+    this process to stop.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -60,16 +60,20 @@ def launch_once(num_processes: int, program: Sequence[str]) -> int:
 
 
 def _start(num_processes: int, program: Sequence[str]) -> int:
-    """Exit code of the first worker to fail, which is named unless the mistake is the user's; 0 where all are done."""
+    """Runs a program in worker processes; returns the exit code of the first worker to fail, or 0.
+
+    Logs which worker that was, unless it ended by a mistake of the user (2) or a stop that was asked for (75).
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
-    # Seconds that workers have to write a checkpoint, of torch 2.15; 30 by default, and in older versions always.
+    # Seconds that workers have to write a checkpoint. torch 2.15 reads it (default: 30); older versions always give 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is told here
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below
     signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
-    launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]  # no server need know us
+    # By its address: no name server need know this machine.
+    launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
     try:
         main([*launcher, f"--signals-to-handle={','.join(signals)}", *program])
     except ChildFailedError as error:

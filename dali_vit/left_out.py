@@ -16,7 +16,7 @@ __all__ = ["check_share", "of_all_ranks", "still_bad"]
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 60.0  # for trying them again: launchers and other nodes wait
+_SECONDS = 60.0  # for trying left-out images again, while launchers and other nodes wait
 
 
 def of_all_ranks(loader_states: Iterable[dict[str, Any]]) -> list[int]:
@@ -27,9 +27,10 @@ def of_all_ranks(loader_states: Iterable[dict[str, Any]]) -> list[int]:
 def still_bad(
     loader_states: Iterable[dict[str, Any]], dataset: datasets.Dataset, config: Config, group: Group
 ) -> list[int]:
-    """Those that still are when a run goes on: a file may have been mended, or a disk was away for a moment.
+    """Indices of the left-out samples that still cannot be decoded when a run goes on, rising.
 
-    Collective, and the same on all ranks, which share the work.
+    A file may have been mended, or a disk may have been away for a moment. Collective: the ranks share the work, and
+    all get the same result.
     """
     before = of_all_ranks(loader_states)
     if not before:
@@ -49,7 +50,7 @@ def still_bad(
 
 
 def check_share(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
-    """UserError, on every rank alike, once the ranks together have found more than the allowed share."""
+    """UserError, on every rank alike, if the ranks together have found more bad samples than the allowed share."""
     count = len(dataset.split("train"))
     if len(bad_samples) > datasets.most_allowed(config.data.max_bad_share, count):
         raise UserError(

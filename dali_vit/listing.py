@@ -41,7 +41,7 @@ __all__ = [
     "without_images",
 ]
 
-# What DALI's decoders take on both devices (GIF is not among them); any case.
+# Formats that DALI decodes on both devices (not GIF); suffixes count in upper and lower case.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".pbm", ".jp2")
 
 LEFT_OUT = {
@@ -50,10 +50,10 @@ LEFT_OUT = {
 }
 """Why files of a class folder are not taken, and what to do about it."""
 
-# Where train/ and val/ lie in Kaggle's archive of ImageNet, and below its uppermost folder.
+# Where train/ and val/ lie in Kaggle's archive of ImageNet, as seen from outside and from its top folder ILSVRC/.
 _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
-# Listing and peeking wait for the file system, which on a network answers many requests at once.
+# Threads that list folders and look at files: they wait for the file system, and a network's answers many at once.
 IO_THREADS = 16
 
 
@@ -63,22 +63,22 @@ def is_image(name: str) -> bool:
 
 
 def utf8_name(name: str) -> str:
-    """A folder's name as class names are recorded: its bytes as UTF-8, whatever the locale has the system's names in.
+    """The class name for a folder's name: its bytes read as UTF-8, whatever encoding the locale gives to file names.
 
-    Else a model trained in one locale would have other classes than its data in another.
+    Otherwise a model trained in one locale would have other classes than its data in another locale.
     """
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def folder_name(name: str) -> str:
-    """The inverse of `utf8_name`: how the folder of a class is called in a path that this process is to open."""
+    """The inverse of `utf8_name`: the name of a class's folder, in a path that this process is to open."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def scan(folder: Path | str, *, folders: bool, dead_links: bool = False) -> list[str]:
-    """Sorted names of the subfolders, or of the images, that are not hidden; UserError if it cannot be listed.
+    """Sorted names of a folder's subfolders or of its images, without hidden ones; UserError if it cannot be listed.
 
-    dead_links: links that lead nowhere may be there and are passed over; else, as each may be a subfolder, UserError.
+    dead_links: skip links that lead nowhere when listing subfolders; else UserError, as each may be a subfolder.
     """
     try:
         with os.scandir(folder) as entries:
@@ -103,7 +103,7 @@ def class_names(folder: Path) -> list[str]:
     """Sorted names of the class folders, in UTF-8; UserError if there are none."""
     names = sorted(map(utf8_name, scan(folder, folders=True)))
     if not names:
-        if any(folder.glob("shard-*.tar")):  # of a set that `prepare` made, whose manifest would have been read
+        if any(folder.glob("shard-*.tar")):  # a set that `prepare` made, without the manifest that is read first
             lost = f"{folder} has shards, but {folder.parent / 'dataset.json'} is not there"
             raise UserError(f"{lost}: copy the set again with all its files, or prepare it again")
         flat = scan(folder, folders=False)
@@ -117,9 +117,9 @@ def class_names(folder: Path) -> list[str]:
 
 
 def other_val(root: Path) -> str | None:
-    """The folder that may be meant where there is no val/: `validation`, `valid`, `test` or `Val`; None of others.
+    """Name of the folder that may be meant where there is no val/: `Val`, `validation`, `valid` or `test`; else None.
 
-    `test` only if it has folders: ImageNet's test images have no classes.
+    `test` counts only if it has folders: ImageNet's test images have no classes.
     """
     if (root / "val").exists():
         return None
@@ -134,11 +134,11 @@ def other_val(root: Path) -> str | None:
 
 
 def list_split(folder: Path, classes: Sequence[str], *, some_empty: bool = False) -> FileList:
-    """Images of `folder/<class>/`, ordered by class and name; UserError as of `check_no_empty`, unless some_empty."""
+    """Images of `folder/<class>/`, ordered by class and name; UserError of `check_no_empty` unless some_empty."""
     names = [folder_name(name) for name in classes]
     with ThreadPoolExecutor(IO_THREADS) as pool:
         paths = [os.path.join(folder, name) for name in names]
-        stamps = index_cache.stamps(paths, pool)  # before the listing: a change in between shows the next time
+        stamps = index_cache.stamps(paths, pool)  # before the listing, so a change in between shows the next time
         listing = index_cache.load(folder, names, stamps, IMAGE_SUFFIXES)
         if listing is None:
             listed = pool.map(_list_class, paths)
@@ -164,9 +164,9 @@ class LeftOut:
 
 
 def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
-    """What `list_split` leaves out of the folders of classes; hidden and linked folders in them are not looked into.
+    """Files in class folders that `list_split` leaves out; hidden and linked folders in them are not looked into.
 
-    classes: paths that end in the names of classes.
+    classes: paths of the class folders, with the class name in place of the folder's name.
     """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -216,7 +216,7 @@ def check_root(root: Path, folder: str) -> None:
         raise UserError(dead_link(root) or absent)
     if not root.is_dir():
         raise UserError(f"{root} is a file: give the folder that holds train/<class>/* and val/<class>/*")
-    for place in (root / folder, root / "val"):  # no run is to do without val because a disk is not mounted
+    for place in (root / folder, root / "val"):  # a run must not do without val because a disk is not mounted
         if fault := dead_link(place):
             raise UserError(fault)
     if (root / folder).is_dir():
@@ -245,8 +245,8 @@ def check_root(root: Path, folder: str) -> None:
 
 
 def kind_of_archives(names: Iterable[str]) -> str | None:
-    """What holds a data set's images, by names relative to its root: `ilsvrc` (tars in the root itself), `parquet`,
-    `tfrecord`, `webdataset`; None where they lie in folders."""
+    """Kind of the files that hold a data set's images, from file names relative to its root: `ilsvrc` (tars in the root
+    itself), `parquet`, `tfrecord` or `webdataset`; None if there are none, as in an image folder."""
     names = list(names)
     if any(re.fullmatch(r"ILSVRC2012_img_(train|val)\.tar", name) for name in names):
         return "ilsvrc"
@@ -258,7 +258,7 @@ def kind_of_archives(names: Iterable[str]) -> str | None:
 
 
 def _how_to_unpack(root: Path, subfolders: Sequence[str]) -> str | None:
-    """What is to be done with archives of images that lie in a folder or its first subfolders; None without any."""
+    """The remedy for archives of images in a folder or its first three subfolders; None if there are none."""
     names = []
     for subfolder in ("", *subfolders[:3]):
         with suppress(OSError):
@@ -270,15 +270,15 @@ def _how_to_unpack(root: Path, subfolders: Sequence[str]) -> str | None:
 
 
 def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:
-    """Raises UserError, with the names, where classes have no images; counts: of each class, int64 [classes].
+    """Raises UserError, with their names, if classes have no images; counts: images of each class, int64 [classes].
 
-    In val/ a class may have an empty folder, as long as others have images.
+    In val/ a class may have an empty folder, as long as another class has images.
     """
     empty = without_images(classes, counts)
     if not empty:
         return
     fault = f"{folder} has classes without images ({some(empty)})"
-    for files in left_out(folder / name for name in empty):  # nobody is to be told to remove what may be images
+    for files in left_out(folder / name for name in empty):  # users must not be told to remove what may be images
         where = files.kind.replace("other", "of another")
         raise UserError(f"{fault} but with files {where}, such as {files.example}: {LEFT_OUT[files.kind]}")
     if folder.name != "val" or not counts.any():
@@ -286,12 +286,12 @@ def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> 
 
 
 def without_images(classes: Sequence[str], counts: np.ndarray) -> list[str]:
-    """Names of the classes that have none; counts: of each class, int64 [classes]."""
+    """Names of the classes without images; counts: images of each class, int64 [classes]."""
     return [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
 
 
 def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
-    """Raises UserError, with the names, where the splits differ in their classes."""
+    """Raises UserError, with the names, if one split has classes that the other lacks."""
     faults = [
         f"{len(names)} missing from {where}/ ({some(sorted(names))})"
         for names, where in [(set(train) - set(val), "val"), (set(val) - set(train), "train")]

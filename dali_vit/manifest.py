@@ -1,4 +1,4 @@
-"""What `prepare` says of a set it made: `dataset.json`, written last, and an index of each split's samples.
+"""What `prepare` records of a set it made: `dataset.json`, written last, and an index of each split's samples.
 
 ```
 dataset.json        the manifest: a folder that has one is whole
@@ -6,8 +6,8 @@ train.index.npz     (shards, index) where every sample lies, in the order of lab
 train/shard-000000.tar, shard-000000.idx, ... (shards) or train/<class>/* (folder) or nothing (index)
 val...
 ```
-The order is that of an image folder's listing, so a set is trained on in the same order, with the same
-augmentation and the same minival, whatever its layout.
+The order is that of an image folder's listing, so training sees a set in the same order, with the same augmentation
+and the same minival, whatever the set's layout.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Shard:
     """One shard of a split."""
 
     file: str
-    """Path below the set's folder, or absolute where the set only refers to it."""
+    """Path below the set's folder, or absolute if the set only refers to the file."""
     samples: int
     bytes: int
     """Size of the file."""
     sha256: str | None
-    """None for a file that was there before: it was not read as a whole."""
+    """None for a file of the source, which prepare did not read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Split:
 
     count: int
     bytes: int
-    """Bytes of the encoded images, without what holds them."""
+    """Bytes of the encoded images alone, without the tars or records around them."""
     index_sha256: str | None = None
     """Checksum of the split's index, where there are shards."""
     shards: tuple[Shard, ...] = ()
 
     @property
     def mean_bytes(self) -> float:
-        """Bytes of an encoded image in the mean; 0 for a split without images."""
+        """Mean bytes of an encoded image; 0 for a split without images."""
         return self.bytes / self.count if self.count else 0.0
 
 
@@ -112,7 +112,7 @@ def made_up_name(shard: str, offset: int) -> str:
 
 
 def is_made_up(name: str) -> bool:
-    """Whether `made_up_name` gives such names."""
+    """Whether a name looks like those that `made_up_name` gives."""
     return _MADE_UP.fullmatch(name) is not None
 
 
@@ -159,8 +159,8 @@ def save_index(path: Path, samples: ShardList) -> str:
 def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
     """The samples of a split that lies in shards.
 
-    Raises UserError where a shard or the index is not there as the manifest has it; the contents of shards are
-    left to `verify`.
+    Raises UserError if a shard's size or the index's checksum is not the manifest's, or one of them is missing; the
+    contents of shards are left to `verify`.
     """
     entry = manifest.splits[split]
     index = root / f"{split}.index.npz"
@@ -184,7 +184,7 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
 
 
 def _fault(path: Path, size: int) -> str | None:
-    """Why a shard cannot be the one of so many bytes that the manifest has."""
+    """Why a shard cannot be the file of that many bytes that the manifest names; None if it can."""
     try:
         found = path.stat().st_size
     except OSError as error:

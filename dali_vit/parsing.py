@@ -1,4 +1,4 @@
-"""From a command's flags to its dataclass, by tyro: what a recipe supplies, and a mistake as a UserError."""
+"""Turns a command's flags into its dataclass with tyro: recipes supply defaults, mistakes become UserErrors."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _OTHERS = {
     "--num-classes": "the classes are those of --data",
     **dict.fromkeys(("--pretrained", "--initial-checkpoint", "--finetune"), "every run starts from scratch"),
 }
-"""What is here in place of flags that timm's and big_vision's scripts, or others, have."""
+"""Flags of timm's, big_vision's and other scripts, and the hint at what dali-vit has in their place."""
 _UNRECOGNIZED = "Unrecognized options: "
 
 
 def parse_train(argv: list[str]) -> tuple[Config, bool]:
-    """The resolved Config and whether it is only to be printed."""
+    """The resolved Config, and whether it is only to be printed."""
     print_config = "--print-config" in argv
     given = [argument for argument in argv if argument != "--print-config"]
     argv = expand(given)
@@ -75,8 +75,11 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
 
 
 def named_recipe(argv: list[str]) -> Config:
-    """The settings of the recipe that the flags name, or of the default one, without those that a flag takes away:
-    --steps the epochs, --model the size of the recipe's own model, or all that is not for models of timm."""
+    """The settings of the recipe that the flags name, or of the default one, without those that another flag replaces.
+
+    --steps replaces the epochs; --model the size of the recipe's own model, or, if it names one of timm's, all settings
+    of the model.
+    """
     recipe, model = _value(argv, "--recipe"), _value(argv, "--model")
     defaults = recipes.get(Config().run.recipe if recipe is None else recipe)
     epochs, steps = (_value(argv, flag) not in (None, "None") for flag in ("--epochs", "--steps"))
@@ -92,7 +95,7 @@ def named_recipe(argv: list[str]) -> Config:
 
 
 def _value(argv: list[str], flag: str) -> str | None:
-    """What is given for a flag, the last time; None without it, or where nothing follows, which the parser tells."""
+    """The last value given for a flag; None without the flag, or if no value follows, which the parser reports."""
     value = None
     for argument, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, own = argument.partition("=")
@@ -124,7 +127,7 @@ def parse(
 
 
 def _check_no_empty(argv: list[str]) -> None:
-    """UserError for what a shell makes of a variable that is not set; as a path it would be the working directory."""
+    """UserError for an empty value, which a shell makes of an unset variable: as a path it is the working directory."""
     for before, argument in itertools.pairwise(["", *argv]):
         flag, equals, value = argument.partition("=")
         if not argument or (flag.startswith("--") and equals and not value):
@@ -134,14 +137,15 @@ def _check_no_empty(argv: list[str]) -> None:
 
 @contextlib.contextmanager
 def stdout_may_be_full() -> Iterator[None]:
-    """A refusal of what is printed meanwhile as a UserError, where the user can mend it."""
+    """Turns an OSError of printing to stdout in the block into a UserError, if the user can mend it."""
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()  # of --help, else the end of the process would
+            sys.stdout.flush()  # --help; else it would be flushed, and fail, only as the process ends
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps the end from writing to it again
+        # Else the process would write to the full disk again as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         error.filename = "stdout"
         raise mendable(error) or error from None
 
@@ -164,7 +168,7 @@ def _one_line(box: str, command: str, argv: list[str]) -> str:
 
 
 def _what_instead(unknown: str, argv: list[str]) -> str | None:
-    """What others' habits tell of the arguments that are none of ours, of which the parser breaks lines."""
+    """A hint for arguments that other programs have but not this one; unknown: the parser's list, with line breaks."""
     joined = "".join(unknown.split())
     flags = {flag: _OTHERS[flag] for argument in argv if (flag := argument.partition("=")[0]) in _OTHERS}
     if len(flags) == 1 and joined.startswith(tuple(flags)):

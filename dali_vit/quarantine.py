@@ -19,11 +19,11 @@ from dali_vit.validation import check_local
 __all__ = ["LIST", "check_quarantine", "move_aside"]
 
 LIST = "quarantined.tsv"
-"""File in the quarantine folder, a line a problem: path before, kind, detail."""
+"""File in the quarantine folder, a line for each moved image: its path before, kind and detail of its problem."""
 
 
 def check_quarantine(root: Path, quarantine: Path) -> None:
-    """UserError for a folder that nothing of the set at `root` can be moved to."""
+    """UserError for a folder to which images of the set at `root` cannot be moved."""
     check_local(quarantine, "--quarantine")
     folder = at_home(quarantine).absolute()
     resolved = folder.resolve()
@@ -35,8 +35,8 @@ def check_quarantine(root: Path, quarantine: Path) -> None:
 
 
 def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
-    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to its list; returns how many
-    problems went with them. An image of train that links in val lead to stays, as val would lose it."""
+    """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to the list there; returns how many
+    of the problems were theirs. A training image to which links in val lead stays, as val would lose it, too."""
     moved = {problem.path: problem for problem in problems if problem.hurts and problem.kind != "shared"}
     if not moved:
         return 0
@@ -45,7 +45,7 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
             for path, problem in moved.items():
-                if not os.path.lexists(path):  # moved already, under another name of a class folder that is linked
+                if not os.path.lexists(path):  # moved already, by another path through a link to its class folder
                     continue
                 target = folder / os.path.relpath(path, root)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
 
 
 def _size(path: str) -> int:
-    """Bytes of a file; 0 of a link that leads nowhere."""
+    """Size of a file in bytes; 0 for a link that leads nowhere."""
     try:
         return os.path.getsize(path)
     except OSError:
@@ -77,7 +77,7 @@ def _size(path: str) -> int:
 
 
 def _move(path: str, target: Path) -> None:
-    """Moves a file; a link by itself, so that it leads to where it did. Where it has to stay there is no copy of it."""
+    """Moves a file; a link is moved itself, and leads to the same place. If the move fails, no copy is left behind."""
     try:
         if os.path.islink(path):
             os.symlink(os.path.join(os.path.dirname(path), os.readlink(path)), target)
@@ -92,12 +92,12 @@ def _move(path: str, target: Path) -> None:
 
 
 def _one_field(text: str) -> str:
-    """Without what parts fields and lines, as names of files may have it."""
+    """Escapes what separates fields and lines, as file names may contain it."""
     return text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
 
 
 def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) -> None:
-    """Takes images that are gone out of the manifest of a prepared folder."""
+    """Subtracts images that are gone from the counts in a prepared folder's manifest."""
     manifest = read_manifest(root)
     if manifest is not None:
         gone = Counter(problem.split for path, problem in moved.items() if not os.path.exists(path))

@@ -74,7 +74,7 @@ class _Store:
         self._transfer = TransferConfig(max_concurrency=8)
         settings = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
         session = boto3.session.Session()
-        # An endpoint in the environment or in AWS's configuration counts more than Google's.
+        # An endpoint in the environment or in AWS's configuration takes precedence over Google's.
         named = session.client("s3", config=settings, region_name=session.region_name or "us-east-1")
         endpoint = _SCHEMES[scheme]
         if endpoint and named.meta.endpoint_url.endswith("amazonaws.com"):
@@ -85,7 +85,7 @@ class _Store:
         return f"{self.prefix}/{path}" if self.prefix else path
 
     def read(self, path: str) -> bytes:
-        """A small file."""
+        """Bytes of a small file."""
         return self._ask(path, lambda: self._client.get_object(Bucket=self.bucket, Key=self.key(path))["Body"].read())
 
     def copy(self, path: str, to: Path, progress: Callable[[int], None]) -> None:
@@ -115,12 +115,12 @@ class _Store:
 
 
 def fetch(uri: str, splits: tuple[str, ...]) -> Path:
-    """Copies what these splits of a set need to this machine, as far as it is not there, and returns its folder.
+    """Copies the files of these splits to this machine, except those that are there, and returns the copy's folder.
 
     The copy lies in the cache folder (`environment.cache_folder`), under a name that changes
-    with the set's manifest. Files appear there when they are whole and have the manifest's checksums; what was
-    interrupted goes on with the missing files. Processes that want the same set wait for the one that copies.
-    Raises UserError for a set that is not there, not of shards or damaged, and for a disk that is too small.
+    with the set's manifest. A file appears there once it is whole and has the manifest's checksum; after an
+    interruption only the missing files are copied. Processes that want the same set wait for the one that copies it.
+    Raises UserError for a set that is missing, damaged or not of shards, and for a disk that is too small.
     """
     store = _Store(uri)
     text = store.read(MANIFEST)
@@ -159,7 +159,7 @@ def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]
 
 
 def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
-    # They are whole when they get their names; but what tidies caches may cut a file short instead of removing it.
+    # Files are whole when they get their names, but programs that tidy caches may cut a file short, not remove it.
     missing = [file for file in files if not _is_there(root / file.path, file.bytes)]
     if not missing:
         return
@@ -206,7 +206,7 @@ def _copy_file(store: _Store, root: Path, file: _File, progress: Callable[[int],
 
 
 def _place(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first: under its own it is whole."""
+    """Writes a file under a temporary name first, so that under its own name it is always whole."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         write(temporary)

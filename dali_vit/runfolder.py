@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_locks: dict[Path, int] = {}  # folders as they were called, and descriptors of what was locked
-_moves: dict[Path, Path] = {}  # where those were found that were warned of
+_locks: dict[Path, int] = {}  # run folders by their first names, and the descriptors that were locked
+_moves: dict[Path, Path] = {}  # run folders by their first names, and the new names that were warned of
 
-PROFILE_AFTER = 10  # steps: compilation and the first fills of the queues are no part of a trace
+PROFILE_AFTER = 10  # steps: a trace leaves out compilation and the first filling of the queues
 
 
 def check_own(config: Config) -> None:
-    """UserError for a folder that holds files by the names of a run's, and is none."""
+    """UserError for a folder that is no run's, but has files that a run would overwrite."""
     marks = ("checkpoints", "metrics.jsonl")
     if any((config.run_dir / name).exists() for name in marks) or _is_config(config.run_dir / "config.yaml"):
         return
@@ -44,7 +44,7 @@ def check_own(config: Config) -> None:
 
 
 def _is_config(path: Path) -> bool:
-    """Whether `to_yaml` may have written it, if only in part, as on a disk that was full."""
+    """Whether `to_yaml` may have written this file, if only in part, as on a full disk."""
     try:
         text = path.read_bytes()
     except OSError:
@@ -53,14 +53,14 @@ def _is_config(path: Path) -> bool:
 
 
 def write_run_files(config: Config, *, anew: bool = False) -> None:
-    """Writes config.yaml and env.txt; UserError where the folder, or that of the checkpoints, cannot be written to.
+    """Writes config.yaml and env.txt; UserError if the run's folder, or its checkpoints/, cannot be written to.
 
-    anew: the run begins from scratch, and what a run before it has logged there is set aside under other names.
+    anew: the run begins from scratch, so the files that an earlier run logged in this folder are renamed.
     """
     checkpoints = config.run_dir / "checkpoints"
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        for folder in (config.run_dir, checkpoints):  # else it shows after hours
+        for folder in (config.run_dir, checkpoints):  # now, as else it would show only after hours
             if fault := dead_link(folder):
                 raise UserError(f"--runs-dir {config.run.runs_dir}: {fault}")
             if folder.exists() and not folder.is_dir():
@@ -71,13 +71,13 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         if anew:
             _set_aside(config.run_dir)
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
-            (config.run_dir / name).write_bytes(text.encode(errors="surrogateescape"))  # as names are bytes
+            (config.run_dir / name).write_bytes(text.encode(errors="surrogateescape"))  # paths may be any bytes
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
 
 
 def _set_aside(run_dir: Path) -> None:
-    """Renames metrics.jsonl and what belongs to it to metrics.jsonl.1 and so on, if anything was logged."""
+    """Renames metrics.jsonl, config.yaml and env.txt to metrics.jsonl.1 and so on, if anything was logged."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists() or not metrics.stat().st_size:
         return
@@ -101,9 +101,9 @@ def _unwritable(config: Config, error: OSError) -> str:
 
 @contextmanager
 def locked(config: Config, group: Group) -> Iterator[None]:
-    """Keeps other processes from running the same run; UserError, on every rank, where one already does.
+    """Keeps other processes from running the same run; UserError, on every rank, if another process already does.
 
-    The lock is the kernel's: it goes with the process that holds it, however that ends.
+    The lock is the kernel's, so it is released when the process that holds it ends, in whatever way.
     """
     with ExitStack() as held:
         together(lambda: _lock(config, held) if group.is_main else None)
@@ -129,16 +129,16 @@ def _lock(config: Config, held: ExitStack) -> None:
 
 
 def current(config: Config) -> Path:
-    """The run's folder, where it is now that it may have been moved or renamed, which is warned of each time.
+    """The present path of the run's folder, which may have been moved or renamed; a warning is logged for each move.
 
-    By its old name another run may have a folder meanwhile. Where it was removed, the old name.
+    Another run may meanwhile have a folder of the old name. The old path is returned if the folder was removed.
     """
     descriptor = _locks.get(config.run_dir)
     if descriptor is None or _is_open_as(config.run_dir, descriptor):
         return config.run_dir
     try:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return config.run_dir
     if not _is_open_as(path, descriptor):
         return config.run_dir
@@ -149,7 +149,7 @@ def current(config: Config) -> Path:
 
 
 def following(config: Config, write: Callable[..., T]) -> Callable[..., T]:
-    """`write` with the run's folder as its argument run_dir, called again where the folder is moved meanwhile."""
+    """`write` with the run's folder as argument run_dir; called again if it fails because the folder was moved."""
 
     def anew(**arguments: Any) -> T:
         while True:
@@ -171,7 +171,7 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
 
 
 def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
-    """The first augmented images of a run: to TensorBoard and to samples/train.png; a warning where that fails."""
+    """Logs the first augmented images of a run to TensorBoard and samples/train.png; a warning if the file fails."""
     grid = image_grid(images)
     writer.image("samples/train", grid, 0)
     try:
@@ -188,8 +188,8 @@ class _NoProfiler:
 
 @contextmanager
 def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
-    """A profiler whose `step` is called after each of the steps; it writes --profile of them as a trace for TensorBoard
-    and Perfetto into the run's folder `profile/`. Without --profile a profiler that does nothing."""
+    """Yields a profiler whose `step` is to be called after each step. It traces --profile of the steps and writes the
+    trace, for TensorBoard and Perfetto, into `profile/` of the run's folder; without --profile it does nothing."""
     if not (config.run.profile and steps):
         yield _NoProfiler()
         return
@@ -201,7 +201,7 @@ def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
     before = min(PROFILE_AFTER, steps - active)
     warmup = min(2, before)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a run of so few steps leaves none for the profiler to warm up in
+        warnings.simplefilter("ignore")  # the warning that so few steps leave none for the profiler's warm-up
         schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profiler:
         yield profiler

@@ -21,8 +21,8 @@ from dali_vit.distributed import PATIENCE, Group, collective_timeout
 from dali_vit.launch import REQUEUE, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
-_STANDSTILL = 2.0  # seconds that a thread which only sleeps wakes up too late, when the whole process was stopped
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
+_STANDSTILL = 2.0  # seconds: if a thread that only sleeps wakes up this late, the whole process was stopped
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP comes when a terminal is closed
 
 
 class Interrupted(Exception):
@@ -33,11 +33,11 @@ __all__ = ["HUNG", "REQUEUE", "Interrupted", "Stop", "Watchdog"]
 
 
 class Stop:
-    """Whether the run is to stop after this step: a signal came, or its hours are over.
+    """Whether the run is to stop after this step: because a signal came, or because its hours are over.
 
-    The first SIGTERM, SIGINT or SIGHUP is remembered, a second one ends the process at once. All ranks agree on the
-    step: `agreed` is collective, and where that costs something it is asked for every few steps only. The hours begin
-    with `start_clock`.
+    The first SIGTERM, SIGINT or SIGHUP is remembered; a second one ends the process at once. All ranks agree on the
+    step: `agreed` is collective, and on GPUs, where agreeing costs time, the ranks do it only every 10 steps. The hours
+    begin with `start_clock`.
     """
 
     def __init__(self, group: Group, max_hours: float | None, hang_timeout: float) -> None:
@@ -52,15 +52,15 @@ class Stop:
             self._gloo = dist.new_group(backend="gloo", timeout=collective_timeout(hang_timeout))
 
     def start_clock(self) -> None:
-        """Call it before the first step. Were the clock to run during an evaluation that is made up for, one that takes
-        longer than the hours would never end."""
+        """Call it before the first step, but after an evaluation that is made up for: one that takes longer than the
+        hours would never end if the clock ran meanwhile."""
         self._deadline = time.monotonic() + self._seconds
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Handles the signals while the body runs, even while the main thread is held up outside of Python."""
-        # Python runs its handlers in the main thread, which may hang in a read; the wake-up descriptor is written
-        # to by the signal itself, and a thread of our own listens.
+        # Python runs its handlers in the main thread, which may hang in a read. The wake-up descriptor is written to as
+        # the signal arrives, and a thread of our own listens to it.
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         handled = [n for n in _SIGNALS if n != signal.SIGHUP or not hang_up_is_ignored()]
@@ -80,14 +80,14 @@ class Stop:
             while received := receiver.recv(1):
                 if received[0] not in _SIGNALS:
                     continue
-                # A terminal and a launcher may both pass on one Ctrl-C: repeats within a second are the same.
+                # A terminal and a launcher may both pass on one Ctrl-C: repeats within a second count as one.
                 if self._signal is not None and time.monotonic() - self._first > 1:
                     os._exit(128 + received[0])
                 if self._signal is None:
                     self._first, self._signal = time.monotonic(), signal.Signals(received[0]).name
 
     def agreed(self, step: int) -> str | None:
-        """The `reason` to stop after `step` steps, asked for at some of them; None to go on."""
+        """The `reason` to stop after `step` steps, or None to go on; on GPUs the ranks ask only every 10 steps."""
         return None if step % self._every else self.reason()
 
     def reason(self) -> str | None:
@@ -104,9 +104,9 @@ class Stop:
 class Watchdog:
     """Ends a process that makes no progress, naming the stage it hangs in.
 
-    Ranks that merely wait for a hanging one are in the stage "step": they are given half as long again, so that
-    the first to speak is the one that hangs. torch.compile may search for the fastest kernels for half an hour. While
-    the whole process stands still (Ctrl-Z, or a scheduler that suspends jobs) it is not held against it.
+    Ranks that merely wait for a hanging rank are in the stage "step": they are given half as long again, so that the
+    hanging rank reports first. torch.compile may search for the fastest kernels for half an hour. Time in which the
+    whole process stands still (Ctrl-Z, or a scheduler that suspends jobs) does not count.
     """
 
     def __init__(self, group: Group, seconds: float) -> None:

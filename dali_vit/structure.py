@@ -1,4 +1,4 @@
-"""What keeps a set from being trained on before an image is read: told at once by `verify`, one by one by training."""
+"""Faults of a set that show before any image is read: `verify` reports all at once, training stops at the first."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["load_with_faults", "val_without_images"]
 
 
 def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
-    """A set without minival, and why training refuses it: for faults of an image folder's classes, which may be many.
+    """A set without minival, and all faults of an image folder's classes for which training refuses it.
 
-    Of such a folder every class that either split has is loaded. UserError where there is nothing to be listed.
+    From a folder with such faults the classes of both splits are loaded. UserError if nothing can be listed.
     """
     try:
         return load_dataset(data, minival=0), ()
@@ -44,7 +44,7 @@ def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
 
 
 def val_without_images(dataset: Dataset) -> str | None:
-    """What is said of classes that have no images in val; None where all have, or there is no val."""
+    """The message about classes that have no images in val; None if all have some, or if there is no val."""
     if dataset.val is None:
         return None
     classes = dataset.classes

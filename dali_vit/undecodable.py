@@ -1,4 +1,4 @@
-"""Why images that an evaluation or a prediction ends with cannot be used, in the line that names them."""
+"""Why the images that end an evaluation or a prediction cannot be used, added to the error that names them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SHOWN = 3  # as many as other messages name
 
 @contextmanager
 def saying_why(samples: ImageList) -> Iterator[None]:
-    """Turns a DecodeError of samples into one that says of the first three what is wrong with them.
+    """Turns a DecodeError of samples into one that says what is wrong with the first three of them.
 
-    The loader's warnings, which name each without saying why, are kept back.
+    The loader's warnings, which name each sample without saying why, are suppressed.
     """
     log = logging.getLogger("dali_vit.data")
     log.addFilter(_is_of_no_sample)
@@ -56,7 +56,7 @@ def _reason(samples: ImageList, name: str) -> str:
 
 def _fault(data: bytes, name: str) -> tuple[str, str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's of large images and of odd Exif data
+        warnings.simplefilter("ignore")  # Pillow's warnings of large images and odd Exif data
         problems, decodable = inspect_header(data, name, MAX_PIXELS)
         fatal = [problem for problem in problems if not decodable or problem[0] == "too long"]
         return fatal[0] if fatal else why_undecodable(data)

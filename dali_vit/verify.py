@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 _CHUNK = 256  # images that are decoded together, while the next are read
 _SHOWN = 20  # problems of a kind in the log
-_MOST_LINKS = 40  # one after the other; Linux follows no more
+_MOST_LINKS = 40  # from link to link; Linux follows no more
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class VerifyArguments:
     path: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Image folder, or set made by prepare (s3:// too)."""
     quarantine: Path | None = None
-    """Image folders: move what would hurt training into this folder, and list it in quarantined.tsv there."""
+    """Image folders: move images that would hurt training into this folder, and list them in quarantined.tsv there."""
     max_megapixels: float = 100.0
-    """Images of more pixels are not decoded but reported as too large."""
+    """Images of more megapixels are reported as too large, and not decoded."""
     workers: int | None = None
-    """Threads; default: the machine's cores."""
+    """Threads; default: one for each core that the process may use."""
     json: bool = False
     """Print one JSON object instead of a summary."""
 
@@ -68,11 +68,11 @@ class Report:
     problems: tuple[Problem, ...]
     """In the order of the set."""
     quarantined: int = 0
-    """Problems that hurt and were moved aside with their images."""
+    """How many problems hurt and were moved aside with their images."""
     left_out: tuple[LeftOut, ...] = ()
     """Files in class folders that belong to no split: remarks, as they do not hurt training."""
     refused: tuple[str, ...] = ()
-    """Why training refuses the set as it is now, images moved aside: the faults of its classes."""
+    """Faults of the classes for which training refuses the set as it is now, after images were moved aside."""
 
     @property
     def exit_code(self) -> int:
@@ -80,7 +80,7 @@ class Report:
         return 2 if self.refused or sum(problem.hurts for problem in self.problems) > self.quarantined else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `images`, `problems` by kind, `quarantined`, `left_out`, `refused`; `found`, an object each."""
+        """Plain values: `images`, `problems` by kind, `quarantined`, `found` (each problem), `left_out`, `refused`."""
         kinds = Counter(problem.kind for problem in self.problems)
         return {
             "images": self.counts,
@@ -139,12 +139,12 @@ def verify(arguments: VerifyArguments) -> Report:
 
 @contextmanager
 def _pillow_without_limit() -> Iterator[None]:
-    """Pillow's own guard against huge images would stop them before their size is known."""
+    """Switches off Pillow's guard against huge images, which would raise before their size is known."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd Exif data
+            warnings.simplefilter("ignore")  # Pillow's warnings of odd Exif data
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
@@ -152,7 +152,7 @@ def _pillow_without_limit() -> Iterator[None]:
 
 @contextmanager
 def _naming_lack_of_memory(path: str) -> Iterator[None]:
-    """It says nothing of the image, which is not to be moved aside for it."""
+    """Makes a MemoryError a UserError: the image is not at fault, so it must not be reported and moved aside."""
     try:
         yield
     except MemoryError:
@@ -162,12 +162,12 @@ def _naming_lack_of_memory(path: str) -> Iterator[None]:
 def _inspect_split(
     split: str, samples: ImageList, max_pixels: float, workers: int
 ) -> tuple[list[tuple[int, Problem]], np.ndarray]:
-    """Index and problem of every image with one, and a hash of every image's bytes, uint64 [N]."""
+    """All problems, each with the index of its image, and a hash of every image's bytes, uint64 [N]."""
     digests = np.zeros(len(samples), np.uint64)
     found: list[tuple[int, Problem]] = []
 
     def read(i: int) -> tuple[bytes | None, list[tuple[str, str]]]:
-        """The image, if it is to be decoded, and what is wrong with it as far as that shows without."""
+        """The encoded image, if it is to be decoded, and the problems that show without decoding it."""
         try:
             data = read_sample(samples, i)
         except OSError as error:
@@ -211,7 +211,7 @@ def _in_threads(task: Callable[[int], Any], items: range, workers: int) -> list[
 def _duplicates(
     train: ImageList, val: ImageList, train_digests: np.ndarray, val_digests: np.ndarray
 ) -> list[tuple[int, Problem]]:
-    """Training images whose bytes are those of a validation image, or which a link in val leads to."""
+    """Index and problem of training images that have a validation image's bytes, or to which a link in val leads."""
     in_val = {int(digest): i for i, digest in enumerate(val_digests)}
     twins = np.flatnonzero(np.isin(val_digests, train_digests)).tolist()
     files = {entry: val.path(i) for i in twins for entry in _entries(val.path(i))}
@@ -233,7 +233,7 @@ def _duplicates(
 
 
 def _entries(path: str) -> Iterator[str]:
-    """Where a path leads: what a folder holds by that name, then, while that is a link, what the link names."""
+    """Where a path leads: the entry it names in its folder, then, as long as that is a link, the entry it links to."""
     for _ in range(_MOST_LINKS):
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         yield path
@@ -243,7 +243,7 @@ def _entries(path: str) -> Iterator[str]:
 
 
 def _check_shards(dataset: Dataset, workers: int) -> list[Problem]:
-    """Shards whose checksum is not that of the manifest."""
+    """A problem for each shard whose checksum is not the manifest's."""
     manifest = read_manifest(dataset.root)
     splits = manifest.splits if manifest else {}
     shards = [(name, shard) for name, split in splits.items() for shard in split.shards if shard.sha256]
