@@ -1,4 +1,4 @@
-"""Encoded images, good ones and bad ones of every kind, and loaders of them."""
+"""Encoded images, good ones and bad ones of every kind, and loaders that read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.train import Augment
 
 
 class InMemory:
-    """Samples whose payload is the encoded image, as those of shards are."""
+    """Samples whose payload is the encoded image, as with samples of shards."""
 
     encoded: ClassVar[bool] = True
 
@@ -45,7 +45,7 @@ class InMemory:
 
 
 def encoded(size: tuple[int, int] = (40, 30), seed: int = 0, name: str = "JPEG", **options: Any) -> bytes:
-    """An image file of smooth noise, (width, height)."""
+    """An image file of smooth noise; size: (width, height)."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(stream, name, **options)
@@ -60,7 +60,7 @@ def jpeg_bomb(width: int, height: int) -> bytes:
 
 
 def jpeg_411() -> bytes:
-    """Chroma at a quarter of the width, which Pillow does not write: 4:2:0 has as many blocks in a unit, in 2 x 2."""
+    """A JPEG with chroma at a quarter of the width. Pillow writes none; 4:2:0 has as many blocks a unit, in 2 x 2."""
     data = bytearray(encoded((64, 128), subsampling=2))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 64, 128)
@@ -101,7 +101,7 @@ BAD: dict[str, bytes] = {
 
 
 def mutations(count: int) -> list[bytes]:
-    """Damaged JPEGs and PNGs; of those with flipped bits some can still be decoded."""
+    """Damaged JPEGs and PNGs; some of those with flipped bits can still be decoded."""
     rng = np.random.default_rng(0)
 
     def flip(data: bytearray) -> None:
@@ -172,6 +172,6 @@ def assert_equal(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, to
 
 
 def undecodable(samples: Samples) -> set[str]:
-    """Names of the samples whose whole image DALI does not decode, each tried alone."""
+    """Names of the samples that DALI does not decode as a whole image, each tried alone."""
     make = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
     return {samples.path(i) for i, decodes in probe.try_samples(samples, make, batch_size=1) if not decodes}

@@ -1,4 +1,4 @@
-"""Small data sets and settings that a run of a second can be made of."""
+"""Small data sets and settings for runs that take a second."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported. The models are so small that a second thread makes nothing faster; and with two threads, on
-# two cores that others used, too, a test of 9 s once took two minutes and more: probably they spin while they wait.
+# Set before torch is imported. The models are so small that a second thread makes nothing faster; and with two threads,
+# on two cores that other processes used, too, a test of 9 s once took more than two minutes: probably because threads
+# spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Else torch.compile's first use on a machine builds programs to see which of the processor's vector instructions work:
-# 15 s.
+# Without this, torch.compile's first use on a machine takes 15 s to build programs that see which of the processor's
+# vector instructions work.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import numpy as np
@@ -28,7 +29,7 @@ from PIL import Image
 from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
 from dali_vit.distributed import Group
 
-gc.set_threshold(10_000, 10, 1_000)  # as `cli.run` has it: a sixth of the time of all tests
+gc.set_threshold(10_000, 10, 1_000)  # as in `process.run`: saves a sixth of the time of all tests
 
 needs_a_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU"
@@ -42,7 +43,7 @@ TINY = [*TINY_MODEL, "--resolution", "32", "--batch-size", "8", "--warmup-steps"
 
 
 def write_image_folder(root: Path, train: int = TRAIN_PER_CLASS, val: int = VAL_PER_CLASS) -> Path:
-    """JPEGs of 40 to 90 pixels a side, noise around a brightness that tells the class."""
+    """Writes JPEGs of 40 to 89 pixels a side: noise around a brightness that tells the class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(CLASSES):
@@ -80,20 +81,20 @@ def tiny_config(image_folder: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture
 def hang_up_is_minded() -> Iterator[None]:
-    """For processes under test: a suite that `nohup` started would pass on to them that SIGHUP is ignored."""
+    """Makes SIGHUP effective in processes under test: under `nohup` they would inherit that it is ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 def environment() -> dict[str, str]:
-    """Environment of a process under test: no launcher's variables, one thread a process."""
+    """Environment of a process under test: no variables of a launcher, and one thread a process."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Calls the command line in this process: the exit code, and what it wrote to stdout and stderr."""
+    """Calls the command line in this process; returns the exit code and what was written to stdout and stderr."""
     from dali_vit import cli
 
     with pytest.raises(SystemExit) as stopped:
@@ -103,7 +104,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs `python ARGUMENTS` in the repository's root, which must end well."""
+    """Runs `python ARGUMENTS` in the repository's root; it must succeed."""
     command = [sys.executable, *map(str, arguments)]
     root = Path(__file__).parents[1]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment(), check=False)
@@ -112,9 +113,9 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_interpreted(name: str, timeout: float) -> int:
-    """Runs a file of tests/interpreted, with Triton's interpreter on the CPU; how many of its tests passed, as all did.
+    """Runs a file of tests/interpreted with Triton's interpreter on the CPU; returns the number of tests, as all pass.
 
-    It is in a process of its own because TRITON_INTERPRET=1 must be set before torch is imported.
+    It runs in a process of its own because TRITON_INTERPRET=1 must be set before torch is imported.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/interpreted/{name}"]
     tests = subprocess.run(

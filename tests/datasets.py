@@ -1,4 +1,4 @@
-"""A small made-up ILSVRC in every form in which people have it, and what tests of prepare share."""
+"""A small made-up ILSVRC in every form in which people have it, and functions that the tests of prepare share."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _tar(files: Sequence[tuple[str, bytes]]) -> bytes:
 
 
 def write_ilsvrc(root: Path, images: dict[str, Images]) -> Path:
-    """The two tars and a text file with the class of each validation image; classes come in no order."""
+    """The two tars, classes and images in reverse order, and a text file with the class of each validation image."""
     root.mkdir()
     inner = [(f"{w}.tar", _tar([(n, d) for c, n, d in reversed(images["train"]) if c == w])) for w in reversed(WNIDS)]
     (root / "ILSVRC2012_img_train.tar").write_bytes(_tar(inner))
@@ -78,7 +78,7 @@ def write_ilsvrc(root: Path, images: dict[str, Images]) -> Path:
 
 
 def write_devkit(root: Path, images: dict[str, Images]) -> None:
-    """The devkit's archive: ids by number of images, which is not the order of the WordNet ids."""
+    """The devkit's archive, whose ids are not in the order of the WordNet ids."""
     from scipy.io import savemat
 
     ids = {wnid: i + 1 for i, wnid in enumerate((WNIDS[2], WNIDS[0], WNIDS[1]))}
@@ -142,7 +142,7 @@ def _write_records(path: Path, records: list[dict[str, int | float | str | bytes
 
 
 def write_tfds(root: Path, images: dict[str, Images]) -> Path:
-    """TensorFlow Datasets: `image`, `label`, `file_name`; two files of train."""
+    """TensorFlow Datasets: `image`, `label`, `file_name`; two files for each split."""
     root.mkdir()
     (root / "label.labels.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
     (root / "features.json").write_text("{}")
@@ -174,9 +174,9 @@ def write_inception(root: Path, images: dict[str, Images]) -> Path:
 
 
 def write_parquet(root: Path, images: dict[str, Images], pyarrow: Any, parquet: Any) -> Path:
-    """Hugging Face: `image` of `bytes` and `path`, `label`, the class names, which are words, in the schema's metadata.
+    """Hugging Face: columns `image` (`bytes` and `path`) and `label`; the schema's metadata has the classes, as words.
 
-    Its names of files are ILSVRC's and the class.
+    File names are ILSVRC's with the class (WNID) added.
     """
     import json
 
@@ -202,7 +202,7 @@ SOURCES = ("folder", "ilsvrc", "tfds", "inception", "parquet")
 
 
 def write_source(kind: str, root: Path, images: dict[str, Images] | None = None) -> PrepareArguments:
-    """Writes images (else IMAGES) in one of the forms; the arguments are complete but for the target."""
+    """Writes images (default: IMAGES) in one of the forms; returns prepare's arguments, complete but for the target."""
     if kind == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         write_parquet(root, images or IMAGES, pyarrow, parquet)
@@ -230,7 +230,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 def prepare_fails(arguments: PrepareArguments, *words: str) -> None:
-    """Asserts that prepare refuses with one line that has the given words."""
+    """Asserts that prepare refuses the arguments, with one line that has the given words."""
     with pytest.raises(UserError) as error:
         prepare(arguments)
     message = str(error.value)

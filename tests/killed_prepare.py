@@ -1,11 +1,12 @@
-"""prepare, stopped before one of its file operations after the other and started again.
+"""Runs of prepare that are each stopped before another of its file operations, and then started again.
 
     python -m tests.killed_prepare SOURCE TARGET LAYOUT kill|full STRIDE [VAL_LABELS]
 
-`kill`: SIGKILL; `full`: the operation fails as on a full disk. Every run is a fork of this process, which has
-imported everything and has no threads: a run takes milliseconds. Standard output is one JSON object: `operations`
-of a run that nothing stops; `stops`; `whole`, how often the target was there afterwards, and whole; `digest`, that
-of the run that nothing stops; and `digests`, those that the runs started again ended in.
+`kill`: SIGKILL; `full`: the operation fails as on a full disk. STRIDE: every STRIDE-th operation is tried. Every run is
+a fork of this process, which has imported everything and has no threads, so a run takes milliseconds. Standard output
+is one JSON object: `operations`, of a run that nothing stops; `stops`, the number of stopped runs; `whole`, how many of
+them left the whole target; `digest`, of the target of the run that nothing stops; and `digests`, of the targets of the
+runs that were started again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dali_vit.data import load_dataset
 from dali_vit.prepare import PrepareArguments, prepare, targets
 
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
-LAST = 8  # operations at the end, from the manifest to the renaming: all of them are tried
+LAST = 8  # operations at the end, from the manifest to the renaming: all are tried, whatever the stride
 
 
 def digest(root: Path) -> str:
@@ -41,13 +42,13 @@ def digest(root: Path) -> str:
 
 
 def small_parts() -> None:
-    """A megabyte is the least a shard can be asked to have: images are made to count for more."""
+    """Makes parts of few images: --shard-mb is at least 1, so each image counts as 200 KB more."""
     targets._TAR_OVERHEAD, targets._FOLDER_PART = 200_000, 5
 
 
 def forked(work: Callable[[], Any]) -> int:
     """Exit status of a fork that does the work."""
-    # A thread that was joined is the kernel's a moment longer, and from Python 3.12 on a fork beside it is warned of.
+    # The kernel keeps a thread for a moment after it was joined, and from Python 3.12 on a fork beside it is warned of.
     deadline = time.monotonic() + 10
     while len(os.listdir("/proc/self/task")) > 1:
         assert time.monotonic() < deadline
@@ -66,10 +67,10 @@ def forked(work: Callable[[], Any]) -> int:
 
 
 def before_each_operation(root: Path, act: Callable[[int], None]) -> None:
-    """From now on calls act with the number of each file operation below a folder, before it is carried out."""
+    """From now on calls `act` before each file operation below a folder, with the number of the operation."""
     numbers = itertools.count()
-    # Two workers may both make a folder or map a file to read from it, whoever comes first. Only the first attempt
-    # counts, else runs would differ in their operations.
+    # Two workers may both make the same folder or open the same file to read from it. Only the first attempt counts,
+    # else runs would differ in their operations.
     shared: set[tuple[str, str]] = set()
     lock = threading.Lock()
 
@@ -90,7 +91,7 @@ def before_each_operation(root: Path, act: Callable[[int], None]) -> None:
 
 
 def count_operations(arguments: PrepareArguments, root: Path) -> int:
-    """Those of a run that nothing stops; it leaves the target."""
+    """Number of file operations of a run that nothing stops; the run leaves its target."""
     receiver, sender = os.pipe()
 
     def work() -> None:
@@ -118,7 +119,7 @@ def stop_at(operation: int, how: str, arguments: PrepareArguments, root: Path) -
 
 
 def main(arguments: PrepareArguments, how: str, stride: int) -> dict[str, Any]:
-    """Source and target, and nothing else, lie in one folder."""
+    """The JSON object of the module's docstring; source and target, and nothing else, must lie in one folder."""
     target = arguments.target
     small_parts()
     os.sync = lambda: None  # a killed process loses nothing that it gave to the kernel

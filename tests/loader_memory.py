@@ -2,11 +2,11 @@
 
     python -X tracemalloc -m tests.loader_memory IMAGE COUNT...
 
-Standard output is a JSON object for each count: bytes beyond the index `settled` once epochs have met, the `peak` on
-the way there, and what 40 further steps `grown` to.
+Standard output is a JSON object for each count, in bytes beyond the index: `settled`, after a new epoch has begun;
+`peak`, the most until then; and `grown`, the increase over 40 further steps.
 
-Tracing lasts from the start to the end of the process: to stop it while a thread of DALI waits for the GIL in an
-allocation is a segmentation fault in CPython before 3.13 (gh-128679).
+Tracing lasts from the start to the end of the process: stopping it while a thread of DALI waits for the GIL in an
+allocation causes a segmentation fault in CPython before 3.13 (gh-128679).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def traced() -> int:
 
 
 def used(image: Path, count: int) -> dict[str, int]:
-    """Of a training set that is one image, count times."""
+    """The loader's memory for a training set that is one image, count times."""
     path = np.frombuffer(str(image).encode(), np.uint8)
     lengths = np.full(count, len(path), np.int32)
     files = FileList(path, np.zeros(count, np.int64), lengths, np.zeros(count, np.int64))

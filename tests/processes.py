@@ -1,8 +1,8 @@
-"""Processes under test, and what is asked of their runs.
+"""Processes under test, and what tests ask of their runs.
 
-Most are forked off one that has imported everything, which a start of Python takes 4 s for: they have a session, an
-environment, streams and an end of their own, but all of them the same seed of Python's hashes. What is asked of the
-start itself, and variables that are read at import, need `anew`.
+Most processes are forked off a server that has imported everything, as a start of Python takes 4 s for that. Each has a
+session, an environment, streams and an end of its own, but all have the same seed of Python's hashes. Tests of the
+start itself, and of variables that are read at import, need `anew`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IMPORTED = [
 
 @functools.cache
 def _server(environ: tuple[tuple[str, str], ...]) -> ForkServerContext:
-    """A context whose server runs, in an environment that no test has changed."""
+    """A context whose fork server is running, in an environment that no test has changed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     changed = dict(os.environ)
@@ -64,7 +64,7 @@ _START = tuple(environment().items())
 
 
 class Forked:
-    """`python -m dali_vit ARGUMENTS` or `python SCRIPT ARGUMENTS`, as far as `subprocess.Popen` has the same names."""
+    """`python -m dali_vit ARGUMENTS` or `python SCRIPT ARGUMENTS` as a fork, with some of the names of `Popen`."""
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], output: int = subprocess.PIPE) -> None:
         context = _server(_START)
@@ -88,7 +88,7 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """As after `poll`."""
+        """The exit code, up to date as after `poll`."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -109,7 +109,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """All that it writes to stdout and stderr, once it has ended."""
+        """All that the process writes to stdout and stderr, once it has ended."""
         read: dict[int, str] = {}
 
         def drain(index: int, stream: TextIOWrapper) -> None:
@@ -127,7 +127,7 @@ class Forked:
 
 
 def _child(arguments: list[str], env: dict[str, str], folder: str, ends: list[Connection | None], heeds: bool) -> None:
-    """Makes of the fork what a start would have made, but for the imports."""
+    """Gives the fork all that a new process would have, but for the imports, and runs its program."""
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL if heeds else signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -164,7 +164,7 @@ def start(*arguments: str, anew: bool = False, output: int = subprocess.PIPE, **
 
 
 def end(process: Process) -> None:
-    """Kills it with all its children."""
+    """Kills a process with all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -173,7 +173,7 @@ def end(process: Process) -> None:
 
 @contextlib.contextmanager
 def running(*arguments: str, **options: Any) -> Iterator[Process]:
-    """A process of `start`, killed with all its children should it outlive the test."""
+    """A process of `start`, which is killed with all its children if it outlives the block."""
     process = start(*arguments, **options)
     try:
         yield process
@@ -194,7 +194,7 @@ def dali_vit(
 def run_ranks(
     count: int, *arguments: str, code: int = 0, timeout: float = 240, **variables: str
 ) -> list[tuple[str, str]]:
-    """What `count` processes with the variables of a launcher write, which must all end with `code`."""
+    """Runs `count` processes with a launcher's variables, which must all end with `code`; returns what they wrote."""
     variables |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as stack:
@@ -202,10 +202,10 @@ def run_ranks(
             stack.enter_context(running(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **variables))
             for rank in range(count)
         ]
-        with ThreadPoolExecutor(count) as pool:  # all at once, as one whose pipe is full waits
+        with ThreadPoolExecutor(count) as pool:  # all at once, as a process whose pipe is full waits
             ends = {pool.submit(process.communicate, timeout): process for process in processes}
             for ended in as_completed(ends):
-                if ended.exception() or ends[ended].returncode != code:  # the others would wait for it
+                if ended.exception() or ends[ended].returncode != code:  # the other ranks would wait for it
                     for process in processes:
                         with contextlib.suppress(ProcessLookupError):
                             os.killpg(process.pid, signal.SIGKILL)
@@ -226,7 +226,7 @@ def free_port() -> int:
 
 
 def command(data: Path, runs_dir: Path, *more: str, steps: int = 60) -> list[str]:
-    """A small run of a step a few milliseconds long, with a checkpoint every ten."""
+    """Arguments of a small run: steps of a few milliseconds, and a checkpoint every ten of them."""
     return [
         *("train", "--data", str(data), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
         *("--steps", str(steps), "--threads", "1", "--log-every", "1", "--eval-every", "0"),

@@ -1,4 +1,4 @@
-"""Images that RandAugment's operations find hard, and what the operations are to make of them, in plain numpy."""
+"""Images that are hard for RandAugment's operations, and the results expected of the operations, in plain numpy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def photo(size: int, seed: int = 0) -> np.ndarray:
-    """Structure at several scales, another range and brightness in each channel, some of it saturated."""
+    """Structure at several scales, with another range and brightness in each channel, and partly saturated."""
     rng = np.random.default_rng(seed)
     image = rng.uniform(40, 200, 3) + np.zeros((size, size, 3))
     for cells in (4, 8, 16, size):
@@ -107,7 +107,7 @@ def expected_sharpness(image: np.ndarray, s: float) -> np.ndarray:
 
 
 def expected_geometric(image: np.ndarray, name: str, s: float, sign: int) -> np.ndarray:
-    """Each pixel from the nearest to its source position, halves away from zero, in float32; 128 outside."""
+    """Each pixel is the nearest to its source position (float32, halves away from zero), or 128 outside the image."""
     size, f = len(image), np.float32
     y, x = np.mgrid[:size, :size].astype(f)
     source_y, source_x = y, x

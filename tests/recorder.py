@@ -1,7 +1,7 @@
-"""`dali-vit ARGUMENTS`, with what each process trains on written to $RECORD/rank<R>.jsonl, one line a step.
+"""`dali-vit ARGUMENTS`, where each process writes what it trains on to $RECORD/rank<R>.jsonl, one line a step.
 
-$SPIKE, `<rank>:<first>:<end>`: the losses of that rank in those steps (from 0) are 50 times what they are.
-$BUCKETS: MB of a bucket of gradients, at whose borders a compiled step is parted into graphs.
+$SPIKE, `<rank>:<first>:<end>`: multiplies that rank's losses by 50 in the steps from first to before end (from 0).
+$BUCKETS: MB of a bucket of gradients; a compiled step is split into graphs at the borders of the buckets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A batch in parts gives the whole batch's gradients; what does not fit in memory is named with a remedy."""
+"""A batch in parts gives the whole batch's gradients; the error of a batch that does not fit in memory has a remedy."""
 
 from __future__ import annotations
 

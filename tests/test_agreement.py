@@ -1,4 +1,4 @@
-"""Processes with other settings, data or weights than the first do not train or evaluate beside it."""
+"""Processes whose settings, data or weights differ from the first process's do not train or evaluate beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice among attention kernels, as far as a CPU goes; tests/gpu measures."""
+"""The choice among attention kernels, as far as a CPU can test it; tests/gpu measures them."""
 
 from __future__ import annotations
 

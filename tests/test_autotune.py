@@ -1,4 +1,4 @@
-"""The search for the loader's settings: what it tries, what it takes, what it remembers."""
+"""The search for the loader's settings: which it tries, which it chooses, which it remembers."""
 
 from __future__ import annotations
 

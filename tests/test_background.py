@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training, which waits for a copy alone."""
+"""Checkpoints are written while training goes on, which waits only for their data to be copied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training goes on past what cannot be decoded: nothing else moves, whoever finds it, and whenever."""
+"""Training leaves out samples that cannot be decoded: no other sample moves, whichever rank finds them and whenever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs and evaluations past what cannot be decoded, with exact counts."""
+"""Whole runs and evaluations on images of which some cannot be decoded, with exact counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""big_vision's checkpoints: every layout that was published, the way back, and files that are none."""
+"""big_vision's checkpoints: every published layout, the conversion back, and files that are no checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, are found by themselves when damaged, and run nothing."""
+"""Checkpoints are whole or absent, are recognised when damaged, and run no code when they are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where torch.compile does not work: found out before the first step, said in one line, done without if it may be."""
+"""A torch.compile that does not work is found before the first step, told in a line, and done without if it may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RandAugment's kernels for a GPU, as far as a CPU allows: interpreted, compiled, laid out, and done without."""
+"""RandAugment's kernels for a GPU, as far as a CPU can test them: interpreted, compiled, laid out, and done without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--config FILE`: settings that a run or --print-config wrote, taken again."""
+"""`--config FILE`: takes settings that a run or --print-config wrote."""
 
 from __future__ import annotations
 

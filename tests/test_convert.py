@@ -1,4 +1,4 @@
-"""convert: weights between big_vision's arrays and ours, and what timm makes of them."""
+"""convert: weights from big_vision's arrays to ours and back, and their loading in timm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a folder that is no data set, and of files that are no images, before anything is trained."""
+"""Messages about folders that are no data sets and files that are no images, before anything is trained."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Disks that take nothing more: full ones, read-only ones, before a run and in the middle of it."""
+"""Disks that cannot be written to, because they are full or read-only, before a run and in the middle of it."""
 
 from __future__ import annotations
 

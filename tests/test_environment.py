@@ -1,4 +1,4 @@
-"""How many CPU cores a process may use: those it is bound to, and what its control groups leave of them."""
+"""What a machine is found to have: CPU cores and memory within its limits, a JPEG engine, a cache folder."""
 
 from __future__ import annotations
 

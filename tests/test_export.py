@@ -1,4 +1,4 @@
-"""What export writes: timm's own create_model makes the same model of it, whatever the pooling, positions and head."""
+"""timm's own create_model makes the same model of what export writes, whatever the pooling, positions and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that DALI fails at through no image is loaded again, and does not end the run."""
+"""A step at which DALI fails through no fault of an image is loaded again, and does not end the run."""
 
 from __future__ import annotations
 

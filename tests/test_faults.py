@@ -1,4 +1,4 @@
-"""Plugs that are pulled: signals, dead workers and launchers, stalled readers, other world sizes."""
+"""Runs that are disturbed: signals, dead workers and launchers, stalled readers, other world sizes."""
 
 from __future__ import annotations
 

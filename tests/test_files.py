@@ -1,4 +1,4 @@
-"""A file is there as a whole or as it was before."""
+"""A file that is replaced is there as a whole, or as it was before."""
 
 from __future__ import annotations
 

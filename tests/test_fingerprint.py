@@ -1,4 +1,4 @@
-"""A run goes on only with the images it was begun with, known by their names in whatever layout they lie."""
+"""A run goes on only with the images it was begun with, recognised by their names in any layout."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The index that is kept of a large image folder: used while nothing changed, made anew when anything did."""
+"""The index that is kept of a large image folder: it is used until anything changes, and then made anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled loops: DALI's own resize, torch's, and what happens where Numba cannot be used as usual."""
+"""The compiled loops against DALI's and torch's resize, and what happens if Numba cannot be used as usual."""
 
 from __future__ import annotations
 

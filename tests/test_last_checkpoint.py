@@ -1,4 +1,4 @@
-"""The checkpoint that is being written when a run ends, of itself or because a process fails, is written to its end."""
+"""A checkpoint that is being written when a run ends, normally or because a process fails, is written to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launcher leaves in the environment, where processes meet, and what one of them does alone."""
+"""A launcher's variables in the environment, how processes meet, and what the main process does alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two loaders on the CPU: what comes when, exactly once, again bit for bit, and what happens to bad files."""
+"""The two loaders on the CPU: every file once an epoch, the same bits from any step on, and bad files."""
 
 from __future__ import annotations
 

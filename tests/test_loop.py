@@ -1,4 +1,4 @@
-"""What the training loop makes of its settings: length, learning rates, and the loader's augmentation."""
+"""What the training loop makes of its settings: number of steps, learning rates, the loader's augmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of the data path: the index and ten bytes a sample, however long a run lasts."""
+"""Memory of the data path: that of the index and ten bytes a sample, however long a run lasts."""
 
 from __future__ import annotations
 

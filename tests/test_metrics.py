@@ -1,4 +1,4 @@
-"""What a run that goes on keeps of the scalars and images it has logged."""
+"""Scalars and images in the log, and what a run that goes on keeps of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that are not UTF-8, which are bytes to Linux: of a folder, a class, an image."""
+"""Names of folders, classes and images that are not valid UTF-8: to Linux, names are bytes."""
 
 from __future__ import annotations
 

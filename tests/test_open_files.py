@@ -1,4 +1,4 @@
-"""A batch has more files than most systems let a process open, 1,024, until it asks for more."""
+"""Batches with more files than the 1,024 that most systems let a process open unless it asks for more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of attention for a GPU, as far as a CPU allows: interpreted, compiled, and called by a compiled step."""
+"""Attention's kernels for a GPU, as far as a CPU can test them: interpreted, compiled, called by a compiled step."""
 
 from __future__ import annotations
 

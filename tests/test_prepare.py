@@ -1,4 +1,4 @@
-"""prepare: from each source to each target, what shards look like, images made smaller."""
+"""prepare: from each source to each target, the form of shards, and resized images."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""prepare: a folder whose val/ holds the images themselves, as in Kaggle's download of ImageNet, and their labels."""
+"""prepare: a folder whose val/ holds the images themselves, as in Kaggle's download of ImageNet, and its labels."""
 
 import json
 import logging

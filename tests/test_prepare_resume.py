@@ -1,4 +1,4 @@
-"""prepare stopped at any point and started again, beside itself, and on a set that is there already."""
+"""prepare when it was stopped at any point and is started again, or meets a set that is there already."""
 
 import errno
 import json

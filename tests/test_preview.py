@@ -1,4 +1,4 @@
-"""preview draws what training sees: the very pixels of a step, what they were made of, and the classes."""
+"""preview draws what training sees: the very pixels of a step, the images they were made from, and the classes."""
 
 from __future__ import annotations
 

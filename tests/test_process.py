@@ -1,4 +1,4 @@
-"""`dali-vit` as a process: it is left without taking everything apart, and still nothing of what it does is lost."""
+"""`dali-vit` as a process: it ends without taking its modules apart, and still loses no output and no work."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """RandAugment: the operations against plain numpy on awkward images, the policy through the real graph.
 
-Everything twice: as the compiled loops that a CPU runs, and as the operators that a GPU runs.
+Everything is tested twice: as the compiled loops that a CPU runs, and as the operators that a GPU runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lists of files, and what they hand to the graphs."""
+"""Lists of files, and the payloads and labels that they pass to the graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards in an object store, on a local S3 server: the same stream as from a folder, and one line for what is wrong."""
+"""Shards in an object store, on a local S3 server: the same stream as from a folder, and mistakes told in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins."""
+"""What a run says about itself before it begins."""
 
 from __future__ import annotations
 

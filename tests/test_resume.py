@@ -1,4 +1,4 @@
-"""Processes that are killed and started again end with the very bits of one that was not."""
+"""Runs that are killed and started again end with the very bits of a run that was not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs whose rate is far too high: they do not end as if all were well."""
+"""Runs whose learning rate is far too high do not end as if all were well."""
 
 import re
 

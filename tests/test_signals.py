@@ -1,4 +1,4 @@
-"""A terminal that is closed in the middle of a run, and a signal that comes a second time."""
+"""A terminal that is closed during a run, and a signal that comes a second time."""
 
 from __future__ import annotations
 

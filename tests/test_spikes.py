@@ -1,4 +1,4 @@
-"""Loss spikes: left out and counted, the weights untouched, on resume as well; healthy runs never are."""
+"""Steps with loss spikes are counted and leave the weights untouched, also on resume; healthy runs have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that waits for its data says so, once and with what helps; one that does not says nothing."""
+"""A run that waits for its data says so once, with what helps; a run that does not wait says nothing."""
 
 from __future__ import annotations
 

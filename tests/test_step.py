@@ -1,4 +1,4 @@
-"""What a step asks of its device, as far as a CPU shows it: no value of a tensor, and no waiting that comes early."""
+"""A step reads no tensor's value back, and the host runs at most two steps ahead: as far as a CPU shows it."""
 
 from __future__ import annotations
 

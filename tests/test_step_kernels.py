@@ -1,4 +1,4 @@
-"""tools/measure_*.py and the table of where a step's time goes; the trainer's step as CUDA graphs replay it."""
+"""tools/measure_*.py, the table of where a step's time goes, and the trainer's step as CUDA graphs replay it."""
 # ruff: noqa: E402
 
 from __future__ import annotations

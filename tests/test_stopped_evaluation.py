@@ -1,4 +1,4 @@
-"""A signal in the middle of an evaluation: obeyed at once, and the evaluation made up for when the run goes on."""
+"""A signal during an evaluation is obeyed at once, and the evaluation is made up for when the run goes on."""
 
 from __future__ import annotations
 

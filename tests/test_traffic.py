@@ -1,4 +1,4 @@
-"""What the compiled step's kernels for a GPU read and write, counted on generated code; no GPU is needed."""
+"""Bytes that the compiled step's kernels for a GPU read and write, counted in the generated code; no GPU is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training graph's own settings: those that nobody gives, and which of an image's numbers decide what."""
+"""The training graph's own settings: its defaults, and which of an image's random numbers decide what."""
 
 from __future__ import annotations
 

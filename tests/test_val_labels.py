@@ -1,4 +1,4 @@
-"""prepare: what says which class each of ILSVRC's validation images is of; test_prepare_flat_val has Kaggle's."""
+"""prepare: where the classes of ILSVRC's validation images come from; test_prepare_flat_val tests Kaggle's."""
 
 import sys
 import tarfile

@@ -1,4 +1,4 @@
-"""Whether windows of JPEGs are decoded alone: the trial, what is made of its end, and what training does then."""
+"""Whether windows of JPEGs are decoded alone: the trial, how its outcome is judged, and what training does then."""
 
 from __future__ import annotations
 
