@@ -8,7 +8,6 @@ uninterrupted run bit for bit.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import math
@@ -17,13 +16,11 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit import left_out, report
 from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
-from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError, to_yaml
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate_splits
@@ -32,7 +29,8 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
-from dali_vit.runfolder import current, following, log_samples, profiling, write_run_files
+from dali_vit.runfolder import current, log_samples, profiling, write_run_files
+from dali_vit.saving import Saver, restore
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
@@ -75,7 +73,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     # Restore.
     torch.manual_seed(config.run.seed + group.rank)  # drawn from only by timm models with dropout
     if checkpoint:
-        _restore(checkpoint, model, optimizer, group)
+        restore(checkpoint, model, optimizer, group)
 
     # Folder, logs and the stream of batches.
     settings = loader_settings(dataset, config, group, model)
@@ -100,35 +98,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         writer.text("config", to_yaml(config))
         writer.text("summary", summary)
         writer.text("environment", (config.run_dir / "env.txt").read_text(encoding="utf-8", errors="surrogateescape"))
-    background = BackgroundWriter()
-
-    def save(step: int, evaluation_due: bool) -> None:
-        random_states = gather_objects(_random_state(group))
-        loader_states = gather_objects(loader.state_dict())
-        if group.is_main:
-            background.submit(
-                following(config, checkpoints.save),
-                {
-                    "model_state": model.state_dict(),
-                    "trainer_state": {"optimizer": optimizer.state_dict(), "rng": random_states},
-                },
-                step=step,
-                config=config,
-                classes=dataset.classes,
-                loader_state={
-                    "world_size": group.world_size,
-                    "train_names": planned.train_fingerprint,
-                    "val_names": planned.val_fingerprint,
-                    "resized": dataset.resized,
-                    "ranks": loader_states,
-                    "evaluation_due": evaluation_due,
-                },
-            )
-
-    def add_metrics(step: int, metrics: dict[str, float]) -> None:
-        if group.is_main:
-            write = following(config, checkpoints.add_metrics)
-            background.submit(write, step=step, metrics=metrics, keep=config.run.keep_checkpoints)
+    saver = Saver(config, group, planned, optimizer, loader)
 
     # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
     model.train()
@@ -159,7 +129,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     with (
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
         writer or nullcontext(),
-        background,
+        saver,
         closing(loader),
         watchdog,
         report.progress_bar(total, start, visible=group.is_main) as bar,
@@ -171,7 +141,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 steps, stopping = range(0), stop.reason()
             else:
                 metrics = found
-                add_metrics(start, metrics)
+                saver.add_metrics(start, metrics)
                 if writer:
                     writer.scalars(start, metrics)
         stop.start_clock()
@@ -199,7 +169,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 continue
             count, seconds, waited = timer.read()
             loss_mean, grad_norm_mean, waited = window.read(len(loader.bad_samples), waited)
-            _check_skipped(window, range(done - count, done), total, config, background)
+            _check_skipped(window, range(done - count, done), total, config, saver)
             if window.more_bad_samples:
                 bad_samples = left_out.of_all_ranks(gather_objects(loader.state_dict()))
                 left_out.check_share(bad_samples, dataset, config)
@@ -223,7 +193,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             if saved:  # before the evaluation, which may end the run
                 watchdog.enter("checkpoint", step)
                 stalled_since = time.perf_counter()
-                save(done, evaluation_due=evaluating)
+                saver.save(done, evaluation_due=evaluating)
                 timer.reset()  # waits for the copy on a GPU
                 scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
             elif saving:
@@ -234,12 +204,12 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 if found is None:
                     stopping = stop.reason()
                     if not saved:  # the step was left out, but a run that ends keeps what it has
-                        save(done, evaluation_due=True)
+                        saver.save(done, evaluation_due=True)
                 else:
                     metrics = found
                     scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stalled_since}
                     if saved:
-                        add_metrics(done, metrics)
+                        saver.add_metrics(done, metrics)
                 timer.reset()
             if writer and scalars:
                 writer.scalars(done, scalars)
@@ -247,24 +217,13 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
         watchdog.enter("checkpoint", done - 1)
-        together(lambda: _close(background))
+        saver.close()
 
     if stopping:
         raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
     metrics = _check_finite(metrics, config)
     log.info("done in %s: %s", duration(time.perf_counter() - began), current(config))
     return metrics
-
-
-def _close(background: BackgroundWriter) -> None:
-    try:
-        background.close()
-    except OSError as error:
-        full = "no space left" in str(error) or getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room" if full else "mend that"
-        raise UserError(
-            f"the last checkpoint could not be written in full ({error}); {remedy} and start again"
-        ) from error
 
 
 def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]:
@@ -274,36 +233,16 @@ def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]
     return metrics
 
 
-def _restore(
-    checkpoint: checkpoints.Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
-) -> None:
-    state = checkpoint.trainer_state()
-    model.load_state_dict(checkpoint.model_state())
-    optimizer.load_state_dict(state["optimizer"])
-    if len(state["rng"]) == group.world_size:  # another number of ranks draws anew, from seed and rank
-        torch.set_rng_state(state["rng"][group.rank]["cpu"])
-        if group.device.type == "cuda" and "cuda" in state["rng"][group.rank]:
-            torch.cuda.set_rng_state(state["rng"][group.rank]["cuda"], group.device)
-
-
-def _random_state(group: Group) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if group.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(group.device)
-    return states
-
-
 def _is_evaluated(done: int, every: float) -> bool:
     """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
     # Of the smallest numbers the quotient is infinite.
     return 0 < every < 1 or (every > 0 and math.floor(done / every) > math.floor((done - 1) / every))
 
 
-def _check_skipped(window: Window, steps: range, total: int, config: Config, background: BackgroundWriter) -> None:
+def _check_skipped(window: Window, steps: range, total: int, config: Config, saver: Saver) -> None:
     """UserError, on every rank alike, once more steps were left out than allowed, or where a whole run was."""
     if window.skipped > config.run.max_skipped_steps or window.skipped == total:
-        background.wait()
-        kept = checkpoints.newest(current(config))
+        kept = saver.newest()
         raise UserError(
             f"{window.skipped} steps were left out, the last of them between steps {steps.start + 1} and {steps.stop}:"
             f" the gradient was not finite or the loss a spike (--max-skipped-steps {config.run.max_skipped_steps},"

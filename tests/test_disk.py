@@ -22,7 +22,7 @@ from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
 from dali_vit.model import create_model
-from dali_vit.train import _close
+from dali_vit.saving import _close
 from tests.conftest import environment, read_metrics
 from tests.processes import LAUNCH, command, dali_vit, logged_steps, running, wait_for
 from tests.test_checkpoint import save
