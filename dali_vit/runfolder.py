@@ -170,6 +170,13 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
         return False
 
 
+def log_texts(writer: MetricLog, config: Config, summary: str) -> None:
+    """What describes a run in words, to TensorBoard: its settings, its opening summary and its environment."""
+    writer.text("config", to_yaml(config))
+    writer.text("summary", summary)
+    writer.text("environment", (config.run_dir / "env.txt").read_text(encoding="utf-8", errors="surrogateescape"))
+
+
 def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
     """Logs the first augmented images of a run to TensorBoard and samples/train.png; a warning if the file fails."""
     grid = image_grid(images)

@@ -1,4 +1,4 @@
-"""The training loop, phases in the order they run: data, model, restore, loop, checkpoint, evaluation.
+"""The training loop, phases in the order they run: model, restore, data and logs, checkpoints and evaluation, loop.
 
 How a run starts: from the newest checkpoint in its own folder where there is one; else from scratch, with
 weights that depend on the seed alone. Order and augmentation of the data are pure functions of (seed, step)
@@ -8,6 +8,7 @@ uninterrupted run bit for bit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -21,7 +22,7 @@ from dali_vit import left_out, report
 from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
-from dali_vit.config import Config, UserError, to_yaml
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate_splits
 from dali_vit.metrics import MetricLog, StepTimer, Window, duration
@@ -29,7 +30,7 @@ from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
-from dali_vit.runfolder import current, log_samples, profiling, write_run_files
+from dali_vit.runfolder import current, log_samples, log_texts, profiling, write_run_files
 from dali_vit.saving import Saver, restore
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
@@ -58,8 +59,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
-    due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in the middle of it
-    if checkpoint and start >= total and not due:
+    evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in it
+    if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         return _check_finite(checkpoint.metrics, config)
 
@@ -75,7 +76,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     if checkpoint:
         restore(checkpoint, model, optimizer, group)
 
-    # Folder, logs and the stream of batches.
+    # The stream of batches, the run's folder and its logs.
     settings = loader_settings(dataset, config, group, model)
     bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
     loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
@@ -95,19 +96,15 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             threads=settings.threads,
         )
         log.info("%s", summary)
-        writer.text("config", to_yaml(config))
-        writer.text("summary", summary)
-        writer.text("environment", (config.run_dir / "env.txt").read_text(encoding="utf-8", errors="surrogateescape"))
-    saver = Saver(config, group, planned, optimizer, loader)
-
-    # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
-    model.train()
-    epoch_steps = len(dataset.split("train")) / config.optim.batch_size
-    loaders: dict[str, datasets.EvalLoader] = {}
+        log_texts(writer, config, summary)
+    train_flops = 3 * forward_flops  # the backward pass costs twice the forward
+    speed = functools.partial(report.speed, batch_size=config.optim.batch_size, train_flops=train_flops, group=group)
     starving = report.StarvationWarning(in_shards=isinstance(dataset.split("train"), datasets.ShardList))
+
+    # Checkpoint and evaluation.
+    saver = Saver(config, group, planned, optimizer, loader)
     watchdog = Watchdog(group, config.run.hang_timeout)
-    steps, done, stopping = range(start, total), start, None
-    metrics: dict[str, float] = {}
+    eval_loaders: dict[str, datasets.EvalLoader] = {}
 
     def evaluate(done: int) -> dict[str, float] | None:
         """Of the weights after `done` steps; None where the run is to stop meanwhile."""
@@ -119,13 +116,18 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 raise Interrupted
 
         try:
-            found = evaluate_splits(model, dataset, config, group, loaders, before_batch)
+            found = evaluate_splits(model, dataset, config, group, eval_loaders, before_batch)
         except Interrupted:
             return None
         if found:  # a data set may have neither val nor minival
             log.info("%s", report.evaluation_line(done, total, found))
         return found
 
+    # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
+    model.train()
+    epoch_steps = len(dataset.split("train")) / config.optim.batch_size
+    steps, done, stopping = range(start, total), start, None
+    metrics: dict[str, float] = {}
     with (
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
         writer or nullcontext(),
@@ -135,7 +137,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         report.progress_bar(total, start, visible=group.is_main) as bar,
         profiling(config, group, len(steps)) as profiler,
     ):
-        if due:
+        if evaluation_due:
             found = evaluate(start)
             if found is None:
                 steps, stopping = range(0), stop.reason()
@@ -167,6 +169,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             saving = evaluating or stopping or done % config.run.checkpoint_every == 0
             if not saving and done % config.run.log_every:
                 continue
+
             count, seconds, waited = timer.read()
             loss_mean, grad_norm_mean, waited = window.read(len(loader.bad_samples), waited)
             _check_skipped(window, range(done - count, done), total, config, saver)
@@ -175,18 +178,12 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 left_out.check_share(bad_samples, dataset, config)
             if writer:
                 scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
-                scalars |= report.speed(
-                    count,
-                    seconds,
-                    waited,
-                    batch_size=config.optim.batch_size,
-                    train_flops=3 * forward_flops,  # the backward pass costs twice the forward
-                    group=group,
-                )
+                scalars |= speed(count, seconds, waited)
                 scalars |= {"train/skipped_steps": window.skipped, "data/bad_samples": len(bad_samples)}
                 writer.scalars(done, scalars)
                 log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, time_left.after(done)))
                 starving.check(scalars["perf/data_wait_pct"])
+
             scalars = {}
             # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
             saved = saving and (window.healthy or stopping is not None or done == total)
@@ -198,6 +195,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
+
             if evaluating and not stopping:
                 stalled_since = time.perf_counter()
                 found = evaluate(done)
