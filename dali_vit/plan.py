@@ -49,6 +49,34 @@ def plan(config: Config, world_size: int) -> Plan:
     check_model(config.model, config.data.resolution)
     if config.model.model.startswith(TIMM_PREFIX):
         timm_name(config.model)
+    images_at_once = _images_at_once(config, world_size)
+    if config.data.data is None:
+        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    checkpoint = _own_checkpoint(config)
+    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+    train_files = dataset.split("train")
+    datasets.allow_open_files(train_files, config.optim.batch_size // world_size)
+    datasets.check_images(train_files, config.data.max_bad_share)
+    if dataset.val is not None:
+        datasets.check_images(dataset.val, config.data.max_bad_share)
+    model = create_model(
+        config.model, num_classes=len(dataset.classes), resolution=config.data.resolution, seed=config.run.seed
+    )
+    if config.model.model.startswith(TIMM_PREFIX):
+        _check_timm_model(config, model, images_at_once)
+    train_fingerprint = fingerprint(train_files, dataset.root / "train")
+    if checkpoint is not None:
+        _check_same_images(config, checkpoint, dataset, train_fingerprint)
+    total = total_steps(config.optim, len(train_files))
+    if total == 1 and config.optim.warmup_steps:
+        raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
+    lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
+    val_fingerprint = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
+    return Plan(dataset, model, total, checkpoint, train_fingerprint, val_fingerprint)
+
+
+def _images_at_once(config: Config, world_size: int) -> int:
+    """Images of a forward pass of one process; UserError where the batch does not divide so."""
     batch_size = config.optim.batch_size
     if batch_size % world_size:
         divisible = -(-batch_size // world_size) * world_size
@@ -57,8 +85,11 @@ def plan(config: Config, world_size: int) -> Plan:
     if share % parts:
         fitting = next_divisor(share, parts)
         raise UserError(f"--grad-accum-steps {parts}: does not divide a process's {share} images; use {fitting}")
-    if config.data.data is None:
-        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    return share // parts
+
+
+def _own_checkpoint(config: Config) -> checkpoints.Checkpoint | None:
+    """The checkpoint to go on from, None to begin from scratch; UserError for a folder that allows neither."""
     checkpoint = checkpoints.newest(config.run_dir)
     if checkpoint is not None:
         _check_resumable(config, checkpoint)
@@ -69,31 +100,17 @@ def plan(config: Config, world_size: int) -> Plan:
         )
     else:
         check_own(config)
-    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
-    train_files = dataset.split("train")
-    datasets.allow_open_files(train_files, batch_size // world_size)
-    datasets.check_images(train_files, config.data.max_bad_share)
-    if dataset.val is not None:
-        datasets.check_images(dataset.val, config.data.max_bad_share)
-    model = create_model(
-        config.model, num_classes=len(dataset.classes), resolution=config.data.resolution, seed=config.run.seed
-    )
-    if config.model.model.startswith(TIMM_PREFIX):
-        try:
-            flops_per_image(model, config.data.resolution)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise no_such_images(config.model, config.data.resolution, error) from error
-        if share == parts:
-            _check_single_images(config, model)
-    train_fingerprint = fingerprint(train_files, dataset.root / "train")
-    if checkpoint is not None:
-        _check_same_images(config, checkpoint, dataset, train_fingerprint)
-    total = total_steps(config.optim, len(train_files))
-    if total == 1 and config.optim.warmup_steps:
-        raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
-    lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    val_fingerprint = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
-    return Plan(dataset, model, total, checkpoint, train_fingerprint, val_fingerprint)
+    return checkpoint
+
+
+def _check_timm_model(config: Config, model: torch.nn.Module, images_at_once: int) -> None:
+    """UserError where a model of timm's takes no images of the run's size, or not so few of them."""
+    try:
+        flops_per_image(model, config.data.resolution)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise no_such_images(config.model, config.data.resolution, error) from error
+    if images_at_once == 1:
+        _check_single_images(config, model)
 
 
 def _check_single_images(config: Config, model: torch.nn.Module) -> None:
