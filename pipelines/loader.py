@@ -37,7 +37,6 @@ log = logging.getLogger("dali_vit.data")  # among the training's own messages
 # making the training pipeline anew: where many are bad, many are found at once.
 _LOOK_AHEAD = 1024
 
-
 # Each lane takes time to be made, and memory for batches and buffers of its own.
 _MAX_LANES = 2
 
@@ -115,16 +114,14 @@ class TrainLoader:
         allow_open_files(samples, self._order.local_batch_size)
         self._step = start_step
         self._prefetch = prefetch
-        decoding: dict[str, Any] = {
-            "decoder": decoder or Decoder(),
-            "device_id": _device_id(device),
-            "num_threads": num_threads,
-        }
+        device_id = _device_id(device)
+        self._decoder = decoder or Decoder()
+        decoding: dict[str, Any] = {"decoder": self._decoder, "device_id": device_id, "num_threads": num_threads}
         self._probing = functools.partial(probe.decode_pipeline, **decoding)
         self._bad = BadSamples(samples, self._probing, bad_samples, max_bad_share, _on_cpu(decoding))
         augment = augment or Augment()
         self._rand_augment = behind_graph(
-            decoding["device_id"],
+            device_id,
             image_size=image_size,
             layers=augment.randaug_layers,
             magnitude=augment.randaug_magnitude,
@@ -139,15 +136,13 @@ class TrainLoader:
             randaug=self._rand_augment is None,
             bad=self._bad.mask,
             prefetch_queue_depth=prefetch,
-            decoder=decoding["decoder"],
-            device_id=decoding["device_id"],
+            device_id=device_id,
         )
-        self._run = Runner(decoding["device_id"])
-        self._lanes = _num_lanes(num_threads) if decoding["device_id"] is None else 1
+        self._run = Runner(device_id)
+        self._lanes = _num_lanes(num_threads) if device_id is None else 1
         self._threads = num_threads
         self._pipelines: list[Pipeline] = []
         self._failed_at: int | None = None  # the last step that failed through no sample
-        self._first_step = start_step
         self._open()
 
     def _open(self) -> None:
@@ -155,8 +150,11 @@ class TrainLoader:
         self._first_step = self._step
         for lane in range(self._lanes):
             threads = (self._threads + lane) // self._lanes
-            step = self._step + lane
-            self._pipelines.append(self._make_pipeline(start_step=step, stride=self._lanes, num_threads=threads))
+            self._pipelines.append(
+                self._make_pipeline(
+                    decoder=self._decoder, start_step=self._step + lane, stride=self._lanes, num_threads=threads
+                )
+            )
         # By no name: an import on the way leaves a cycle with this call's frame, and so with all that has a name in it.
         for lane in range(self._lanes):
             self._pipelines[lane].build()
@@ -227,20 +225,19 @@ class TrainLoader:
         Something may have failed once; or a decoder fails at the window of an image that decodes as a whole, and would
         do so at each start. They are the same pixels. Where nothing decodes, the disk or the device is lost.
         """
-        decoder = self._make_pipeline.keywords["decoder"]
         again = self._failed_at == self._step
-        if again and decoder.region == "full":
+        if again and self._decoder.region == "full":
             return False
         indices = self._order.indices(self._step)
         tried = probe.try_samples(self._samples.subset(indices[~self._bad.mask[indices]][:1]), self._probing)
         if not any(decodes for _, decodes in tried):
             return False
         self._failed_at = self._step
-        said = " ".join(str(error).split())[:300]
         if again:
-            self._make_pipeline.keywords["decoder"] = replace(decoder, region="full")
+            self._decoder = replace(self._decoder, region="full")
             log.warning("step %d fails again: whole images are decoded from here on, which is slower", self._step)
         else:
+            said = " ".join(str(error).split())[:300]
             log.warning("step %d is loaded again, as DALI failed at no image that is bad: %s", self._step, said)
         return True
 

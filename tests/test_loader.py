@@ -333,7 +333,7 @@ def test_the_evaluation_graph_can_be_laid_out_for_a_gpu(files: FileList) -> None
 
 def test_on_a_gpu_chroma_is_interpolated_in_evaluations_and_repeated_in_training(files: FileList) -> None:
     with closing(train_loader(files)) as loader:
-        training = loader._make_pipeline.keywords["decoder"]
+        training = loader._decoder
     evaluation = eval_loader(files)._make_pipeline.keywords["decoder"]
     assert (training.fancy_upsampling, evaluation.fancy_upsampling) == (False, True)
 
