@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.config import Config, LocalUserError
-from dali_vit.data import LackOfMemory
 from dali_vit.distributed import Group
 from dali_vit.environment import available_memory
 from dali_vit.model import kept_bytes_per_image
+from pipelines.probe import LackOfMemory
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from dali_vit import data as datasets
-from dali_vit import environment
+from dali_vit import environment, loaders
 from dali_vit.config import Config
-from dali_vit.data import Decoder, LoaderSettings
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.files import replacing
+from dali_vit.loaders import Decoder, LoaderSettings
 from dali_vit.mixup import normalize
+from pipelines.bad_samples import DecodeError
 from pipelines.crop import REGIONS
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
         log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
     wanted = config.run.autotune
     if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
-        return datasets.default_settings(config, group)
+        return loaders.default_settings(config, group)
     defaults = common_defaults(config, group)
     conditions = _conditions(dataset, config, group)
     path = cache_path(conditions)
@@ -93,7 +94,7 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
 
 def common_defaults(config: Config, group: Group) -> LoaderSettings:
     """Defaults that suit all ranks: some may have fewer cores, or be unable to decode windows alone. Collective."""
-    of_ranks = gather_objects(datasets.default_settings(config, group))
+    of_ranks = gather_objects(loaders.default_settings(config, group))
     region = max((one.decoder.region for one in of_ranks), key=REGIONS.index)
     threads = min(one.threads for one in of_ranks)
     return replace(of_ranks[0], threads=threads, decoder=replace(of_ranks[0].decoder, region=region))
@@ -190,7 +191,7 @@ def _rate(
     """
     seconds, loader = float("inf"), None
     try:
-        loader = datasets.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
+        loader = loaders.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
         for _ in range(2 * settings.prefetch + 2):  # batches loaded ahead, before the measurement
             work(next(loader)[0])
         count, began = 0, _now(group)
@@ -200,7 +201,7 @@ def _rate(
         seconds = (_now(group) - began) / count
     # DALI's error, as when the device's memory does not hold the buffers; or too many bad samples, which training will
     # report. If one rank raised either of them here, the other ranks would wait for it.
-    except (RuntimeError, datasets.DecodeError) as error:
+    except (RuntimeError, DecodeError) as error:
         log.debug("autotune: %s fails: %s", describe(settings), error)
     finally:
         if loader is not None:

@@ -95,7 +95,7 @@ def _rank() -> int:
 def _is_the_users(error: ValueError) -> bool:
     if isinstance(error, UserError):
         return True
-    from dali_vit.data import DecodeError  # imported here, as --help must not wait for DALI
+    from pipelines.bad_samples import DecodeError  # imported here, as --help must not wait for DALI
 
     return isinstance(error, DecodeError)
 

@@ -1,4 +1,4 @@
-"""Which images there are and which split each belongs to.
+"""Which images there are, which split each belongs to, and whether they look like images.
 
 An image folder holds `train/<class>/*` and `val/<class>/*`; the class index is the place of the folder's name
 among the sorted names. Nothing is opened while listing, and the listing of a large folder is kept. Of a set that
@@ -12,14 +12,13 @@ import re
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from dali_vit.config import Config, UserError
+from dali_vit.config import UserError
 from dali_vit.demo import demo_folder
-from dali_vit.distributed import Group
 from dali_vit.files import at_home
 from dali_vit.listing import (
     IMAGE_SUFFIXES,
@@ -34,26 +33,22 @@ from dali_vit.manifest import MANIFEST, Manifest, load_shards, read_manifest
 from dali_vit.minival import split_minival
 from dali_vit.real_labels import load_real_labels
 from dali_vit.remote import fetch, is_remote
-from pipelines import open_files, readers, windows
-from pipelines.bad_samples import most_allowed, still_bad
-from pipelines.loader import DecodeError, EvalLoader, LackOfMemory, TooManyFiles, TrainLoader
+from pipelines import open_files
+from pipelines.bad_samples import most_allowed
+from pipelines.open_files import TooManyFiles
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
-from pipelines.train import Augment, Decoder
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "Dataset",
-    "DecodeError",
     "ImageList",
-    "LackOfMemory",
-    "allow_open_files",
+    "ShardList",
     "check_images",
     "load_dataset",
     "load_eval_folder",
     "load_real_labels",
-    "most_allowed",
-    "still_bad",
+    "with_labels",
 ]
 
 # First bytes of the formats of IMAGE_SUFFIXES.
@@ -238,100 +233,6 @@ def _fault_of(head: bytes) -> str | None:
     if head.startswith(b"GIF8"):
         return "is a GIF, which cannot be decoded"
     return None if _MAGIC.match(head) else f"is no image (it begins with {head!r})"
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How the training stream is made ready: what decides how fast it is, not what is in it."""
-
-    threads: int
-    """DALI's CPU threads of this process."""
-    prefetch: int = 2
-    """Batches that are worked ahead."""
-    decoder: Decoder = field(default_factory=Decoder)
-
-
-def num_threads(config: Config, group: Group) -> int:
-    """DALI's CPU threads for this process."""
-    return config.run.threads or group.cores
-
-
-def default_settings(config: Config, group: Group) -> LoaderSettings:
-    """What is loaded with where no better settings are known; a GPU that fails at windows decodes whole images."""
-    whole = group.device.type == "cuda" and windows.fault() is not None
-    return LoaderSettings(num_threads(config, group), decoder=Decoder(region="full" if whole else "window"))
-
-
-def allow_open_files(samples: ImageList, batch_size: int) -> None:
-    """Lets this process read batches of so many samples; UserError where the system does not allow it the files."""
-    try:
-        readers.allow_open_files(samples, batch_size)
-    except TooManyFiles as error:
-        raise UserError(f"--batch-size: {error}") from error
-
-
-def train_loader(
-    dataset: Dataset,
-    config: Config,
-    group: Group,
-    *,
-    settings: LoaderSettings | None = None,
-    start_step: int = 0,
-    bad_samples: Sequence[int] = (),
-) -> TrainLoader:
-    """The training stream of this process from a step on, as the config has it; `bad_samples` are left out."""
-    data = config.data
-    settings = settings or default_settings(config, group)
-    train = dataset.split("train")
-    allow_open_files(train, config.optim.batch_size // group.world_size)
-    return TrainLoader(
-        train,
-        batch_size=config.optim.batch_size,
-        image_size=data.resolution,
-        seed=config.run.seed,
-        rank=group.rank,
-        world_size=group.world_size,
-        device=group.device,
-        num_threads=settings.threads,
-        prefetch=settings.prefetch,
-        decoder=settings.decoder,
-        start_step=start_step,
-        bad_samples=bad_samples,
-        max_bad_share=data.max_bad_share,
-        augment=Augment(
-            crop=data.crop,
-            antialias=data.antialias,
-            randaug_layers=data.randaug_layers,
-            randaug_magnitude=data.randaug_magnitude,
-            randaug_contrast=data.randaug_contrast,
-        ),
-    )
-
-
-def eval_loader(
-    files: ImageList,
-    *,
-    batch_size: int,
-    resolution: int,
-    group: Group,
-    threads: int,
-    max_bad_share: float = 0.0,
-) -> EvalLoader:
-    """Evaluation batches of this process's share of the files; batch_size is that of one process.
-
-    What cannot be decoded is left out up to a share of the files; by default it ends the evaluation.
-    """
-    allow_open_files(files, batch_size)
-    return EvalLoader(
-        files,
-        batch_size=batch_size,
-        image_size=resolution,
-        rank=group.rank,
-        world_size=group.world_size,
-        device=group.device,
-        num_threads=threads,
-        max_bad_share=max_bad_share,
-    )
 
 
 def with_labels(files: ImageList, labels: np.ndarray) -> ImageList:

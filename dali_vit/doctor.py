@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dali_vit import data, environment
+from dali_vit import environment
 from dali_vit.compiling import compile_fault
 from dali_vit.config import Config, DataConfig, OptimConfig
+from dali_vit.data import Dataset
 from dali_vit.distributed import Group
+from dali_vit.loaders import train_loader
 from dali_vit.metrics import peak_flops
 from pipelines import windows
+from pipelines.readers import FileList
 
 
 def report() -> str:
@@ -56,11 +59,11 @@ def _input_fault(device: torch.device) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.jpg"
         Image.new("RGB", (96, 64)).save(path)
-        files = data.FileList.from_paths([str(path)], [0])
+        files = FileList.from_paths([str(path)], [0])
         config = Config(data=DataConfig(resolution=32), optim=OptimConfig(batch_size=1))
-        dataset = data.Dataset("doctor", path.parent, ("image",), files, None, None)
+        dataset = Dataset("doctor", path.parent, ("image",), files, None, None)
         try:
-            loader = data.train_loader(dataset, config, Group(0, 1, 0, 1, device))
+            loader = train_loader(dataset, config, Group(0, 1, 0, 1, device))
             next(loader)
             loader.close()
         except (RuntimeError, ValueError) as error:

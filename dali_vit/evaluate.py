@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from dali_vit import data as datasets
 from dali_vit.config import Config
-from dali_vit.data import EvalLoader
 from dali_vit.distributed import Group, share_buffers, sum_over_ranks
+from dali_vit.loaders import EvalLoader, eval_loader, num_threads
 from dali_vit.mixup import normalize
 
 
@@ -95,13 +95,13 @@ def evaluate_splits(
         if name not in loaders:
             if group.device.type == "cuda":
                 torch.cuda.empty_cache()  # of what the training steps left: DALI's buffers are not torch's
-            loaders[name] = datasets.eval_loader(
+            loaders[name] = eval_loader(
                 files,
                 # What memory holds of a step, it holds of an evaluation.
                 batch_size=config.optim.batch_size // group.world_size // config.run.grad_accum_steps,
                 resolution=config.data.resolution,
                 group=group,
-                threads=datasets.num_threads(config, group),
+                threads=num_threads(config, group),
                 max_bad_share=config.data.max_bad_share,
             )
         result = evaluate(model, announced(loaders[name]), group.device)

@@ -18,13 +18,13 @@ from dali_vit import big_vision, checkpoint
 from dali_vit import data as datasets
 from dali_vit.agreement import check_same_evaluation, check_same_settings
 from dali_vit.config import UserError
-from dali_vit.data import DecodeError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, file_sha256, make_parent, replacing
 from dali_vit.image_files import list_images
 from dali_vit.inspection import no_messages_beside_ours
 from dali_vit.listing import some
+from dali_vit.loaders import eval_loader
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
 from dali_vit.report import with_sizes
@@ -32,6 +32,7 @@ from dali_vit.structure import val_without_images
 from dali_vit.undecodable import saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
+from pipelines.bad_samples import DecodeError
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def evaluate_checkpoint(
     model = opened.model.to(group.device)
 
     def run(name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
-        batches = datasets.eval_loader(
+        batches = eval_loader(
             files,
             batch_size=min(batch_size, len(files)),
             resolution=opened.resolution,
@@ -177,7 +178,7 @@ def predict(
     datasets.check_images(files, max_bad_share=1.0)
     group = Group(0, 1, 0, 1, device)
     batch_size = min(len(files), 64)
-    batches = datasets.eval_loader(
+    batches = eval_loader(
         files,
         batch_size=batch_size,
         resolution=opened.resolution,

@@ -11,6 +11,9 @@ from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.listing import some
+from dali_vit.loaders import num_threads
+from pipelines.bad_samples import most_allowed
+from pipelines.bad_samples import still_bad as still_undecodable
 
 __all__ = ["check_share", "of_all_ranks", "still_bad"]
 
@@ -40,8 +43,8 @@ def still_bad(
 
     def found() -> list[int]:
         own = before[group.rank :: group.world_size]
-        threads = datasets.num_threads(config, group)
-        return datasets.still_bad(samples, own, device_id=group.device.index, num_threads=threads, seconds=_SECONDS)
+        threads = num_threads(config, group)
+        return still_undecodable(samples, own, device_id=group.device.index, num_threads=threads, seconds=_SECONDS)
 
     still = sorted(itertools.chain.from_iterable(gather_objects(together(found))))
     if good := [samples.path(index) for index in before if index not in set(still)]:
@@ -52,7 +55,7 @@ def still_bad(
 def check_share(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
     """UserError, on every rank alike, if the ranks together have found more bad samples than the allowed share."""
     count = len(dataset.split("train"))
-    if len(bad_samples) > datasets.most_allowed(config.data.max_bad_share, count):
+    if len(bad_samples) > most_allowed(config.data.max_bad_share, count):
         raise UserError(
             f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
             f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"

@@ -10,6 +10,7 @@ from dali_vit import checkpoint as checkpoints
 from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps
+from dali_vit.loaders import allow_open_files
 from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images, timm_name
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
@@ -55,7 +56,7 @@ def plan(config: Config, world_size: int) -> Plan:
     checkpoint = _own_checkpoint(config)
     dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
     train_files = dataset.split("train")
-    datasets.allow_open_files(train_files, config.optim.batch_size // world_size)
+    allow_open_files(train_files, config.optim.batch_size // world_size)
     datasets.check_images(train_files, config.data.max_bad_share)
     if dataset.val is not None:
         datasets.check_images(dataset.val, config.data.max_bad_share)

@@ -15,7 +15,7 @@ Predictions = Iterable[tuple[Path, list[dict[str, Any]]]]
 
 def as_json(predictions: Predictions) -> Iterator[str]:
     """One array, yielded at the end, as half an array is no JSON; kept as text, which is smaller than the objects."""
-    from dali_vit.data import DecodeError  # here, because --help must not wait for DALI
+    from pipelines.bad_samples import DecodeError  # here, because --help must not wait for DALI
 
     images = []
     failed = None

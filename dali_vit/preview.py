@@ -13,6 +13,7 @@ from dali_vit import data as datasets
 from dali_vit.config import Config, UserError, total_steps
 from dali_vit.distributed import Group
 from dali_vit.files import at_home, make_parent, replacing
+from dali_vit.loaders import train_loader
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
 from dali_vit.validation import check_range, validate
@@ -46,7 +47,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     total = config.optim.batch_size
     local = next(n for n in range(min(count, total), total + 1) if total % n == 0)
     alone = dataclasses.replace(group, rank=0, world_size=total // local)
-    loader = datasets.train_loader(dataset, config, alone, start_step=step)
+    loader = train_loader(dataset, config, alone, start_step=step)
     try:
         augmented, labels = next(loader)
         pixels = augmented[:count].cpu().numpy()

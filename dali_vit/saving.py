@@ -11,8 +11,8 @@ import torch
 from dali_vit import checkpoint as checkpoints
 from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError
-from dali_vit.data import TrainLoader
 from dali_vit.distributed import Group, gather_objects, together
+from dali_vit.loaders import TrainLoader
 from dali_vit.plan import Plan
 from dali_vit.runfolder import current, following
 

@@ -25,6 +25,7 @@ from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate_splits
+from dali_vit.loaders import EvalLoader, train_loader
 from dali_vit.metrics import MetricLog, StepTimer, Window, duration
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
@@ -79,7 +80,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     # The stream of batches, the run's folder and its logs.
     settings = loader_settings(dataset, config, group, model)
     bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
-    loader = datasets.train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
+    loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
     writer = together(lambda: MetricLog(config.run_dir, start, now=lambda: current(config)) if group.is_main else None)
@@ -104,7 +105,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     # Checkpoint and evaluation.
     saver = Saver(config, group, planned, optimizer, loader)
     watchdog = Watchdog(group, config.run.hang_timeout)
-    eval_loaders: dict[str, datasets.EvalLoader] = {}
+    eval_loaders: dict[str, EvalLoader] = {}
 
     def evaluate(done: int) -> dict[str, float] | None:
         """Of the weights after `done` steps; None where the run is to stop meanwhile."""

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dali_vit.data import DecodeError, ImageList
+from dali_vit.data import ImageList
 from dali_vit.inspection import KINDS, inspect_header, why_undecodable
 from dali_vit.prepare.sources import read_sample
+from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS
 
 __all__ = ["saying_why"]

@@ -15,12 +15,12 @@ import dali_vit.step
 from dali_vit import accumulation, cli, plan
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, LocalUserError, ModelConfig, UserError
-from dali_vit.data import LackOfMemory
 from dali_vit.distributed import Group
 from dali_vit.model import create_model, kept_bytes_per_image
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
 from dali_vit.validation import validate
+from pipelines.probe import LackOfMemory
 
 LAMBDA = 0.7
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_vit import autotune
+from dali_vit import autotune, loaders
 from dali_vit import data as datasets
 from dali_vit.config import Config
-from dali_vit.data import Decoder, LoaderSettings
 from dali_vit.distributed import Group
+from dali_vit.loaders import Decoder, LoaderSettings
+from pipelines.bad_samples import DecodeError
 
 CPU = Group(0, 1, 0, 1, torch.device("cpu"))
 CUDA = replace(CPU, device=torch.device("cuda", 0))
@@ -108,7 +109,7 @@ def test_what_is_hardly_faster_does_not_replace_the_defaults(
     dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, {"prefetch 3": 1.5})
-    defaults = LoaderSettings(datasets.num_threads(config, CPU))
+    defaults = LoaderSettings(loaders.num_threads(config, CPU))
     assert autotune.loader_settings(dataset, config, CPU, MODEL) == defaults
 
 
@@ -185,14 +186,14 @@ def test_a_damaged_file_is_made_anew(
     assert found.prefetch == json.loads(path.read_text())["settings"]["prefetch"] == 4
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), datasets.DecodeError("too many bad", [])])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), DecodeError("too many bad", [])])
 def test_settings_that_fail_are_passed_over(
     error: Exception, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(datasets, "train_loader", fail)
+    monkeypatch.setattr(loaders, "train_loader", fail)
     assert autotune._rate(dataset, config, CPU, LoaderSettings(1), set(), lambda images: None) == 0
 
 

@@ -20,6 +20,7 @@ from benchmark import compare, modes, report, sweep, windows
 from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
+from dali_vit import loaders
 from dali_vit.metrics import StepTimer
 from dali_vit.model import create_model
 from pipelines.train import Decoder
@@ -191,8 +192,8 @@ def test_a_setting_that_fails_is_said_and_passed_over(dataset_of_folder, tiny_co
 
 @pytest.mark.parametrize("region", ["window", "full"])
 def test_windows_are_swept_only_where_they_are_the_default(region, dataset_of_folder, tiny_config, cpu, monkeypatch):
-    default = datasets.LoaderSettings(1, decoder=Decoder(region=region))
-    monkeypatch.setattr(sweep.datasets, "default_settings", lambda *_: default)
+    default = loaders.LoaderSettings(1, decoder=Decoder(region=region))
+    monkeypatch.setattr(sweep.loaders, "default_settings", lambda *_: default)
     monkeypatch.setattr(sweep, "_working_loader", lambda *_: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(sweep, "measure_batches", lambda *_: Measurement((1.0,), 1.0, 1.0, 0.0))
     trials, _ = sweep.sweep(tiny_config, dataset_of_folder, cpu, 0.1, lambda *_: None)

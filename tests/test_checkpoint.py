@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 import dali_vit.train
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
-from dali_vit.data import DecodeError
 from dali_vit.files import file_sha256
 from dali_vit.model import create_model
 from dali_vit.plan import plan, up_to_date
 from dali_vit.train import train
+from pipelines.bad_samples import DecodeError
 from tests.conftest import read_metrics
 
 CLASSES = ("ant", "bee", "cat")

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from dali_vit import checkpoint, cli
-from dali_vit.data import TrainLoader, load_dataset
+from dali_vit.data import load_dataset
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare.sources import read_sample, sample_names
+from pipelines.loader import TrainLoader
 from tests import datasets
 from tests.conftest import TINY_MODEL, read_metrics
 from tests.datasets import NUM_TRAIN, SOURCES, TRAIN_PER_CLASS, VAL_IMAGES, WNIDS, Images

@@ -169,7 +169,7 @@ def test_of_several_processes_the_main_one_predicts(monkeypatch, tmp_path, capsy
 @pytest.mark.timeout(60)
 def test_an_image_that_the_main_process_cannot_decode_is_told_to_the_others(monkeypatch, capsys):
     """Which would wait for its answer; it is no UserError."""
-    from dali_vit.data import DecodeError
+    from pipelines.bad_samples import DecodeError
 
     def fail(*_: object, **__: object) -> None:
         raise DecodeError("a.jpg cannot be decoded", ["a.jpg"])

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import dropout
 
 import dali_vit.train as loop
-from dali_vit import checkpoint
+from dali_vit import checkpoint, loaders
 from dali_vit import data as datasets
 from dali_vit import plan as planning
 from dali_vit.config import Config, ModelConfig, UserError
@@ -61,7 +61,7 @@ def test_a_model_is_checked_before_data_are_fetched(
 
 def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(datasets, "TrainLoader", lambda samples, **options: given.update(options))
+    monkeypatch.setattr(loaders, "TrainLoader", lambda samples, **options: given.update(options))
     data = replace(
         tiny_config.data,
         crop="torchvision",
@@ -72,7 +72,7 @@ def test_the_settings_reach_the_loader(tiny_config: Config, cpu: Group, monkeypa
         max_bad_share=0.5,
     )
     config = replace(tiny_config, data=data, run=replace(tiny_config.run, seed=9))
-    datasets.train_loader(plan(config, 1).dataset, config, replace(cpu, rank=1, world_size=2), start_step=4)
+    loaders.train_loader(plan(config, 1).dataset, config, replace(cpu, rank=1, world_size=2), start_step=4)
     assert given["augment"] == Augment(
         crop="torchvision", antialias=False, randaug_layers=3, randaug_magnitude=7.0, randaug_contrast="mean"
     )

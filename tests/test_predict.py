@@ -13,9 +13,9 @@ from PIL import Image
 
 from dali_vit import inference, wordnet
 from dali_vit.config import UserError
-from dali_vit.data import DecodeError
 from dali_vit.image_files import list_images
 from dali_vit.undecodable import saying_why
+from pipelines.bad_samples import DecodeError
 from tests.conftest import run
 from tests.test_inference import BLUE, GREEN, RED, data, paint, save
 

@@ -15,8 +15,9 @@ import torch
 
 from dali_vit import remote
 from dali_vit.config import UserError
-from dali_vit.data import Dataset, TrainLoader, load_dataset
+from dali_vit.data import Dataset, load_dataset
 from dali_vit.manifest import MANIFEST
+from pipelines.loader import TrainLoader
 from tests import datasets
 from tests.conftest import TINY_MODEL, read_metrics
 from tests.processes import dali_vit

@@ -15,8 +15,8 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from dali_vit.config import Config
-from dali_vit.data import LoaderSettings, default_settings
 from dali_vit.distributed import Group
+from dali_vit.loaders import LoaderSettings, default_settings
 from pipelines import crop, windows
 from pipelines.crop import Decoder
 

@@ -27,6 +27,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from dali_vit import data as datasets
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count, describe_environment
+from dali_vit.loaders import allow_open_files
 from pipelines import crop
 from pipelines.order import TrainOrder
 from pipelines.readers import NUM_LAST_BYTES, TrainSource
@@ -59,7 +60,7 @@ def main() -> None:
                 raise UserError(f"{flag} {value}: must be at least 1")
         report.check_json(arguments.json)
         samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
-        datasets.allow_open_files(samples, arguments.batch_size)
+        allow_open_files(samples, arguments.batch_size)
     except UserError as error:
         print(f"measure_input.py: {error}", file=sys.stderr)
         sys.exit(2)

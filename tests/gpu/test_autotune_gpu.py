@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_vit import autotune
+from dali_vit import autotune, loaders
 from dali_vit import data as datasets
 from dali_vit.config import Config
 from dali_vit.distributed import Group
@@ -32,7 +32,7 @@ def test_a_search_beside_the_model(tiny_config: Config, monkeypatch: pytest.Monk
     model = create_model(config.model, num_classes=4, resolution=32).to(group.device)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    defaults = datasets.default_settings(config, group)
+    defaults = loaders.default_settings(config, group)
     with autotune._training_like(model, group) as work:
         rates = autotune.search(dataset, config, group, defaults, float("inf"), work)
         for load in {load for shares in autotune._HW_LOADS for tried in shares.values() for load in tried}:

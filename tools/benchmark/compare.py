@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dali_vit import data as datasets
+from dali_vit import loaders
 from dali_vit.config import Config, DataConfig, UserError
-from dali_vit.data import LoaderSettings
 from dali_vit.distributed import Group, gather_objects, together
+from dali_vit.loaders import LoaderSettings
 from pipelines.loader import TrainLoader
 from pipelines.order import TrainOrder
 from pipelines.readers import FileList
@@ -134,7 +135,7 @@ def compare(
     `settings` gives those of our loader; it is called after the other loaders have forked. Each loader is fed by as
     many threads (ours) or worker processes (the others) as --threads says, or this process has cores. Collective.
     """
-    workers = datasets.num_threads(config, group)
+    workers = loaders.num_threads(config, group)
     files = dataset.split("train")
     if not isinstance(files, FileList):
         raise UserError(f"--compare: {dataset.root} holds shards, which the other loaders cannot read; give a folder")
@@ -143,7 +144,7 @@ def compare(
     for contestant in contestants.values():  # forks the workers, before DALI starts threads
         with contestant.batches() as batches:
             next(batches)
-    loader = datasets.train_loader(dataset, config, group, settings=settings())
+    loader = loaders.train_loader(dataset, config, group, settings=settings())
     contestants = {OURS: _Ours(loader), **contestants}
     rounds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(ROUNDS):

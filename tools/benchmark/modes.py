@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from benchmark.kernels import summarize
 from benchmark.windows import Measurement, measure, warm_up
 from dali_vit import data as datasets
+from dali_vit import loaders
 from dali_vit.blocks import LeanBlock
 from dali_vit.config import Config
-from dali_vit.data import LoaderSettings
 from dali_vit.distributed import Group, barrier
+from dali_vit.loaders import LoaderSettings
 from dali_vit.metrics import StepTimer, Window
 from dali_vit.mixup import sample_lambda
 from dali_vit.optim import create_optimizer, lr_schedule
@@ -66,7 +67,7 @@ def measure_loader(
     config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
     """The training graph alone."""
-    loader = datasets.train_loader(dataset, config, group, settings=settings)
+    loader = loaders.train_loader(dataset, config, group, settings=settings)
     try:
         return measure_batches(loader, config, group, seconds)
     finally:
@@ -84,7 +85,7 @@ def measure_model(
     train_on: TrainOn, config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
     """The training step alone, on one real batch that stays on the device."""
-    loader = datasets.train_loader(dataset, config, group, settings=settings)
+    loader = loaders.train_loader(dataset, config, group, settings=settings)
     images, labels = next(loader)
     loader.close()
     return measure(
@@ -100,7 +101,7 @@ def measure_joint(
     train_on: TrainOn, config: Config, dataset: datasets.Dataset, settings: LoaderSettings, group: Group, seconds: float
 ) -> Measurement:
     """The trainer's loop between two log lines: a new batch for every step."""
-    loader = datasets.train_loader(dataset, config, group, settings=settings)
+    loader = loaders.train_loader(dataset, config, group, settings=settings)
     timer = StepTimer(group.device)
 
     def step() -> None:
@@ -151,7 +152,7 @@ def profile_joint(
 
     TensorBoard's profiler plugin and https://ui.perfetto.dev open the file.
     """
-    loader = datasets.train_loader(dataset, config, group, settings=settings)
+    loader = loaders.train_loader(dataset, config, group, settings=settings)
     try:
         profiler, summary = profile_steps(lambda: next(loader), train_on, group, steps)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmark.modes import measure_batches
 from benchmark.windows import Measurement
-from dali_vit import autotune
+from dali_vit import autotune, loaders
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
@@ -171,5 +171,5 @@ def _working_loader(settings: Settings, config: Config, dataset: datasets.Datase
 
 def _loader(settings: Settings, config: Config, dataset: datasets.Dataset, group: Group) -> TrainLoader:
     config = replace(config, data=replace(config.data, antialias=settings.antialias))
-    loading = datasets.LoaderSettings(settings.threads, settings.prefetch, settings.decoder)
-    return datasets.train_loader(dataset, config, group, settings=loading)
+    loading = loaders.LoaderSettings(settings.threads, settings.prefetch, settings.decoder)
+    return loaders.train_loader(dataset, config, group, settings=loading)
