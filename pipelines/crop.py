@@ -119,7 +119,7 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
     return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
-def refusing_too_large(start: DataNode, size: DataNode) -> DataNode:
+def start_unless_too_large(start: DataNode, size: DataNode) -> DataNode:
     """The start of a window; in an image of more than MAX_PIXELS, a start outside it, which the decoder refuses."""
     return start + (size[0] * size[1] > MAX_PIXELS) * 1e9
 
@@ -130,7 +130,7 @@ def width_to_resize_to(mirror: DataNode | None, size: int) -> DataNode | int:
 
 
 def cut_window(
-    encoded: DataNode, image: DataNode, start: DataNode, window: DataNode, *, device: str, decoder: Decoder
+    encoded: DataNode, full_size: DataNode, start: DataNode, window: DataNode, *, device: str, decoder: Decoder
 ) -> DataNode:
     """Windows of images, uint8 [h, w, 3] RGB on the device, decoded as `decoder.region` says, not resized.
 
@@ -138,15 +138,15 @@ def cut_window(
     """
     cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
     if decoder.region == "full":
-        return fn.slice(decode(encoded, image, device=device, decoder=decoder), start, window, **cut)
+        return fn.slice(decode(encoded, full_size, device=device, decoder=decoder), start, window, **cut)
     return fn.decoders.image_slice(
-        encoded, refusing_too_large(start, image), window, **cut, **_options(decoder, device)
+        encoded, start_unless_too_large(start, full_size), window, **cut, **_options(decoder, device)
     )
 
 
 def decode_window(
     encoded: DataNode,
-    image: DataNode,
+    full_size: DataNode,
     start: DataNode,
     window: DataNode,
     mirror: DataNode | None,
@@ -159,14 +159,14 @@ def decode_window(
 ) -> DataNode:
     """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
 
-    image is the (height, width) of the whole image, start the (top, left) and window the (height, width) of the window,
-    each float32 [2] on the CPU. The pipeline fails at an image of more than MAX_PIXELS before decoding it. Where mirror
+    full_size is the (height, width) of the whole image, start the (top, left) and window the (height, width) of the
+    window, each float32 [2] on the CPU. The pipeline fails at an image of more than MAX_PIXELS before decoding it. Where mirror
     (a boolean scalar on the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it.
     On the CPU the resize is compiled (`pipelines.compiled`) if `compiled` is true, or is None and Numba can be used.
     """
     if device == "gpu" and decoder.region == "window" and windows.fault():
         decoder = replace(decoder, region="full")
-    images = cut_window(encoded, image, start, window, device=device, decoder=decoder)
+    images = cut_window(encoded, full_size, start, window, device=device, decoder=decoder)
     if device == "cpu" and (loops.available() if compiled is None else compiled):
         return loops.resize(images, mirror, size=size, antialias=antialias)
     width = width_to_resize_to(mirror, size)

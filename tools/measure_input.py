@@ -40,7 +40,7 @@ IMAGE_SIZE = 224
 @pipeline_def
 def _graph(source: TrainSource, augment: Augment) -> Any:
     drawn = draw(source, augment)
-    start = crop.refusing_too_large(drawn.start, drawn.size)
+    start = crop.start_unless_too_large(drawn.start, drawn.size)
     width = crop.width_to_resize_to(drawn.mirror, IMAGE_SIZE)
     return drawn.labels, start, drawn.window, width, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
 
