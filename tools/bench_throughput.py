@@ -226,9 +226,8 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         say(f"\n{report.sweep_table(trials, best)}")
 
     wanted = ("loader", "model", "joint") if options.mode == "all" else (options.mode,)
-    train_flops = 3 * flops_per_image(
-        planned.model, config.data.resolution
-    )  # the backward pass costs twice the forward
+    # The backward pass costs twice the forward.
+    train_flops = 3 * flops_per_image(planned.model, config.data.resolution)
     measured: dict[str, Measurement] = {}
     result["config"]["loader"] = dataclasses.asdict(settings())
     say(f"\n{report.HEADER}")
