@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dali_vit.blocks import has_lean_blocks
+from dali_vit.compiling import on_one_line
 from dali_vit.config import AttentionKernel, UserError
 from dali_vit.distributed import Group, gather_objects
 
@@ -142,8 +143,7 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
             elif names == [name]:
                 faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of at most 64"
         except Exception as error:  # kernels not built for this chip or these sizes; anything that Triton may raise
-            # In torch's messages, what follows an empty line is advice to its developers.
-            faults[name] = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
+            faults[name] = on_one_line(error)
             log.debug("attention %s: %s", name, faults[name])
     return times, faults
 

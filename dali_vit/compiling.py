@@ -14,7 +14,7 @@ import torch
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
 
-__all__ = ["compile_fault", "how_to_compile"]
+__all__ = ["compile_fault", "how_to_compile", "on_one_line"]
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,15 @@ def compile_fault(device: torch.device) -> str | None:
     try:
         torch.compile(torch.add)(torch.ones(2, device=device), 1)
     except Exception as error:  # torch.compile needs many things that fit together, each of which may fail
-        # In torch's messages, what follows an empty line is advice to its developers.
-        return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
+        return on_one_line(error)
     finally:
         atexit.register(_limit_compile_workers)  # registered after torch's own, it runs before it
     return None
+
+
+def on_one_line(error: Exception) -> str:
+    """An error by its type and message, without what follows an empty line: advice to torch's developers."""
+    return " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())
 
 
 def _limit_compile_workers() -> None:

@@ -16,7 +16,7 @@ from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.runfolder import check_own
 from dali_vit.step_folders import last_step
-from dali_vit.validation import validate
+from dali_vit.validation import given_data, validate
 from dali_vit.variants import TIMM_PREFIX, check_model
 
 
@@ -51,10 +51,9 @@ def plan(config: Config, world_size: int) -> Plan:
     if config.model.model.startswith(TIMM_PREFIX):
         timm_name(config.model)
     images_at_once = _images_at_once(config, world_size)
-    if config.data.data is None:
-        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    data = given_data(config)
     checkpoint = _own_checkpoint(config)
-    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+    dataset = datasets.load_dataset(data, minival=config.data.minival)
     train_files = dataset.split("train")
     allow_open_files(train_files, config.optim.batch_size // world_size)
     datasets.check_images(train_files, config.data.max_bad_share)

@@ -16,7 +16,8 @@ from dali_vit.files import at_home, make_parent, replacing
 from dali_vit.loaders import train_loader
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
-from dali_vit.validation import check_range, validate
+from dali_vit.report import augmentation
+from dali_vit.validation import check_range, given_data, validate
 from dali_vit.variants import check_model
 from pipelines.order import TrainOrder
 
@@ -37,9 +38,10 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
     out = at_home(out)
+    validate(config)
+    data = given_data(config)
     _check(config, out, count)
-    assert config.data.data is not None
-    dataset = datasets.load_dataset(config.data.data, minival=config.data.minival)
+    dataset = datasets.load_dataset(data, minival=config.data.minival)
     samples = dataset.split("train")
     datasets.check_images(samples, config.data.max_bad_share)
     check_range("--at-step", step, 0, total_steps(config.optim, len(samples)) - 1)
@@ -56,9 +58,7 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
         loader.close()
     indices = TrainOrder(len(samples), total, 0, alone.world_size, config.run.seed).indices(step)[:count]
     originals = [_open(samples, index) for index in indices.tolist()]
-    aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
-    augmentation = f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'}"
-    title = f"{dataset.name}: step {step}, seed {config.run.seed}, {augmentation}, before Mixup"
+    title = f"{dataset.name}: step {step}, seed {config.run.seed}, {augmentation(config.data)}, before Mixup"
     grid = _grid(originals, pixels, names, title)
     try:
         make_parent(out)
@@ -70,9 +70,6 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
 
 
 def _check(config: Config, out: Path, count: int) -> None:
-    validate(config)
-    if config.data.data is None:
-        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the name must end in .png")
     if out.exists():

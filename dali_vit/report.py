@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit.checkpoint import Checkpoint
-from dali_vit.config import Config, ModelConfig
+from dali_vit.config import Config, DataConfig, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.listing import other_val
@@ -35,6 +35,12 @@ def model_line(config: ModelConfig, parameters: int, forward_flops: float, resol
         kind = f"ViT-{with_sizes(config)} {config.pool}, {config.posemb}, {config.head} head"
     millions, gflop = (f"{x:.2f}" if x >= 1 else f"{x:.2g}" for x in (parameters / 1e6, forward_flops / 1e9))
     return f"{kind}, {millions} M parameters, {gflop} GFLOP at {resolution} px"
+
+
+def augmentation(config: DataConfig) -> str:
+    """Crop and RandAugment in words."""
+    randaug = f"RandAugment({config.randaug_layers}, {config.randaug_magnitude:g})"
+    return f"{config.crop} crop, {randaug if config.randaug_layers else 'no RandAugment'}"
 
 
 def with_sizes(config: ModelConfig) -> str:
@@ -93,7 +99,6 @@ def summary(
     counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
-    aug = f"RandAugment({config.data.randaug_layers}, {config.data.randaug_magnitude:g})"
     classes = f"{len(dataset.classes)} class{'es' if len(dataset.classes) > 1 else ''}"
     on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     precision = f"bf16 autocast, {config.model.residual} residual stream"
@@ -101,8 +106,8 @@ def summary(
     rows = {
         "run": f"{config.run_dir} (recipe {config.run.recipe}, seed {config.run.seed})",
         "data": f"{dataset.root}: {counts} images, {classes}",
-        "input": f"{config.data.crop} crop, {aug if config.data.randaug_layers else 'no RandAugment'},"
-        f" Mixup {config.optim.mixup_alpha:g}; DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
+        "input": f"{augmentation(config.data)}, Mixup {config.optim.mixup_alpha:g};"
+        f" DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
         **how,

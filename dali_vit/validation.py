@@ -10,7 +10,16 @@ from pathlib import Path
 
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, OptimConfig, UserError
 
-__all__ = ["MAX_BATCH_SIZE", "MAX_RESOLUTION", "MAX_STEPS", "MAX_THREADS", "check_local", "check_range", "validate"]
+__all__ = [
+    "MAX_BATCH_SIZE",
+    "MAX_RESOLUTION",
+    "MAX_STEPS",
+    "MAX_THREADS",
+    "check_local",
+    "check_range",
+    "given_data",
+    "validate",
+]
 
 # Beyond what any machine can do, so that typing errors are refused here and not by the operating system.
 MAX_THREADS = 1024
@@ -38,6 +47,13 @@ def check_local(path: str | Path, flag: str = "") -> None:
     if url:  # a Path has kept one of its slashes
         given = f"{flag} {url[1]}://{url[2]}".lstrip()
         raise UserError(f"{given}: must be on this machine's disks; name a local path, and copy from or to the store")
+
+
+def given_data(config: Config) -> str:
+    """The data set to train on, as it was given; UserError where none was."""
+    if config.data.data is None:
+        raise UserError("--data: missing; give a folder with train/ and val/, or `--data demo`")
+    return config.data.data
 
 
 def validate(config: Config) -> None:

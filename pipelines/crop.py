@@ -134,7 +134,7 @@ def cut_window(
 ) -> DataNode:
     """Windows of images, uint8 [h, w, 3] RGB on the device, decoded as `decoder.region` says, not resized.
 
-    The arguments are as in `decode_window`; image is its size.
+    The arguments are as in `decode_window`.
     """
     cut: dict[str, Any] = {"normalized_anchor": False, "normalized_shape": False, "axis_names": "HW"}
     if decoder.region == "full":
@@ -160,8 +160,9 @@ def decode_window(
     """Windows of images, resized bilinearly to uint8 [size, size, 3] RGB on the device.
 
     full_size is the (height, width) of the whole image, start the (top, left) and window the (height, width) of the
-    window, each float32 [2] on the CPU. The pipeline fails at an image of more than MAX_PIXELS before decoding it. Where mirror
-    (a boolean scalar on the CPU) is true the window is flipped horizontally, which costs nothing as the resize does it.
+    window, each float32 [2] on the CPU. The pipeline fails at an image of more than MAX_PIXELS before decoding it.
+    Where mirror (a boolean scalar on the CPU) is true the window is flipped horizontally, which costs nothing as the
+    resize does it.
     On the CPU the resize is compiled (`pipelines.compiled`) if `compiled` is true, or is None and Numba can be used.
     """
     if device == "gpu" and decoder.region == "window" and windows.fault():
