@@ -8,7 +8,6 @@ uninterrupted run bit for bit.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -17,20 +16,20 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from dali_vit import data as datasets
 from dali_vit import left_out, report
 from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
-from dali_vit.distributed import Group, gather_objects, together
+from dali_vit.distributed import Group, together
 from dali_vit.evaluate import evaluate_splits
 from dali_vit.loaders import EvalLoader, train_loader
-from dali_vit.metrics import MetricLog, StepTimer, Window, duration
+from dali_vit.metrics import MetricLog, duration
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
+from dali_vit.progress import Progress
 from dali_vit.runfolder import current, log_samples, log_texts, profiling, write_run_files
 from dali_vit.saving import Saver, restore
 from dali_vit.step import build_update
@@ -98,9 +97,6 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         )
         log.info("%s", summary)
         log_texts(writer, config, summary)
-    train_flops = 3 * forward_flops  # the backward pass costs twice the forward
-    speed = functools.partial(report.speed, batch_size=config.optim.batch_size, train_flops=train_flops, group=group)
-    starving = report.StarvationWarning(in_shards=isinstance(dataset.split("train"), datasets.ShardList))
 
     # Checkpoint and evaluation.
     saver = Saver(config, group, planned, optimizer, loader)
@@ -124,7 +120,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             log.info("%s", report.evaluation_line(done, total, found))
         return found
 
-    # The loop. Sums stay on the device between log lines, because reading them stalls the GPU.
+    # The loop.
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     steps, done, stopping = range(start, total), start, None
@@ -148,11 +144,13 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 if writer:
                     writer.scalars(start, metrics)
         stop.start_clock()
-        timer, window, began = StepTimer(group.device), Window(group), time.perf_counter()
-        time_left = report.TimeLeft(total, start)
+        began = time.perf_counter()
+        progress = Progress(
+            config, group, planned, loader, saver, writer, forward_flops=forward_flops, bad_samples=bad_samples
+        )
         for step in steps:
             watchdog.enter("loader", step)
-            with timer.waiting():
+            with progress.timer.waiting():
                 images, labels = next_batch()  # uint8 [N, S, S, 3], int64 [N]
             watchdog.enter("compilation" if step < start + _COMPILING else "step", step)
             if step == 0 and writer:
@@ -160,7 +158,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             lr = config.optim.lr * lr_schedule(step, total_steps=total, warmup_steps=config.optim.warmup_steps)
             lam = sample_lambda(config.optim.mixup_alpha, config.run.seed, step)
             loss, grad_norm = update(images, labels, lam, lr)
-            window.add(loss, grad_norm)
+            progress.window.add(loss, grad_norm)
             bar.update()
             profiler.step()
 
@@ -171,28 +169,15 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             if not saving and done % config.run.log_every:
                 continue
 
-            count, seconds, waited = timer.read()
-            loss_mean, grad_norm_mean, waited = window.read(len(loader.bad_samples), waited)
-            _check_skipped(window, range(done - count, done), total, config, saver)
-            if window.more_bad_samples:
-                bad_samples = left_out.of_all_ranks(gather_objects(loader.state_dict()))
-                left_out.check_share(bad_samples, dataset, config)
-            if writer:
-                scalars = {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm_mean}
-                scalars |= speed(count, seconds, waited)
-                scalars |= {"train/skipped_steps": window.skipped, "data/bad_samples": len(bad_samples)}
-                writer.scalars(done, scalars)
-                log.info("%s", report.progress_line(done, total, done / epoch_steps, scalars, time_left.after(done)))
-                starving.check(scalars["perf/data_wait_pct"])
-
+            progress.log_line(done, lr)
             scalars = {}
             # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
-            saved = saving and (window.healthy or stopping is not None or done == total)
+            saved = saving and (progress.window.healthy or stopping is not None or done == total)
             if saved:  # before the evaluation, which may end the run
                 watchdog.enter("checkpoint", step)
                 stalled_since = time.perf_counter()
                 saver.save(done, evaluation_due=evaluating)
-                timer.reset()  # waits for the copy on a GPU
+                progress.timer.reset()  # waits for the copy on a GPU
                 scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
@@ -209,7 +194,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                     scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stalled_since}
                     if saved:
                         saver.add_metrics(done, metrics)
-                timer.reset()
+                progress.timer.reset()
             if writer and scalars:
                 writer.scalars(done, scalars)
             if stopping:
@@ -236,15 +221,3 @@ def _is_evaluated(done: int, every: float) -> bool:
     """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
     # Of the smallest numbers the quotient is infinite.
     return 0 < every < 1 or (every > 0 and math.floor(done / every) > math.floor((done - 1) / every))
-
-
-def _check_skipped(window: Window, steps: range, total: int, config: Config, saver: Saver) -> None:
-    """UserError, on every rank alike, once more steps were left out than allowed, or where a whole run was."""
-    if window.skipped > config.run.max_skipped_steps or window.skipped == total:
-        kept = saver.newest()
-        raise UserError(
-            f"{window.skipped} steps were left out, the last of them between steps {steps.start + 1} and {steps.stop}:"
-            f" the gradient was not finite or the loss a spike (--max-skipped-steps {config.run.max_skipped_steps},"
-            f" --spike-threshold {config.optim.spike_threshold:g}); lower --lr;"
-            f" last good checkpoint: {kept.path if kept else 'none yet'}"
-        )
