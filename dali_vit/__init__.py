@@ -1,1 +1,1 @@
-"""Plain Vision Transformers on ImageNet-1k from raw JPEGs, at the speed of the GPUs."""
+"""Plain Vision Transformers on ImageNet-1k from raw JPEGs, by the recipe of big_vision."""

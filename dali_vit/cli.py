@@ -132,7 +132,7 @@ def _dispatch(argv: list[str]) -> int:
 def _overview() -> str:
     return f"""usage: {PROGRAM} COMMAND [OPTIONS]
 
-Trains plain Vision Transformers from raw JPEGs at the speed of the GPUs.
+Trains plain Vision Transformers from raw JPEGs, ImageNet-1k's or your own.
 
   {PROGRAM} train --recipe demo              a ViT on the built-in dataset, in minutes
   {PROGRAM} train --data PATH --gpus 8       the paper's ViT-S/16 on ImageNet-1k, 90 epochs

@@ -149,8 +149,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out. Only the seed is meant to change what is learned. The number of processes does, too,
-    as Mixup pairs images within a process's share; and so does --grad-accum-steps with batch norm."""
+    """How the run is carried out. Of these only the seed is meant to change what is learned. The number of processes
+    does, too, as Mixup pairs images within a process's share, and so does --grad-accum-steps with batch norm."""
 
     recipe: str = operational("s16-90ep")
     """Recipe that supplies every default; the help of `dali-vit train` lists them."""
@@ -191,7 +191,7 @@ class RunConfig:
     hang_timeout: float = operational(600.0)
     """Seconds without progress after which a process names the stage it hangs in and ends; 0: never."""
     profile: int = operational(0)
-    """Steps to profile into the run's folder profile/, after the first 10 (in a shorter run, the last); 0: none."""
+    """Steps to trace, after the first 10 (in a shorter run, the last), into profile/ in the run's folder; 0: none."""
 
 
 @dataclass(frozen=True)

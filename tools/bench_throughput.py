@@ -79,7 +79,7 @@ class Options:
     randaug_cost: bool = False
     """Also measure training without RandAugment, in rounds that take turns, and say what RandAugment costs."""
     profile: int = 0
-    """Also write a trace of this many steps of training, for TensorBoard or Perfetto, and say where their time goes."""
+    """Also write a trace of this many steps of training, for ui.perfetto.dev, and say where their time goes."""
     profile_dir: Path = Path("runs/profile")
     """Folder of the trace."""
     json: Path | None = None

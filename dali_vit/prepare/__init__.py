@@ -55,7 +55,7 @@ class PrepareArguments:
     """Makes a set for --data from ILSVRC's tars, an image folder, TFRecords or Hugging Face parquet."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Folder that holds the tars, train/<class>/*, the TFRecords or the parquet files."""
+    """Folder that holds the tars, train/<class>/*, the TFRecords or the parquet files (docs/datasets.md)."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder to be made; while it is unfinished it is called TARGET.partial."""
     to: Literal["shards", "folder", "index"] = "shards"
