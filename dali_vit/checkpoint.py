@@ -30,7 +30,7 @@ from dali_vit import big_vision, weights
 from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
 from dali_vit.files import at_home, file_sha256, flush, replacing
 from dali_vit.model import create_model, set_timm_resolution
-from dali_vit.step_folders import prune, step_folder, step_folders
+from dali_vit.step_folders import prune, remove_unfinished, step_folder, step_folders
 from dali_vit.validation import MAX_RESOLUTION, check_local, check_range
 from dali_vit.variants import TIMM_PREFIX
 
@@ -97,8 +97,7 @@ def save(
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
-    for stale in folder.glob(".tmp-*"):  # of processes that were killed while writing
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_unfinished(folder)
     try:
         return _write(final, temporary, step, config, classes, model_state, trainer_state, loader_state)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -169,7 +168,6 @@ def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep:
     record["loader"]["evaluation_due"] = False
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        flush(temporary)
     flush(folder)
     prune(folder.parent, keep, folder)
 

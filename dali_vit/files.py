@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["at_home", "dead_link", "file_sha256", "flush", "make_parent", "replacing"]
+
+_STALE = 3600.0  # seconds for which nobody pauses within the writing of a file
 
 
 def at_home(path: str | Path) -> Path:
@@ -44,17 +48,28 @@ def make_parent(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside a file: what the body writes there replaces the file, or is removed if it fails.
+    """Yields another name beside a file, to write to: what is written there replaces the file once the body has ended.
 
-    If several processes write at the same time, the file of the last one stays.
+    It reaches the disk first, so that not even a loss of power leaves a file that is empty or cut short. If the body
+    raises, it is removed. Of processes that replace a file at once, the last one's content stays.
     """
+    _remove_stale(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
+        flush(temporary)
         temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what processes that were killed in `replacing` have left in a folder. Others may be writing there now."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > _STALE:
+                path.unlink()
 
 
 def flush(path: Path) -> None:

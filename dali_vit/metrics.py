@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dali_vit.config import UserError
 from dali_vit.distributed import Group, sum_over_ranks
 from dali_vit.files import replacing
 
@@ -43,6 +44,9 @@ _PEAK_BF16 = [
     ("RTX 4090", 165e12),
     ("RTX 3090", 71e12),
 ]
+
+
+_OF_EVALUATION = ("minival/", "val/", "perf/evaluation_s")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -155,22 +159,32 @@ class MetricLog:
     """The run's scalars, images and texts: TensorBoard events and `metrics.jsonl` in the run's folder.
 
     `start_step` is the step the run resumes from: what an interrupted run logged past it is dropped from both files,
-    because those steps run again. Where writing fails (a full disk, a folder that became read-only), a warning says so:
-    metrics.jsonl lacks the lines in question, and TensorBoard gets no more events. `now` returns where the folder is,
-    should it be moved during the run; the few events that are still to be written at that moment are lost.
+    because those steps run again. `evaluation_due`: so does the evaluation after that step, whose scalars are dropped
+    from metrics.jsonl (TensorBoard shows both, which are the same). UserError where metrics.jsonl cannot be rewritten.
+    Where writing fails later (a full disk, a folder that became read-only), a warning says so: metrics.jsonl lacks the
+    lines in question, and TensorBoard gets no more events. `now` returns where the folder is, should it be moved during
+    the run; the few events that are still to be written at that moment are lost.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, now: Callable[[], Path] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        now: Callable[[], Path] | None = None,
+        *,
+        evaluation_due: bool = False,
+    ) -> None:
         self._start_step = start_step
         self._run_dir, self._now = run_dir, now or (lambda: run_dir)
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
-        _put_events_before_now(run_dir)
-        # If the run begins again from scratch, even the sample images of step 0 are dropped.
-        self._events: SummaryWriter | None = SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else 0)
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            _drop_lines_past(path, start_step)
+            _drop_lines_past(path, start_step, evaluation_due=evaluation_due)
+        _put_events_before_now(run_dir)
+        self._events: SummaryWriter | None = None
+        # If the run begins again from scratch, even the sample images of step 0 are dropped.
+        self._open_events(purge_step=start_step + 1 if start_step else 0)
         self._lines = path.open("ab", buffering=0)
         self._writable = True
 
@@ -203,6 +217,10 @@ class MetricLog:
         text = text.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
         self._to_tensorboard(lambda events: events.add_text(name, f"```\n{text}\n```", self._start_step))
 
+    def flush(self) -> None:
+        """Hands all that was logged so far to the system: from then on it outlives this process."""
+        self._to_tensorboard(SummaryWriter.flush)
+
     def close(self) -> None:
         self._to_tensorboard(SummaryWriter.close)
         self._lines.close()
@@ -219,17 +237,27 @@ class MetricLog:
         if not (isinstance(failed.exc_value, OSError) and getattr(failed.thread, "exception", None)):
             self._report_thread(failed)
 
+    def _open_events(self, purge_step: int) -> None:
+        with self._warning_of_events():
+            self._events = SummaryWriter(str(self._run_dir), purge_step=purge_step)
+
     def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:
         if self._events is None:
             return
-        try:
+        with self._warning_of_events():
             if (moved := self._now()) != self._run_dir:  # the events' writer opens its file by name
                 self._run_dir = moved
                 with suppress(OSError):
                     self._events.close()
                 self._events = SummaryWriter(str(moved))
             write(self._events)
-        except OSError as error:  # it has ended the writer's thread
+
+    @contextmanager
+    def _warning_of_events(self) -> Iterator[None]:
+        """Gives the events up, with a warning, if the disk refuses them: that has ended the thread that writes them."""
+        try:
+            yield
+        except OSError as error:
             log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)
             self._events = None
 
@@ -271,16 +299,34 @@ def _append(file: FileIO, line: bytes) -> None:
         raise
 
 
-def _drop_lines_past(path: Path, step: int) -> None:
+def _drop_lines_past(path: Path, step: int, *, evaluation_due: bool) -> None:
+    """Takes out of metrics.jsonl what runs again: the lines past a step, and the evaluation after it if that is due.
+
+    Lines that are not whole go, too. The file is written only if it changes.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
+            if values["step"] > step:
+                continue
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # a line cut short by a crash, or not one of ours
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        if evaluation_due and values["step"] == step:
+            left = {name: value for name, value in values.items() if not name.startswith(_OF_EVALUATION)}
+            if len(left) < len(values):
+                line = json.dumps(left)
+            if len(left) == 1:  # the step
+                continue
+        kept.append(line + "\n")
+    if "".join(kept) == text:
+        return
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that and start again") from error
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.environment import cache_folder
-from dali_vit.files import file_sha256
+from dali_vit.files import file_sha256, flush
 from dali_vit.manifest import MANIFEST, Manifest, read_manifest
 
 __all__ = ["fetch", "is_remote"]
@@ -210,6 +210,7 @@ def _place(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         write(temporary)
+        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from PIL import Image
 from dali_vit.config import Config, UserError, to_yaml
 from dali_vit.distributed import Group, together
 from dali_vit.environment import describe_environment
-from dali_vit.files import dead_link
+from dali_vit.files import dead_link, flush, replacing
 from dali_vit.metrics import MetricLog
 from dali_vit.report import image_grid
 
@@ -71,7 +71,8 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         if anew:
             _set_aside(config.run_dir)
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
-            (config.run_dir / name).write_bytes(text.encode(errors="surrogateescape"))  # paths may be any bytes
+            with replacing(config.run_dir / name) as temporary:
+                temporary.write_bytes(text.encode(errors="surrogateescape"))  # paths may be any bytes
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
 
@@ -97,6 +98,14 @@ def _unwritable(config: Config, error: OSError) -> str:
         if folder.exists() and not folder.is_dir():
             return f"{folder.relative_to(config.run_dir.parent)} is a file there; choose another --name"
     return f"cannot write {error.filename or 'there'} ({error.strerror})"
+
+
+def flush_logs(run_dir: Path) -> None:
+    """Makes what the run has logged so far survive a loss of power, as far as the disk takes it."""
+    names = ("config.yaml", "env.txt", "metrics.jsonl")
+    for path in (*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*"), run_dir, run_dir.parent):
+        with suppress(OSError):  # a checkpoint is worth writing even if its log is not to be had
+            flush(path)
 
 
 @contextmanager

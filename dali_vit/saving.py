@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Self
 
 import torch
 
@@ -13,24 +14,33 @@ from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.loaders import TrainLoader
+from dali_vit.metrics import MetricLog
 from dali_vit.plan import Plan
-from dali_vit.runfolder import current, following
+from dali_vit.runfolder import current, flush_logs, following
+from dali_vit.step_folders import prune, remove_unfinished
 
-__all__ = ["Saver", "restore"]
+__all__ = ["Saver", "restore", "tidy_up"]
 
 
 class Saver:
     """Writes a run's checkpoints on rank 0, one at a time, while the training goes on.
 
-    All ranks make one and call the same of its methods. As a context it waits for the write under way, whatever ends
-    its body.
+    All ranks make one and call the same of its methods. What was logged to `writer`, rank 0's, before a call reaches
+    the disk before the call's own write: the steps before a checkpoint do not run again. As a context it waits for the
+    write under way, whatever ends its body.
     """
 
     def __init__(
-        self, config: Config, group: Group, planned: Plan, optimizer: torch.optim.Optimizer, loader: TrainLoader
+        self,
+        config: Config,
+        group: Group,
+        planned: Plan,
+        optimizer: torch.optim.Optimizer,
+        loader: TrainLoader,
+        writer: MetricLog | None,
     ) -> None:
         self._config, self._group, self._planned = config, group, planned
-        self._optimizer, self._loader = optimizer, loader
+        self._optimizer, self._loader, self._writer = optimizer, loader, writer
         self._background = BackgroundWriter()
 
     def save(self, step: int, *, evaluation_due: bool) -> None:
@@ -41,8 +51,8 @@ class Saver:
         loader_states = gather_objects(self._loader.state_dict())
         if self._group.is_main:
             planned = self._planned
-            self._background.submit(
-                following(self._config, checkpoints.save),
+            self._submit(
+                checkpoints.save,
                 {
                     "model_state": planned.model.state_dict(),
                     "trainer_state": {"optimizer": self._optimizer.state_dict(), "rng": random_states},
@@ -63,8 +73,19 @@ class Saver:
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the evaluation of its weights to the checkpoint of a step, after which none is due."""
         if self._group.is_main:
-            write = following(self._config, checkpoints.add_metrics)
-            self._background.submit(write, step=step, metrics=metrics, keep=self._config.run.keep_checkpoints)
+            keep = self._config.run.keep_checkpoints
+            self._submit(checkpoints.add_metrics, step=step, metrics=metrics, keep=keep)
+
+    def _submit(self, write: Callable[..., Any], state: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+        """Has the background thread call write(run_dir=..., **state, **arguments) once the logs are on the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+        def after_logs(**given: Any) -> None:
+            flush_logs(current(self._config))
+            following(self._config, write)(**given)
+
+        self._background.submit(after_logs, state, **arguments)
 
     def newest(self) -> checkpoints.Checkpoint | None:
         """The newest checkpoint, once the write under way is done."""
@@ -80,6 +101,15 @@ class Saver:
 
     def __exit__(self, *error: object) -> None:
         self._background.__exit__(*error)
+
+
+def tidy_up(checkpoint: checkpoints.Checkpoint, keep: int) -> None:
+    """Does for a finished run, whose last checkpoint this is, what a process that was killed at its end did not: it
+    points the link `best` to the best checkpoint and removes those that are not to be kept."""
+    folder = checkpoint.path.parent
+    with suppress(OSError):  # where the run may only be read
+        remove_unfinished(folder)
+        prune(folder, keep, checkpoint.path)
 
 
 def restore(

@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["last_step", "prune", "step_folder", "step_folders"]
+__all__ = ["last_step", "prune", "remove_unfinished", "step_folder", "step_folders"]
 
 BEST = "best"
 """Link beside the folders of a run's checkpoints that leads to the best of them."""
@@ -30,6 +30,15 @@ def step_folders(folder: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote or removed a checkpoint have left."""
+    for stale in folder.glob(".tmp-*"):
+        if stale.is_symlink():
+            stale.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:

@@ -31,7 +31,7 @@ from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.progress import Progress
 from dali_vit.runfolder import current, log_samples, log_texts, profiling, write_run_files
-from dali_vit.saving import Saver, restore
+from dali_vit.saving import Saver, restore, tidy_up
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
@@ -62,6 +62,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in it
     if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
+        if group.is_main:
+            tidy_up(checkpoint, config.run.keep_checkpoints)
         return _check_finite(checkpoint.metrics, config)
 
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
@@ -82,7 +84,11 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
-    writer = together(lambda: MetricLog(config.run_dir, start, now=lambda: current(config)) if group.is_main else None)
+
+    def open_log() -> MetricLog:
+        return MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
+
+    writer = together(lambda: open_log() if group.is_main else None)
     if writer is not None:
         summary = report.summary(
             config,
@@ -99,7 +105,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         log_texts(writer, config, summary)
 
     # Checkpoint and evaluation.
-    saver = Saver(config, group, planned, optimizer, loader)
+    saver = Saver(config, group, planned, optimizer, loader, writer)
     watchdog = Watchdog(group, config.run.hang_timeout)
     eval_loaders: dict[str, EvalLoader] = {}
 
@@ -140,9 +146,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 steps, stopping = range(0), stop.reason()
             else:
                 metrics = found
-                saver.add_metrics(start, metrics)
                 if writer:
                     writer.scalars(start, metrics)
+                saver.add_metrics(start, metrics)
         stop.start_clock()
         began = time.perf_counter()
         progress = Progress(
@@ -182,6 +188,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             elif saving:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
 
+            found = None
             if evaluating and not stopping:
                 stalled_since = time.perf_counter()
                 found = evaluate(done)
@@ -192,11 +199,11 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 else:
                     metrics = found
                     scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stalled_since}
-                    if saved:
-                        saver.add_metrics(done, metrics)
                 progress.timer.reset()
             if writer and scalars:
                 writer.scalars(done, scalars)
+            if found is not None and saved:  # after the log, which a run that goes on from here does not write again
+                saver.add_metrics(done, metrics)
             if stopping:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.

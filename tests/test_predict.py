@@ -114,7 +114,7 @@ def test_classes_of_imagenet_are_told_in_words(tmp_path, capsys):
 def test_images_are_required(capsys):
     code, out, _ = run("predict", "--help", capsys=capsys)
     assert code == 0
-    assert "all images in them, however deep. (required)" in " ".join(out.replace("│", " ").split())
+    assert "of which all images at any depth are taken. (required)" in " ".join(out.replace("│", " ").split())
     code, out, err = run("predict", "--checkpoint", "run", capsys=capsys)
     told = "dali-vit: IMAGE: missing; name at least one image file or folder\n"
     assert (code, out, err) == (2, "", told)

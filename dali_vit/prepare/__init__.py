@@ -210,6 +210,8 @@ def _claim(state: Path, plan: str) -> None:
     path = state / "plan.json"
     begun = read_receipt(path)
     if begun is None:
+        for receipt in (*state.glob("train-*.json"), *state.glob("val-*.json")):  # of parts whose plan is lost
+            receipt.unlink()
         write_receipt(path, {"plan": plan})
     elif begun["plan"] != plan:
         raise UserError(

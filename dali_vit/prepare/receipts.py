@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dali_vit.files import flush
+
 __all__ = ["read_receipt", "write_receipt"]
 
 
@@ -18,9 +20,14 @@ def write_receipt(path: Path, content: Any) -> None:
     os.sync()
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content))
+    flush(temporary)
     temporary.rename(path)
+    flush(path.parent)
 
 
 def read_receipt(path: Path) -> Any:
-    """The content of a receipt; None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The content of a receipt; None if there is no such file, or no whole one: then the work is to be done again."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

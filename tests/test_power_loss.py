@@ -1,0 +1,218 @@
+"""What a loss of power, or a kill in the last moment, must not take: logs, receipts, names, the best checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dali_vit import checkpoint, files, runfolder
+from dali_vit.config import Config, UserError
+from dali_vit.distributed import Group
+from dali_vit.files import replacing
+from dali_vit.metrics import MetricLog
+from dali_vit.plan import plan
+from dali_vit.prepare import prepare
+from dali_vit.prepare.receipts import read_receipt, write_receipt
+from dali_vit.train import train
+from tests.conftest import read_metrics
+from tests.datasets import tree, write_source
+
+
+@pytest.fixture
+def evaluated(tiny_config: Config) -> Config:
+    """12 steps, evaluated after 7 and 12, with a line for each step and a checkpoint after 5 and 10, too."""
+    return dataclasses.replace(tiny_config, run=dataclasses.replace(tiny_config.run, eval_every=1, log_every=1))
+
+
+def events(folder: Path, name: str) -> list[int]:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return [e.step for e in accumulator.Scalars(name)] if name in accumulator.Tags()["scalars"] else []
+
+
+@pytest.mark.timeout(120)
+def test_logs_reach_the_disk_before_the_checkpoint_that_stands_on_them(
+    evaluated: Config, cpu: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`disk` has what each file held when it was flushed last."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    seen: list[tuple[str, int, list[int], list[int]]] = []
+    flush, save, add_metrics = files.flush, checkpoint.save, checkpoint.add_metrics
+
+    def noting_flush(path: Path) -> None:
+        flush(path)
+        if path.is_file():
+            (disk / path.name).write_bytes(path.read_bytes())
+
+    def note(write: str, step: int, scalar: str) -> None:
+        lines = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+        logged = [line["step"] for line in lines if scalar in line]
+        # Later ones may be there, too: training goes on meanwhile.
+        seen.append((write, step, *([s for s in steps if s <= step] for steps in (logged, events(disk, scalar)))))
+
+    def noting_save(run_dir: Path, **arguments: Any) -> Path:
+        note("save", arguments["step"], "train/loss")
+        return save(run_dir, **arguments)
+
+    def noting_add_metrics(run_dir: Path, **arguments: Any) -> None:
+        note("add_metrics", arguments["step"], "val/top1")
+        add_metrics(run_dir, **arguments)
+
+    monkeypatch.setattr(runfolder, "flush", noting_flush)
+    monkeypatch.setattr(checkpoint, "save", noting_save)
+    monkeypatch.setattr(checkpoint, "add_metrics", noting_add_metrics)
+    train(evaluated, cpu, plan(evaluated, 1))
+    upto = {step: list(range(1, step + 1)) for step in (5, 7, 10, 12)}
+    assert seen == [
+        *[("save", step, upto[step], upto[step]) for step in (5, 7)],
+        ("add_metrics", 7, [7], [7]),
+        *[("save", step, upto[step], upto[step]) for step in (10, 12)],
+        ("add_metrics", 12, [7, 12], [7, 12]),
+    ]
+    assert {"config.yaml", "env.txt"} <= set(os.listdir(disk))
+
+
+@pytest.mark.timeout(120)
+def test_an_evaluation_that_is_made_up_for_stands_in_the_log_once(evaluated: Config, cpu: Group) -> None:
+    """As after a kill between its line in the log and the note of it in the checkpoint."""
+    train(evaluated, cpu, plan(evaluated, 1))
+    record = evaluated.run_dir / "checkpoints/step_000000012/checkpoint.json"
+    text = json.loads(record.read_text())
+    text["loader"]["evaluation_due"], text["metrics"] = True, {}
+    record.write_text(json.dumps(text))
+    before = read_metrics(evaluated.run_dir)
+    assert train(evaluated, cpu, plan(evaluated, 1)) == checkpoint.newest(evaluated.run_dir).metrics
+    after = read_metrics(evaluated.run_dir)
+    of_evaluation = ("minival/", "val/", "perf/evaluation_s")
+    for name in ("val/top1", "minival/loss"):
+        assert [(m["step"], m[name]) for m in after if name in m] == [(m["step"], m[name]) for m in before if name in m]
+    rest = [
+        [{n: v for n, v in m.items() if not n.startswith(of_evaluation)} for m in lines] for lines in (before, after)
+    ]
+    assert [m for m in rest[1] if len(m) > 1] == [m for m in rest[0] if len(m) > 1]
+
+
+def test_a_line_that_loses_all_goes_and_a_log_that_loses_nothing_is_not_written(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "val/top1": 1.0}\n{"step": 2, "train/loss": 2.0}\n{"step": 2, "val/top1": 3.0}\n')
+    inode = log.stat().st_ino
+    MetricLog(tmp_path, 2).close()
+    assert log.stat().st_ino == inode
+    MetricLog(tmp_path, 2, evaluation_due=True).close()
+    assert log.read_text() == '{"step": 1, "val/top1": 1.0}\n{"step": 2, "train/loss": 2.0}\n'
+
+
+def test_a_log_that_cannot_be_rewritten_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+
+    def refuse(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "flush", refuse)
+    with pytest.raises(
+        UserError, match=r"^.*/metrics.jsonl: cannot be written \(No space left on device\); mend that "
+    ):
+        MetricLog(tmp_path, 3)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 9}\n'
+
+
+def test_events_that_cannot_be_begun_are_given_up_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dali_vit.metrics.SummaryWriter.__init__", refuse)
+    with caplog.at_level(logging.WARNING), MetricLog(tmp_path, 0) as log:
+        log.scalars(1, {"train/loss": 1.0})
+        log.flush()
+    assert caplog.messages == ["TensorBoard's events are written no more (No space left on device); training goes on"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 1.0}\n'
+
+
+@pytest.mark.timeout(120)
+def test_a_finished_run_is_tidied_up_when_it_is_started_again(evaluated: Config, cpu: Group) -> None:
+    """As after a kill behind the last checkpoint's metrics, before `best` was pointed to it."""
+    train(evaluated, cpu, plan(evaluated, 1))
+    folder = evaluated.run_dir / "checkpoints"
+    (folder / "best").unlink()
+    (folder / "best").symlink_to("step_000000007")
+    record = folder / "step_000000012/checkpoint.json"
+    text = json.loads(record.read_text())
+    text["metrics"]["minival/top1"] = text["metrics"]["val/top1"] = 101.0
+    record.write_text(json.dumps(text))
+    (folder / ".tmp-old-step_000000003").mkdir()
+    (folder / ".tmp-best").symlink_to("nowhere")
+    train(evaluated, cpu, plan(evaluated, 1))
+    assert os.readlink(folder / "best") == "step_000000012"
+    assert not list(folder.glob(".tmp*"))
+
+
+def test_what_replaces_a_file_is_on_the_disk_before_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    flushed: list[tuple[str, str]] = []
+    monkeypatch.setattr(files, "flush", lambda written: flushed.append((written.read_text(), path.read_text())))
+    with replacing(path) as temporary:
+        temporary.write_text("after")
+    assert flushed == [("after", "before")]
+    assert path.read_text() == "after"
+
+
+def test_what_a_killed_process_left_beside_a_file_goes_after_an_hour(tmp_path: Path) -> None:
+    names = [f".{digit * 32}.tmp" for digit in "ab"]
+    others = [".tmp", f".{'g' * 32}.tmp", f"{'a' * 32}.tmp", "a.tmp"]
+    for name in [*names, *others]:
+        (tmp_path / name).touch()
+        old = time.time() - (3500 if name == names[1] else 3700)
+        os.utime(tmp_path / name, (old, old))
+    with replacing(tmp_path / "file") as temporary:
+        temporary.touch()
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, names[1], "file"])
+
+
+def test_a_receipt_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(
+        "dali_vit.prepare.receipts.flush", lambda path: flushed.append((path.name, os.listdir(tmp_path)))
+    )
+    write_receipt(tmp_path / "a.json", {"bytes": 1})
+    assert flushed == [("a.tmp", ["a.tmp"]), (tmp_path.name, ["a.json"])]
+    assert read_receipt(tmp_path / "a.json") == {"bytes": 1}
+    for lost in ("", '{"bytes"'):
+        (tmp_path / "a.json").write_text(lost)
+        assert read_receipt(tmp_path / "a.json") is None
+    assert read_receipt(tmp_path / "b.json") is None
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("lost", ["train-000001.json", "plan.json"])
+def test_prepare_goes_on_without_a_receipt_that_was_lost(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = dataclasses.replace(write_source("folder", tmp_path / "source"), shard_mb=1)
+    monkeypatch.setattr("dali_vit.prepare.targets._TAR_OVERHEAD", 200_000)
+    whole = prepare(dataclasses.replace(arguments, target=tmp_path / "whole"))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dali_vit.prepare.write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(dataclasses.replace(arguments, target=tmp_path / "set"))
+    state = tmp_path / "set.partial/.state"
+    assert (state / "train-000001.json").stat().st_size
+    (state / lost).write_bytes(b"")
+    prepare(dataclasses.replace(arguments, target=tmp_path / "set"))
+    assert tree(tmp_path / "set") == tree(whole)
