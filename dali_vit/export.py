@@ -15,6 +15,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
     check_local(target, "--out")
     target = at_home(target)
     taken = UserError(f"--out {target}: exists; choose another folder or remove it")
+    _remove_leftovers(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise taken
     opened = checkpoint.open_model(source, resolution)
@@ -140,6 +142,15 @@ def _config(
             **classes,
         },
     }
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the unfinished folders, in and beside the target, of exports to it that were killed."""
+    for folder in (target, target.parent):
+        for path in folder.glob(".*.tmp"):
+            process = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d{{1,9}})\.tmp", path.name)
+            if process and not os.path.exists(f"/proc/{process[1]}"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(

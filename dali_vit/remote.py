@@ -65,7 +65,7 @@ class _Store:
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError, ClientError
         except ImportError as error:
-            raise UserError(f"{uri}: {error.name} is not installed: pip install 'dali-vit[s3]'") from error
+            raise UserError(f"{uri}: {error.name} is not installed: pip install boto3") from error
         scheme, _, rest = uri.partition("://")
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = rest.partition("/")

@@ -54,9 +54,9 @@ def _operator(
         def _get_setup_fn_cpu(self, setup_fn: int) -> int:
             return setup_fn
 
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.thread_time()
     addresses: dict[str, Any] = {"run_fn": run(*run_with), "setup_fn": setup(*setup_with)}
-    if time.perf_counter() - began > 1:
+    if time.thread_time() - worked > 1:  # what is kept from before is loaded in less
         log.info("compiled %s for the CPU in %.0f s", name, time.perf_counter() - began)
     dtypes, ranks = {"i": types.UINT8, "n": types.FLOAT}, {"i": 3, "n": 1}
     return PerSample(

@@ -122,6 +122,26 @@ def test_the_step_is_measured_and_profiled_on_the_cpu(tmp_path, monkeypatch, cap
     assert kernels.table(profile) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seconds", "0"], "--seconds 0: must be above 0 and finite"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0 and finite"),
+        (["--profile", "0"], "--profile 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    ],
+)
+def test_what_leaves_nothing_to_measure_is_refused(flags, message, monkeypatch, capsys):
+    tools = [measure_step] if flags[0] == "--profile" else [measure_step, measure_input]
+    for tool in tools:
+        data = ["--data", "none"] if tool is measure_input else []
+        monkeypatch.setattr(sys, "argv", ["tool", *data, *flags])
+        with pytest.raises(SystemExit) as stopped:
+            tool.main()
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"{tool.__name__}.py: {message}\n"
+
+
 def test_the_compilers_settings_and_timms_blocks_are_there_while_a_step_is_measured(tmp_path, monkeypatch):
     used = []
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -148,8 +147,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
         message = " ".join(box[: box.index("")] if "" in box else box)
         raise UserError(f"{message} (--help lists the flags)") from None
     options = arguments.bench
-    if not 0 < options.seconds < math.inf:
-        raise UserError(f"--seconds {options.seconds:g}: must be above 0 and finite")
+    report.check_seconds(options.seconds)
     if options.profile < 0:
         raise UserError(f"--profile {options.profile}: must not be negative")
     report.check_json(options.json)

@@ -58,6 +58,7 @@ def main() -> None:
         for flag, value in (("--batch-size", arguments.batch_size), ("--threads", arguments.threads)):
             if value < 1:
                 raise UserError(f"{flag} {value}: must be at least 1")
+        report.check_seconds(arguments.seconds)
         report.check_json(arguments.json)
         samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
         allow_open_files(samples, arguments.batch_size)

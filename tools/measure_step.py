@@ -76,6 +76,8 @@ def _main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     report.check_json(arguments.json)
+    report.check_seconds(arguments.seconds)
+    check_range("--profile", arguments.profile, 1)
     check_range("--batch-size", arguments.batch_size, 1)
     settings = dict(parse_setting(text) for text in arguments.inductor)
 

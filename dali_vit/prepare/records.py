@@ -295,7 +295,7 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError("parquet needs pyarrow: pip install 'dali-vit[parquet]'") from None
+        raise UserError("parquet needs pyarrow: pip install pyarrow") from None
     receipt = target.with_suffix(".json")
     try:
         with parquet.ParquetFile(path) as file:

@@ -308,7 +308,7 @@ def _read_synsets(meta: bytes) -> dict[int, str]:
         from scipy.io import loadmat
     except ImportError:
         raise UserError(
-            "the devkit's meta.mat is a MATLAB file: pip install 'dali-vit[ilsvrc]', "
+            "the devkit's meta.mat is a MATLAB file: pip install scipy, "
             "or give --val-labels a text file with the class of each validation image"
         ) from None
     try:

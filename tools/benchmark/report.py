@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,6 +113,12 @@ def check_json(path: Path | None) -> None:
     """UserError, before anything is measured, if a file of results could not be written."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
+
+
+def check_seconds(seconds: float) -> None:
+    """UserError unless --seconds says for how long to measure."""
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds {seconds:g}: must be above 0 and finite")
 
 
 def check_folder(flag: str, path: Path) -> None:
