@@ -78,7 +78,7 @@ def choose_attention(
     shape = shape_of(model, images)
     if group.device.type != "cuda" or shape is None:
         if wanted != "auto":
-            raise UserError(f"--attention {wanted}: it is a choice for plain ViTs on GPUs alone; leave it out")
+            raise UserError(f"--attention {wanted}: only plain ViTs on GPUs have this choice; leave it out")
         return _TORCHS_CHOICE
     packs = compiled and has_lean_blocks(model)
     if wanted == "packed" and not packs:

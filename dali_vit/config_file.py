@@ -58,9 +58,7 @@ def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
             rest.append(argument)
             continue
         if path is not None:
-            raise UserError(
-                f"{FLAG} {path}: is not the only one; give one file, and flags for what is to differ from it"
-            )
+            raise UserError(f"{FLAG} {path}: is one file too many; give one, and flags for what is to differ from it")
         path = value if equals else next(arguments, "")
         if not path or path.startswith("--"):
             raise UserError(f"{FLAG}: names no file; {_MEANT}")
@@ -101,7 +99,7 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{FLAG} {path}: {error.strerror}; {_MEANT}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{FLAG} {path}: is no YAML; {_MEANT}") from error
+        raise UserError(f"{FLAG} {path}: is not YAML; {_MEANT}") from error
     if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
         raise UserError(f"{FLAG} {path}: must hold the groups {', '.join(GROUPS)}, of settings each; {_MEANT}")
     if unknown := set(map(str, groups)) - set(GROUPS):

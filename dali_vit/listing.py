@@ -235,7 +235,7 @@ def check_root(root: Path, folder: str) -> None:
     elif folder == "train" and "val" in subfolders:
         remedy = "training needs train/<class>/* beside val/"
     elif any(scan(root / name, folders=False) for name in subfolders[:3]):
-        remedy = f"its class folders belong into {folder}/"
+        remedy = f"its class folders belong in {folder}/"
     elif not (root / "train").is_dir() and (unpack := _how_to_unpack(root, subfolders)):
         remedy = unpack
     else:

@@ -202,7 +202,11 @@ class MetricLog:
             _append(self._lines, json.dumps({"step": step, **finite}).encode() + b"\n")
         except OSError as error:
             if self._writable:
-                log.warning("%s takes no lines (%s); training goes on", self._lines.name, error.strerror)
+                log.warning(
+                    "%s cannot be written to (%s); training goes on without these lines",
+                    self._lines.name,
+                    error.strerror,
+                )
             self._writable = False
         else:
             self._writable = True
@@ -258,7 +262,7 @@ class MetricLog:
         try:
             yield
         except OSError as error:
-            log.warning("TensorBoard's events are written no more (%s); training goes on", error.strerror)
+            log.warning("no more TensorBoard events are written (%s); training goes on", error.strerror)
             self._events = None
 
 

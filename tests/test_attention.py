@@ -105,7 +105,7 @@ def test_a_kernel_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.Monk
     for wanted, model, group, message in (
         ("cudnn", vit(), GPU, "--attention cudnn: it does not run here (RuntimeError: not built); leave it out"),
         ("packed", vit(), GPU, "--attention packed: needs a step that is compiled; see --compile"),
-        ("flash", vit(), CPU, "--attention flash: it is a choice for plain ViTs on GPUs alone; leave it out"),
+        ("flash", vit(), CPU, "--attention flash: only plain ViTs on GPUs have this choice; leave it out"),
     ):
         with pytest.raises(UserError) as raised:
             choose_attention(wanted, model, 64, group, compiled=False)  # type: ignore[arg-type]

@@ -56,8 +56,8 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "No such file or directory"),
-        ("data: {", "is no YAML"),
-        ("\x00", "is no YAML"),
+        ("data: {", "is not YAML"),
+        ("\x00", "is not YAML"),
         ("", "must hold the groups data, model, optim, run"),
         ("data: 3", "must hold the groups data, model, optim, run"),
         ("lr: {}", "lr is none of the groups data, model, optim, run"),
@@ -88,7 +88,7 @@ def test_another_file_is_named(text: str | None, message: str, tmp_path: Path) -
         (["--config"], "--config: names no file"),
         (
             ["--config", "a.yaml", "--config=b.yaml"],
-            "--config a.yaml: is not the only one; give one file",
+            "--config a.yaml: is one file too many; give one",
         ),
         (["--config="], "--config: names no file"),
         (["--config", "--lr", "1"], "--config: names no file"),

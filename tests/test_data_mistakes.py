@@ -122,7 +122,7 @@ def test_the_folder_above_is_given(tmp_path):
         (["train-00000-of-01024"], "dali-vit prepare {root} TARGET"),
         (["data/train-00000-of-00294.parquet"], "dali-vit prepare {root} TARGET"),
         (["imagenet1k-train-0000.tar"], "tar files are not read; unpack them into train/<class>/, or get"),
-        (["cat/1.jpg", "dog/1.jpg", "pets.tar"], "its class folders belong into train/"),
+        (["cat/1.jpg", "dog/1.jpg", "pets.tar"], "its class folders belong in train/"),
     ],
 )
 def test_archives_are_to_be_prepared(files, remedy, tmp_path):
@@ -132,7 +132,7 @@ def test_archives_are_to_be_prepared(files, remedy, tmp_path):
 
 def test_class_folders_without_a_split(tmp_path):
     make_files(tmp_path, "cat/1.jpg", "dog/1.jpg")
-    fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong into train/")
+    fails(lambda: load_dataset(tmp_path), "has no train/", "class folders belong in train/")
 
 
 @pytest.mark.parametrize(

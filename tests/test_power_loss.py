@@ -136,7 +136,7 @@ def test_events_that_cannot_be_begun_are_given_up_with_a_warning(
     with caplog.at_level(logging.WARNING), MetricLog(tmp_path, 0) as log:
         log.scalars(1, {"train/loss": 1.0})
         log.flush()
-    assert caplog.messages == ["TensorBoard's events are written no more (No space left on device); training goes on"]
+    assert caplog.messages == ["no more TensorBoard events are written (No space left on device); training goes on"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 1.0}\n'
 
 
