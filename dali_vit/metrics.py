@@ -45,8 +45,8 @@ _PEAK_BF16 = [
     ("RTX 3090", 71e12),
 ]
 
-
 _OF_EVALUATION = ("minival/", "val/", "perf/evaluation_s")
+"""What the names of the scalars of an evaluation begin with."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -176,12 +176,12 @@ class MetricLog:
     ) -> None:
         self._start_step = start_step
         self._run_dir, self._now = run_dir, now or (lambda: run_dir)
-        self._report_thread = threading.excepthook
-        threading.excepthook = self._unless_of_events
         path = run_dir / "metrics.jsonl"
         if path.exists():
             _drop_lines_past(path, start_step, evaluation_due=evaluation_due)
         _put_events_before_now(run_dir)
+        self._report_thread = threading.excepthook
+        threading.excepthook = self._unless_of_events
         self._events: SummaryWriter | None = None
         # If the run begins again from scratch, even the sample images of step 0 are dropped.
         self._open_events(purge_step=start_step + 1 if start_step else 0)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ def test_a_log_that_cannot_be_rewritten_is_named(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "flush", refuse)
+    hook = threading.excepthook
     with pytest.raises(
         UserError, match=r"^.*/metrics.jsonl: cannot be written \(No space left on device\); mend that "
     ):
         MetricLog(tmp_path, 3)
+    assert threading.excepthook is hook
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 9}\n'
 
