@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
     raises, it is removed. Of processes that replace a file at once, the last one's content stays.
     """
     _remove_stale(path.parent)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".dali-vit-{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         flush(temporary)
@@ -66,9 +66,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _remove_stale(folder: Path) -> None:
     """Removes what processes that were killed in `replacing` have left in a folder. Others may be writing there now."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".dali-vit-*.tmp"):
         with suppress(OSError):
-            if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > _STALE:
+            if re.fullmatch(r"\.dali-vit-[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > _STALE:
                 path.unlink()
 
 

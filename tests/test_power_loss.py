@@ -173,8 +173,8 @@ def test_what_replaces_a_file_is_on_the_disk_before_it_does(tmp_path: Path, monk
 
 
 def test_what_a_killed_process_left_beside_a_file_goes_after_an_hour(tmp_path: Path) -> None:
-    names = [f".{digit * 32}.tmp" for digit in "ab"]
-    others = [".tmp", f".{'g' * 32}.tmp", f"{'a' * 32}.tmp", "a.tmp"]
+    names = [f".dali-vit-{digit * 32}.tmp" for digit in "ab"]
+    others = [f".dali-vit-{'g' * 32}.tmp", f"dali-vit-{'a' * 32}.tmp", f".{'a' * 32}.tmp", "a.tmp"]
     for name in [*names, *others]:
         (tmp_path / name).touch()
         old = time.time() - (3500 if name == names[1] else 3700)
