@@ -73,10 +73,13 @@ def _remove_stale(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes a file, or a folder's list of names, survive a loss of power."""
+    """Makes a file, or a folder's list of names, survive a loss of power, if the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # fsync(2): there is no synchronising of this kind of file
+            raise
     finally:
         os.close(descriptor)
 

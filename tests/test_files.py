@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from dali_vit.files import dead_link, replacing
+from dali_vit.files import dead_link, flush, replacing
 
 
 def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
@@ -44,6 +46,26 @@ def test_writers_do_not_meet(tmp_path: Path) -> None:
             second.write_text("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first"
+
+
+def test_a_file_system_that_does_not_synchronise_is_no_error(tmp_path: Path) -> None:
+    receiver, sender = os.pipe()
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(receiver)
+    flush(Path(f"/proc/self/fd/{receiver}"))
+    os.close(receiver)
+    os.close(sender)
+    with pytest.raises(FileNotFoundError):
+        flush(tmp_path / "file")
+
+
+def test_a_disk_that_fails_to_synchronise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ü" * 120 + ".png"])
