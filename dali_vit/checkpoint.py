@@ -148,7 +148,8 @@ def _write(
     if final.exists():  # the same step, written before an interruption: replace it by a whole one
         os.replace(final, final.parent / f".tmp-old-{final.name}")
     os.replace(temporary, final)
-    flush(final.parent)
+    for changed in (final.parent, final.parent.parent):  # the first checkpoint has made the former
+        flush(changed)
     shutil.rmtree(final.parent / f".tmp-old-{final.name}", ignore_errors=True)
     prune(final.parent, config.run.keep_checkpoints, final)
     return final

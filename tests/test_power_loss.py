@@ -82,6 +82,18 @@ def test_logs_reach_the_disk_before_the_checkpoint_that_stands_on_them(
     assert {"config.yaml", "env.txt"} <= set(os.listdir(disk))
 
 
+def test_the_first_checkpoint_is_on_the_disk_with_the_folder_that_it_makes(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_config.run_dir / "checkpoints"
+    flushed: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append((path, (folder / "step_000000001").exists())))
+    state: dict[str, Any] = {"model_state": {}, "trainer_state": {}, "loader_state": {}}
+    checkpoint.save(tiny_config.run_dir, step=1, config=tiny_config, classes=("a",), **state)
+    assert [path for path, named in flushed if named] == [folder, tiny_config.run_dir]
+    assert len([path for path, named in flushed if not named]) == 4  # three files and the folder that holds them
+
+
 @pytest.mark.timeout(120)
 def test_an_evaluation_that_is_made_up_for_stands_in_the_log_once(evaluated: Config, cpu: Group) -> None:
     """As after a kill between its line in the log and the note of it in the checkpoint."""
