@@ -210,8 +210,13 @@ def _claim(state: Path, plan: str) -> None:
     path = state / "plan.json"
     begun = read_receipt(path)
     if begun is None:
-        for receipt in (*state.glob("train-*.json"), *state.glob("val-*.json")):  # of parts whose plan is lost
+        # Parts whose plan is lost may be of another one.
+        for receipt in (*state.glob("train-*.json"), *state.glob("val-*.json")):
             receipt.unlink()
+        parts = state.with_name(".set")
+        if any(parts.iterdir()):
+            shutil.rmtree(parts)
+            parts.mkdir()
         write_receipt(path, {"plan": plan})
     elif begun["plan"] != plan:
         raise UserError(
