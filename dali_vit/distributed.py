@@ -64,7 +64,7 @@ class Group:
 def is_worker() -> bool:
     """Whether a launcher (torchrun, srun, our own) started this process as one of a group.
 
-    Of srun it takes over the variables first: what asks for RANK and the like afterwards finds them.
+    It first sets RANK and the like from srun's variables, so that they are there for all that asks for them afterwards.
     """
     _adopt_slurm()
     return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))

@@ -6,9 +6,9 @@
     tools/measure_kernels.py --size 8                    what RandAugment costs besides its pixels: the graph itself
 
 Every operation, and the policy of two layers, runs in a DALI pipeline of its own on the same batch of smooth noise.
-Resize is measured on the CPU alone, on windows of 456 x 402 pixels, drawn uniformly in area. A figure is the shortest
-time of many runs, less that of a pipeline that only hands the batch on. The kernels compiled for a GPU, which run
-behind a pipeline, are timed by themselves.
+Resize is measured on the CPU alone, on windows drawn uniformly in area from images of 456 x 402 pixels. A figure is the
+shortest time of many runs, less that of a pipeline that only hands the batch on. The kernels compiled for a GPU, which
+run behind a pipeline, are timed by themselves.
 """
 
 from __future__ import annotations
