@@ -173,8 +173,12 @@ def _what_instead(unknown: str, argv: list[str]) -> str | None:
     flags = {flag: _OTHERS[flag] for argument in argv if (flag := argument.partition("=")[0]) in _OTHERS}
     if len(flags) == 1 and joined.startswith(tuple(flags)):
         return next(iter(flags.values()))
-    if flags:
-        return "; ".join(f"{flag}: {hint}" for flag, hint in flags.items())
+    hints = [_without_flag(joined, argv), *(f"{flag}: {hint}" for flag, hint in flags.items())]
+    return "; ".join(filter(None, hints)) or None
+
+
+def _without_flag(joined: str, argv: list[str]) -> str | None:
+    """A hint for the first of the unknown arguments, given without spaces, if it is no flag but what one is to have."""
     given = [*argv, *(argument.partition("=")[2] for argument in argv)]
     starts = [argument for argument in given if argument and joined.startswith("".join(argument.split()))]
     if not starts:
