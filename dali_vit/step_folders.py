@@ -50,9 +50,9 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     for candidate in folders:
         try:
             metrics = json.loads((candidate / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
-        except (OSError, ValueError, KeyError):
+            score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: it cannot be the best, and is removed when its turn comes
-        score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
         if score is not None:
             scores[candidate] = score
     best = max(scores, key=lambda f: (scores[f], _step(f))) if scores else None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dali_vit import checkpoint, files, runfolder
+from dali_vit import checkpoint, files, runfolder, step_folders
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
@@ -171,6 +171,18 @@ def test_a_finished_run_is_tidied_up_when_it_is_started_again(evaluated: Config,
     train(evaluated, cpu, plan(evaluated, 1))
     assert os.readlink(folder / "best") == "step_000000012"
     assert not list(folder.glob(".tmp*"))
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 9, "[]", "{}", '{"metrics": null}'])
+def test_a_record_that_is_lost_is_never_the_best_checkpoints(text: str, tmp_path: Path) -> None:
+    records = [text, '{"metrics": {"val/top1": 1.0}}', '{"metrics": {}}']
+    for step, record in enumerate(records, start=1):
+        folder = step_folders.step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").write_text(record)
+    step_folders.prune(folder.parent, 1, folder)
+    assert sorted(os.listdir(folder.parent)) == ["best", "step_000000002", "step_000000003"]
+    assert os.readlink(folder.parent / "best") == "step_000000002"
 
 
 def test_what_replaces_a_file_is_on_the_disk_before_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
