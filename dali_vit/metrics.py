@@ -179,7 +179,6 @@ class MetricLog:
         path = run_dir / "metrics.jsonl"
         if path.exists():
             _drop_lines_past(path, start_step, evaluation_due=evaluation_due)
-        _put_events_before_now(run_dir)
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
         self._events: SummaryWriter | None = None
@@ -243,6 +242,7 @@ class MetricLog:
 
     def _open_events(self, purge_step: int) -> None:
         with self._warning_of_events():
+            _put_events_before_now(self._run_dir)
             self._events = SummaryWriter(str(self._run_dir), purge_step=purge_step)
 
     def _to_tensorboard(self, write: Callable[[SummaryWriter], None]) -> None:

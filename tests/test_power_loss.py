@@ -141,13 +141,14 @@ def test_a_log_that_cannot_be_rewritten_is_named(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 9}\n'
 
 
+@pytest.mark.parametrize("refused", ["SummaryWriter.__init__", "_put_events_before_now"])
 def test_events_that_cannot_be_begun_are_given_up_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dali_vit.metrics.SummaryWriter.__init__", refuse)
+    monkeypatch.setattr(f"dali_vit.metrics.{refused}", refuse)
     with caplog.at_level(logging.WARNING), MetricLog(tmp_path, 0) as log:
         log.scalars(1, {"train/loss": 1.0})
         log.flush()
