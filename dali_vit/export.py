@@ -12,11 +12,14 @@ The head has a folder of its own because timm before 1.0.29 fails where it finds
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from dali_vit import checkpoint, weights
 from dali_vit.config import UserError
-from dali_vit.files import at_home, make_parent
+from dali_vit.files import at_home, flush, make_parent
 from dali_vit.model import PlainViT, no_such_images, vit_arguments
 from dali_vit.validation import check_local
 from dali_vit.variants import TIMM_PREFIX, resolve_variant
@@ -148,9 +151,20 @@ def _remove_leftovers(target: Path) -> None:
     """Removes the unfinished folders, in and beside the target, of exports to it that were killed."""
     for folder in (target, target.parent):
         for path in folder.glob(".*.tmp"):
-            process = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d{{1,9}})\.tmp", path.name)
-            if process and not os.path.exists(f"/proc/{process[1]}"):
-                shutil.rmtree(path, ignore_errors=True)
+            if re.fullmatch(rf"\.{re.escape(target.name)}\.\d+\.tmp", path.name):
+                with suppress(OSError), _locked(path):  # else another export is writing there
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a folder; OSError where another process has. The lock ends with its process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(
@@ -166,15 +180,20 @@ def _write(
     temporary = target / name if is_there else target.with_name(name)
     try:
         temporary.mkdir()
-        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        for name, tensors in files.items():
-            named = {"classes": json.dumps(classes)} if name == _CLASSIFIER and classes else {}
-            (temporary / name).parent.mkdir(exist_ok=True)
-            weights.write(temporary / name, tensors, {"format": "pt", **named})
-        if is_there:
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-                file.rename(target / file.name)
-        else:
-            temporary.rename(target)
+        with ExitStack() as lock:
+            with suppress(OSError):  # a file system without locks
+                lock.enter_context(_locked(temporary))
+            (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            for name, tensors in files.items():
+                named = {"classes": json.dumps(classes)} if name == _CLASSIFIER and classes else {}
+                (temporary / name).parent.mkdir(exist_ok=True)
+                weights.write(temporary / name, tensors, {"format": "pt", **named})
+            for written in (*temporary.rglob("*"), temporary):
+                flush(written)
+            if is_there:
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                    file.rename(target / file.name)
+            else:
+                temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -59,6 +59,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):  # by a name that the user knows
+            error.filename = str(path)
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -170,7 +170,8 @@ def _one_line(box: str, command: str, argv: list[str]) -> str:
 def _what_instead(unknown: str, argv: list[str]) -> str | None:
     """A hint for arguments that other programs have but not this one; unknown: the parser's list, with line breaks."""
     joined = "".join(unknown.split())
-    flags = {flag: _OTHERS[flag] for argument in argv if (flag := argument.partition("=")[0]) in _OTHERS}
+    given = [argument.partition("=")[0] for argument in argv]
+    flags = {flag: _OTHERS[name] for flag in given if (name := flag.replace("_", "-")) in _OTHERS}
     if len(flags) == 1 and joined.startswith(tuple(flags)):
         return next(iter(flags.values()))
     hints = [_without_flag(joined, argv), *(f"{flag}: {hint}" for flag, hint in flags.items())]

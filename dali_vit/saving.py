@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -82,11 +81,13 @@ class Saver:
         if self._writer is not None:
             self._writer.flush()
 
-        def after_logs(run_dir: Path, **given: Any) -> None:
-            flush_logs(run_dir)
-            write(run_dir=run_dir, **given)
+        def after_logs(**given: Any) -> None:
+            following(self._config, flush_logs)()
+            following(self._config, write)(
+                **given
+            )  # in the folder as it is called then: one moved meanwhile comes back
 
-        self._background.submit(following(self._config, after_logs), state, **arguments)
+        self._background.submit(after_logs, state, **arguments)
 
     def newest(self) -> checkpoints.Checkpoint | None:
         """The newest checkpoint, once the write under way is done."""

@@ -146,7 +146,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 steps, stopping = range(0), stop.reason()
             else:
                 metrics = found
-                if writer:
+                if writer and metrics:
                     writer.scalars(start, metrics)
                 saver.add_metrics(start, metrics)
         stop.start_clock()

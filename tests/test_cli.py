@@ -37,7 +37,7 @@ def good(image_folder, tmp_path) -> list[str]:
         (["--data-dir", "x"], ["Unrecognized options: --data-dir, x; did you mean --data? (`dali-vit train --help`"]),
         (["--wd=0.1"], ["; did you mean --weight-decay, which is not multiplied by --lr? ("]),
         (["--pretrained"], ["Unrecognized options: --pretrained; every run starts from scratch ("]),
-        (["--lrr", "1", "-b", "8", "--amp"], ["--amp; -b: did you mean --batch-size?; --amp: on GPUs matrix "]),
+        (["--lrr", "1", "--batch", "8", "--data_dir=x"], ["=x; --batch: did you mean --batch-size?; --data_dir: did"]),
         (["/"], ["Unrecognized options: / (`"]),
         (["--resume=/"], ["; --resume takes nothing: --runs-dir and --name say which run ("]),
         (["--resume", "/"], ["; --resume takes nothing: --runs-dir and --name say which run ("]),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +158,19 @@ def test_of_two_exports_at_once_one_says_that_the_folder_is_there(tmp_path, monk
 def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path, capsys):
     source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
     out = tmp_path / "out"
-    ended = subprocess.Popen(["true"])
-    ended.wait()
     for folder in (out, tmp_path):
-        for process in (ended.pid, os.getpid()):
+        for process in (1, 22):
             (folder / f".out.{process}.tmp/head").mkdir(parents=True)
+    (tmp_path / ".other.1.tmp").mkdir()
     command = ("export", "--checkpoint", str(source), "--out", str(out))
-    assert run(*command, capsys=capsys)[0] == 2  # this process may still be writing
-    assert [path.name for path in out.iterdir()] == [f".out.{os.getpid()}.tmp"]
-    (out / f".out.{os.getpid()}.tmp/head").rmdir()
-    (out / f".out.{os.getpid()}.tmp").rmdir()
+    written = os.open(out / ".out.22.tmp", os.O_RDONLY)
+    fcntl.flock(written, fcntl.LOCK_EX)  # by another export, which goes on
+    assert run(*command, capsys=capsys)[0] == 2
+    assert [path.name for path in out.iterdir()] == [".out.22.tmp"]
+    os.close(written)
     assert run(*command, capsys=capsys)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "head", "model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.{os.getpid()}.tmp", "a.safetensors", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.1.tmp", "a.safetensors", "out"]
 
 
 def test_nothing_is_overwritten_and_nothing_left_half_done(tmp_path, capsys):

@@ -94,3 +94,9 @@ def test_links_that_lead_nowhere_are_told_with_where_they_would_lead(tmp_path: P
         assert dead_link(Path(name)) == told
     for name, target in (("loop", "loop"), ("to", "fro")):
         assert dead_link(name) == f"{name} is a link to {target}, which leads round in a circle: remove the link"
+
+
+def test_an_error_names_the_file_and_not_what_is_written_in_its_place(tmp_path):
+    with pytest.raises(FileNotFoundError) as told, replacing(tmp_path / "gone/file") as temporary:
+        temporary.write_text("")
+    assert told.value.filename == str(tmp_path / "gone/file")
