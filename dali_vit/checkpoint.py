@@ -95,7 +95,9 @@ def save(
     """
     final = step_folder(run_dir, step)
     folder = final.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        flush(run_dir)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     remove_unfinished(folder)
     try:
@@ -148,8 +150,7 @@ def _write(
     if final.exists():  # the same step, written before an interruption: replace it by a whole one
         os.replace(final, final.parent / f".tmp-old-{final.name}")
     os.replace(temporary, final)
-    for changed in (final.parent, final.parent.parent):  # the first checkpoint has made the former
-        flush(changed)
+    flush(final.parent)
     shutil.rmtree(final.parent / f".tmp-old-{final.name}", ignore_errors=True)
     prune(final.parent, config.run.keep_checkpoints, final)
     return final

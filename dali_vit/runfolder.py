@@ -73,6 +73,7 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
             with replacing(config.run_dir / name) as temporary:
                 temporary.write_bytes(text.encode(errors="surrogateescape"))  # paths may be any bytes
+        flush(config.run_dir.parent)  # the run's folder may be new
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
 
@@ -101,9 +102,9 @@ def _unwritable(config: Config, error: OSError) -> str:
 
 
 def flush_logs(run_dir: Path) -> None:
-    """Makes what the run has logged so far survive a loss of power, as far as the disk takes it."""
-    names = ("config.yaml", "env.txt", "metrics.jsonl")
-    for path in (*(run_dir / name for name in names), *run_dir.glob("events.out.tfevents.*"), run_dir, run_dir.parent):
+    """Makes what this start has logged so far survive a loss of power, as far as the disk takes it."""
+    events = sorted(run_dir.glob("events.out.tfevents.*"))[-1:]  # the last by name is this start's
+    for path in (run_dir / "metrics.jsonl", *events, run_dir):
         with suppress(OSError):  # a checkpoint is worth writing even if its log is not to be had
             flush(path)
 

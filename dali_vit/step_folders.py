@@ -33,9 +33,12 @@ def _step(folder: Path) -> int:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote or removed a checkpoint have left."""
-    for stale in folder.glob(".tmp-*"):
-        if stale.is_symlink():
+    """Removes what processes that were killed while they wrote or removed a checkpoint have left.
+
+    No process may be writing one at the same time.
+    """
+    for stale in (*folder.glob(".tmp-*"), *folder.glob("step_*/.dali-vit-*.tmp")):
+        if stale.is_symlink() or stale.is_file():
             stale.unlink(missing_ok=True)
         else:
             shutil.rmtree(stale, ignore_errors=True)
