@@ -87,6 +87,14 @@ def hang_up_is_minded() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def ctrl_c_is_minded() -> Iterator[None]:
+    """Makes SIGINT effective in processes under test: in a script's background they inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def environment() -> dict[str, str]:
     """Environment of a process under test: no variables of a launcher, and one thread a process."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}

@@ -99,6 +99,7 @@ def main():
 cli.main = main"""
 
 
+@pytest.mark.usefixtures("ctrl_c_is_minded")
 @pytest.mark.parametrize(
     ("before", "code", "printed"),
     [
