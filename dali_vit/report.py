@@ -71,8 +71,15 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
         if name := other_val(dataset.root):
             what += f"; if {name}/ is meant, rename it to val/"
         found.append(f"{dataset.root} has no val/{what}")
-    elif absent := val_without_images(dataset):
-        found.append(absent)
+    else:
+        if absent := val_without_images(dataset):
+            found.append(absent)
+        if config.data.minival and not dataset.counts.get("minival"):
+            images = dataset.counts["train"]
+            found.append(
+                f"--minival {config.data.minival:g} of {images} training image{'s' if images > 1 else ''} is none:"
+                " the best checkpoint is chosen by val"
+            )
     warmup = config.optim.warmup_steps
     if 2 * warmup > total_steps:
         share = 100 * warmup / total_steps

@@ -33,7 +33,7 @@ def test_a_single_class_is_remarked_on() -> None:
 @pytest.mark.parametrize(
     ("minival", "val", "said"),
     [
-        (0, 3, []),
+        (0, 3, ["--minival 0.01 of 9 training images is none: the best checkpoint is chosen by val"]),
         (2, 3, []),
         (2, 0, ["/set has no val/: minival alone is evaluated"]),
         (0, 0, ["/set has no val/, and --minival leaves none: nothing is evaluated"]),
@@ -41,6 +41,8 @@ def test_a_single_class_is_remarked_on() -> None:
 )
 def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val: int, said: list[str]) -> None:
     assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
+    without = replace(Config(), data=replace(Config().data, minival=0.0))
+    assert remarks(without, dataset(minival=0, val=3), 112_603) == []  # as asked for
 
 
 def test_a_decay_that_is_torchs_is_remarked_on() -> None:
