@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
 
 from dali_vit.config import Config
 from dali_vit.distributed import Group
@@ -64,12 +66,21 @@ def test_what_is_tried_is_within_the_image_and_of_all_kinds() -> None:
         assert (np.concatenate([size, start, window]) % 1 == 0).all()
     progressive = [b"\xff\xc2" in image.tobytes() for image in images]
     assert 16 <= sum(progressive) < 48
+    modes = [Image.open(io.BytesIO(image.tobytes())).mode for image in images]
+    assert (modes.count("RGB"), modes.count("L")) == (56, 8)
+    assert sum((size == window).all() for size, window in zip(sizes, shapes, strict=True)) >= 8
+    assert sum(max(size) < 64 for size in sizes) == 8
 
 
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the process that tried it was ended by SIGSEGV"),
+        (
+            "import os, sys; [print(x, file=sys.stderr, flush=True) for x in"
+            " ('hw_decoder_load 0.0', 'hw_decoder_load 0.65', 'DALI: x')]; os.kill(os.getpid(), 11)",
+            "the process that tried it was ended by SIGSEGV at hw_decoder_load 0.65",
+        ),
         (
             "import sys; print('DALI: x', file=sys.stderr); sys.exit('RuntimeError: failure #8')",
             "RuntimeError: failure #8",
