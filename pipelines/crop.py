@@ -83,6 +83,9 @@ def _options(decoder: Decoder, device: str) -> dict[str, Any]:
     }
     if device == "gpu":
         options |= {
+            # Else each thread asks NVML for the cores near the GPU, and where NVML does not know, as in some containers
+            # and virtual machines, no pipeline can be made.
+            "affine": False,
             "jpeg_fancy_upsampling": decoder.fancy_upsampling,
             "hw_decoder_load": decoder.hw_decoder_load,
             "preallocate_width_hint": decoder.preallocate_width_hint,
