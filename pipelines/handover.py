@@ -1,20 +1,22 @@
 """The outputs of a pipeline as torch tensors, which may be kept, dropped and used like any others.
 
 On the CPU they share DALI's buffers: DALI does not use a buffer again while a tensor made from it lives. On a GPU they
-are copies. If they shared buffers there, too, each tensor that is dropped would make a thread of DALI wait for all work
-queued on the device (its DLPack deleter calls cudaDeviceSynchronize), which holds buffers back, and may keep a core
-busy and break the capture of a CUDA graph.
+are copies, or computed from DALI's buffers. If they shared buffers there, too, each tensor that is dropped would make a
+thread of DALI wait for all work queued on the device (its DLPack deleter calls cudaDeviceSynchronize), which holds
+buffers back, and may keep a core busy and break the capture of a CUDA graph. DALI's own copy (`feed_ndarray`) would
+wait for all that DALI has queued by then, the next batches included, and DALI would wait for the copy.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
-from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 
@@ -26,8 +28,11 @@ AfterGraph = Callable[[Tensor, Tensor], Tensor]
 
 @functools.cache
 def _stream(device_id: int) -> torch.cuda.Stream:
-    """The stream that all loaders of a GPU share: torch reuses memory freed on a stream for that stream alone."""
-    return torch.cuda.Stream(device_id)
+    """The stream that all loaders of a GPU share: torch reuses memory freed on a stream for that stream alone.
+
+    Its few short kernels go before those of a training step, behind which DALI's buffers would wait for them.
+    """
+    return torch.cuda.Stream(device_id, priority=-1)
 
 
 class Runner:
@@ -35,6 +40,7 @@ class Runner:
 
     def __init__(self, device_id: int | None) -> None:
         self._stream = None if device_id is None else _stream(device_id)
+        self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers, until their event has come
 
     def __call__(self, pipeline: Pipeline, augment: AfterGraph | None = None) -> list[Tensor]:
         """The outputs of the pipeline's next run, which must be dense.
@@ -43,19 +49,32 @@ class Runner:
         for torch's current stream. augment is called with the first output, images, and the last, numbers: its result
         replaces the first, and the last is left out.
         """
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
         # Called without a stream, run() returns when the batch is finished: the time in it is the time spent waiting.
         outputs = pipeline.run()
         if self._stream is None:
             return _augmented([torch.from_dlpack(output.as_tensor()) for output in outputs], augment)
         # On the current stream the copies, which hold DALI's buffers, would wait for the training step before them.
         current = torch.cuda.current_stream(self._stream.device)
-        with torch.cuda.stream(self._stream):
-            tensors = _augmented([_copy(output, self._stream) for output in outputs], augment)
+        try:
+            with torch.cuda.stream(self._stream):
+                images, *others = (_moved(output, self._stream.device) for output in outputs)
+                tensors = [images.clone(), *others] if augment is None else _augmented([images, *others], augment)
+                del images
+        finally:  # what is queued reads them even if something fails
+            self._in_use.append((self._stream.record_event(), outputs))
         current.wait_stream(self._stream)
         for tensor in tensors:
             if tensor.is_cuda:
                 tensor.record_stream(current)
         return tensors
+
+    def release(self) -> None:
+        """Gives DALI's buffers back; waits for the copies from them."""
+        for end, _ in self._in_use:
+            end.synchronize()
+        self._in_use.clear()
 
 
 def _augmented(tensors: list[Tensor], augment: AfterGraph | None) -> list[Tensor]:
@@ -65,15 +84,14 @@ def _augmented(tensors: list[Tensor], augment: AfterGraph | None) -> list[Tensor
     return [augment(images, numbers), *others]
 
 
-def _copy(output: TensorListCPU | TensorListGPU, stream: torch.cuda.Stream) -> Tensor:
-    if isinstance(output, TensorListCPU):
-        tensor = torch.from_numpy(output.as_array())
-        # Files' bytes are inspected on the CPU; labels and uniforms are needed on the GPU. If the graph copied labels
-        # and uniforms there, a thread of DALI would wait for all that the decoder has queued.
-        return tensor if tensor.dtype == torch.uint8 else tensor.pin_memory().to(stream.device, non_blocking=True)
-    source = output.as_tensor()
-    target = torch.empty(source.shape(), dtype=to_torch_type[source.dtype], device=stream.device)
-    return feed_ndarray(source, target, cuda_stream=stream)
+def _moved(output: TensorListCPU | TensorListGPU, device: torch.device) -> Tensor:
+    """An output on the device, in DALI's memory if it is there already."""
+    if isinstance(output, TensorListGPU):
+        return torch.as_tensor(output.as_tensor(), device=device)  # by __cuda_array_interface__: nothing is copied
+    tensor = torch.from_numpy(output.as_array())
+    # Files' bytes are inspected on the CPU; labels and uniforms are needed on the GPU. If the graph copied labels
+    # and uniforms there, a thread of DALI would wait for all that the decoder has queued.
+    return tensor if tensor.dtype == torch.uint8 else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def shut_down(pipelines: Sequence[Pipeline]) -> None:

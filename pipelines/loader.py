@@ -244,6 +244,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._pipelines:
+            self._run.release()
             shut_down(self._pipelines)
             self._pipelines = []
 
@@ -326,6 +327,7 @@ class EvalLoader:
                 pipeline.reset()
                 self._idle = pipeline
         finally:
+            self._run.release()
             if pipeline is not self._idle:
                 shut_down([pipeline])
 

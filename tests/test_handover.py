@@ -1,0 +1,118 @@
+"""How long a batch's memory stays DALI's, with a CUDA stream and its events played by others."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import Pipeline
+
+from pipelines import handover
+from pipelines.handover import Runner
+
+
+class Event:
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def query(self) -> bool:
+        return self.has_come
+
+    def synchronize(self) -> None:
+        self.has_come = True
+
+
+class Stream:
+    """Also the current stream, which waits for this one."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record_event(self) -> Event:
+        self.events.append(Event())
+        return self.events[-1]
+
+    def wait_stream(self, other: Stream) -> None:
+        assert other is self
+
+
+class Output:
+    """A dense output of a graph, of which it can be told whether anything holds it."""
+
+    def __init__(self, value: int) -> None:
+        self._array = np.full((2, 3), value, np.uint8)
+
+    def as_array(self) -> np.ndarray:
+        return self._array
+
+
+class Outputs(list[Output]):
+    pass
+
+
+class Graph:
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[Outputs]] = []
+
+    def run(self) -> Outputs:
+        outputs = Outputs([Output(len(self.given)), Output(100)])
+        self.given.append(weakref.ref(outputs))
+        return outputs
+
+    def held(self) -> list[bool]:
+        return [given() is not None for given in self.given]
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    stream = Stream()
+    monkeypatch.setattr(handover, "_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    return stream
+
+
+def run(runner: Runner, graph: Graph, augment: Any = None) -> list[torch.Tensor]:
+    return runner(cast(Pipeline, graph), augment)
+
+
+def test_buffers_are_held_until_what_reads_them_has_run(stream: Stream) -> None:
+    runner, graph = Runner(0), Graph()
+    batches = [run(runner, graph) for _ in range(3)]
+    assert [int(images[0, 0]) for images, _ in batches] == [0, 1, 2]
+    assert graph.held() == [True, True, True]
+    stream.events[0].has_come = True
+    run(runner, graph)
+    assert graph.held() == [False, True, True, True]
+    runner.release()
+    assert graph.held() == [False] * 4
+    assert all(event.has_come for event in stream.events)
+
+
+def test_buffers_are_held_where_what_reads_them_fails(stream: Stream) -> None:
+    def fails(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    runner, graph = Runner(0), Graph()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(runner, graph, fails)
+    assert (graph.held(), len(stream.events)) == ([True], 1)
+    runner.release()
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_no_tensor_shares_a_buffer(stream: Stream, augmented: bool) -> None:
+    augment = (lambda images, numbers: images + numbers) if augmented else None
+    graph = Graph()
+    held = graph.run()
+    graph.run = lambda: held  # type: ignore[method-assign]
+    images, *others = run(Runner(0), graph, augment)
+    assert torch.equal(images, torch.full((2, 3), 100 if augmented else 0, dtype=torch.uint8))
+    assert len(others) == (0 if augmented else 1)
+    assert images.data_ptr() != held[0].as_array().ctypes.data
