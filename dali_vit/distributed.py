@@ -212,7 +212,7 @@ def _naming_mistakes(processes: int) -> Iterator[None]:
     """Turns what NCCL and gloo say of the user's mistakes into UserErrors; some comes with the first gradients."""
     try:
         yield
-    except dist.DistBackendError as error:
+    except RuntimeError as error:  # NCCL's are DistBackendErrors by torch 2.11, but plain ones by 2.15
         if _SAME_GPU.search(str(error)):  # each process sees the same one
             raise _too_few_gpus(processes) from error
         if _NO_SHARED_MEMORY.search(str(error)):
@@ -220,8 +220,6 @@ def _naming_mistakes(processes: int) -> Iterator[None]:
                 "/dev/shm is too small for the GPUs of this machine to exchange gradients through (NCCL): give it more,"
                 " for a container with `docker run --shm-size=1g`"
             ) from error
-        raise
-    except RuntimeError as error:
         if _NOT_REACHED.search(str(error)):  # gloo listens where the machine's name leads, or on loopback alone
             raise LocalUserError(
                 f"{platform.node()}: the other machines' processes are not reached from here; set GLOO_SOCKET_IFNAME on"

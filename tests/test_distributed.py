@@ -173,11 +173,11 @@ def destroyed() -> list[int]:
 def worker(monkeypatch: pytest.MonkeyPatch, destroyed: list[int]) -> Callable[..., torch.device]:
     """The device that one of several processes on a machine takes, of as many GPUs as it sees."""
 
-    def device_of(local_rank: int, processes: int, visible: int, failing: str | None = None) -> torch.device:
+    def device_of(local_rank: int, processes: int, visible: int, failing: RuntimeError | None = None) -> torch.device:
         def init(backend: str, *, device_id: torch.device, **_: Any) -> None:
             assert backend == "nccl"
             if failing is not None:
-                raise torch.distributed.DistBackendError(failing)
+                raise failing
 
         variables = {"RANK": local_rank, "WORLD_SIZE": processes, "LOCAL_RANK": local_rank, **MEETING}
         for name, value in {**variables, "LOCAL_WORLD_SIZE": processes}.items():
@@ -209,6 +209,10 @@ def test_more_processes_than_gpus_are_refused_by_each(worker, rank):
         worker(rank, 4, visible=2)
 
 
+# torch 2.11's and 2.15's.
+of_nccl = pytest.mark.parametrize("error", [torch.distributed.DistBackendError, RuntimeError])
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -216,9 +220,10 @@ def test_more_processes_than_gpus_are_refused_by_each(worker, rank):
         "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI_RANK_GPU_ENABLE=1 to enable",
     ],
 )
-def test_processes_that_see_the_same_single_gpu_are_refused(worker, said):
+@of_nccl
+def test_processes_that_see_the_same_single_gpu_are_refused(worker, said, error):
     with pytest.raises(UserError, match=r"^2 processes on this machine, but 1 GPUs: start as many"):
-        worker(0, 2, visible=1, failing=f"NCCL error in: init.cpp, invalid usage. Last error:\n{said}")
+        worker(0, 2, visible=1, failing=error(f"NCCL error in: init.cpp, invalid usage. Last error:\n{said}"))
 
 
 @pytest.mark.parametrize("when", ["at once", "with the first gradients"])
@@ -229,16 +234,17 @@ def test_processes_that_see_the_same_single_gpu_are_refused(worker, said):
         "Error: failed to extend /dev/shm/nccl-WU88OE to 9637892 bytes, error: No space left on device (28)",
     ],
 )
-def test_shared_memory_that_is_too_small_for_nccl_is_named(worker, said, when):
-    message = f"NCCL error in: init.cpp, unhandled system error. Last error:\n{said}"
+@of_nccl
+def test_shared_memory_that_is_too_small_for_nccl_is_named(worker, said, error, when):
+    failing = error(f"NCCL error in: init.cpp, unhandled system error. Last error:\n{said}")
     expected = r"^/dev/shm is too small .* `docker run --shm-size=1g`$"
     if when == "at once":
         with pytest.raises(LocalUserError, match=expected):
-            worker(0, 2, visible=2, failing=message)
+            worker(0, 2, visible=2, failing=failing)
         return
     worker(0, 2, visible=2)  # the variables and the functions in place of NCCL's stay
     with pytest.raises(LocalUserError, match=expected), distributed.connect(None):
-        raise torch.distributed.DistBackendError(message)
+        raise failing
 
 
 def test_a_process_that_fails_alone_does_not_wait_for_the_others(worker, destroyed):
@@ -271,9 +277,10 @@ def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, monkeyp
         raise AssertionError
 
 
-def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker):
-    with pytest.raises(torch.distributed.DistBackendError, match="unhandled"):
-        worker(0, 2, visible=1, failing="NCCL error: unhandled system error")
+@of_nccl
+def test_other_errors_of_nccl_are_no_mistake_of_the_user(worker, error):
+    with pytest.raises(error, match="unhandled"):
+        worker(0, 2, visible=1, failing=error("NCCL error: unhandled system error"))
 
 
 @pytest.mark.parametrize(
