@@ -62,6 +62,7 @@ def rows(results: Results) -> list[Row]:
         *(("joint-1024", "batch 1024"), ("joint-128", "batch 128"), ("node", "all GPUs")),
         ("joint-1024-own", "batch 1024, a stream of its own"),
         ("joint-1024-high-priority", "batch 1024, a stream of high priority"),
+        ("joint-128-reduce-overhead", "batch 128, CUDA graphs"),
         ("joint-cpu", "Ti/16 on the CPU"),
     ):
         if name in results:
