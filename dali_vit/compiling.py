@@ -6,6 +6,7 @@ import atexit
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +18,9 @@ from dali_vit.distributed import Group, gather_objects
 __all__ = ["compile_fault", "how_to_compile", "on_one_line"]
 
 log = logging.getLogger(__name__)
+
+# Triton 3.9 warns that its default, which is wanted here, will change one day.
+warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION is unset")
 
 _PATIENCE = 5.0  # seconds that torch.compile's workers are given to end
 

@@ -13,7 +13,6 @@ The kernels are in `dali_vit.attention_kernels`. Importing this needs Triton, wh
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +30,6 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 
 _BLOCK = 64  # rows of a product of Hopper's tensor cores
 _TILE = 32  # queries that the backward pass takes at once
-
-
-# Triton 3.9 warns that its default, which is wanted here, will change one day.
-warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION is unset")
 
 
 class _Tiles(NamedTuple):
