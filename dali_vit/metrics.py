@@ -79,9 +79,8 @@ class StepTimer:
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def _synchronize(self) -> None:
-        if (
-            self.device.type == "cuda"
-        ):  # of the steps alone: the whole device would be waited for with what DALI decodes
+        if self.device.type == "cuda":
+            # The whole device would be waited for with what DALI decodes ahead.
             torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
