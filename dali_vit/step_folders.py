@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
+import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["last_step", "prune", "remove_unfinished", "step_folder", "step_folders"]
+
+log = logging.getLogger(__name__)
 
 BEST = "best"
 """Link beside the folders of a run's checkpoints that leads to the best of them."""
@@ -47,6 +52,7 @@ def remove_unfinished(folder: Path) -> None:
 def prune(folder: Path, keep: int, written: Path) -> None:
     """Removes all checkpoints except the newest `keep`, `written` being the newest, and the best, to which it points
     the link `BEST`."""
+    _undo_copy(folder, written)
     # Checkpoints of later steps are damaged, else the run would have resumed from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
@@ -69,6 +75,42 @@ def prune(folder: Path, keep: int, written: Path) -> None:
         with suppress(OSError):
             os.replace(candidate, going)
             shutil.rmtree(going)
+
+
+def _undo_copy(folder: Path, written: Path) -> None:
+    """Makes way for the link `BEST` where a copy of the run has a folder in its place, as copies that follow links do.
+
+    That becomes the checkpoint that it is a copy of, which may be missing: a copy may have left it out.
+    """
+    copy = folder / BEST
+    if copy.is_symlink() or not copy.is_dir():
+        return
+    try:
+        step = json.loads((copy / "checkpoint.json").read_text(encoding="utf-8"))["step"]
+        original = step_folder(folder.parent, step)
+        if step <= _step(written) and not os.path.lexists(original):
+            os.replace(copy, original)
+            return
+        if _same_files(copy, original):
+            going = folder / f".tmp-old-{BEST}"
+            os.replace(copy, going)
+            shutil.rmtree(going, ignore_errors=True)
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    _warn_of_folder(copy)
+
+
+@functools.cache  # once
+def _warn_of_folder(copy: Path) -> None:
+    log.warning(
+        "%s: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it", copy
+    )
+
+
+def _same_files(copy: Path, original: Path) -> bool:
+    names = os.listdir(original)
+    return sorted(os.listdir(copy)) == sorted(names) and not any(filecmp.cmpfiles(copy, original, names, False)[1:])
 
 
 def _link(link: Path, target: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from dali_vit import checkpoint, runfolder
 from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
+from dali_vit.step_folders import prune
 from dali_vit.train import train
 from tests.conftest import read_metrics
 
@@ -95,3 +98,33 @@ def test_a_checkpoint_is_written_again_where_the_folder_is_renamed_meanwhile(
         f"step_{step:09d}" for step in (5, 10, 12)
     ]
     assert checkpoint.read(now / "checkpoints" / "step_000000005").step == 5
+
+
+@pytest.mark.parametrize("had", ["step_000000001", "nothing", "other bytes"])
+def test_a_copy_that_follows_links_has_a_best_checkpoint_that_is_a_link(
+    had: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(name: str, step: int, top1: float) -> Path:
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        text = json.dumps({"step": step, "metrics": {"val/top1": top1}})
+        (folder / "checkpoint.json").write_text(text)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        return folder
+
+    copy = make("best", 1, 50.0)
+    if had != "nothing":
+        make("step_000000001", 1, 50.0)
+    if had == "other bytes":
+        (copy / "model.safetensors").write_bytes(b"Weights")
+    for step, top1 in ((2, 40.0), (3, 60.0), (4, 45.0)):
+        prune(tmp_path / "checkpoints", 1, make(f"step_{step:09d}", step, top1))
+        if had != "other bytes":
+            assert os.readlink(copy) == f"step_{1 if step == 2 else 3:09d}"
+            assert (copy / "model.safetensors").read_bytes() == b"weights"
+    assert sorted(os.listdir(copy.parent)) == ["best", "step_000000003", "step_000000004"]
+    assert caplog.messages == (
+        [f"{copy}: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it"]
+        if had == "other bytes"
+        else []
+    )
