@@ -24,7 +24,7 @@ from dali_vit import data as datasets
 from dali_vit import environment, loaders
 from dali_vit.config import Config
 from dali_vit.distributed import Group, gather_objects
-from dali_vit.files import replacing
+from dali_vit.files import cache_folder, replacing
 from dali_vit.loaders import Decoder, LoaderSettings
 from dali_vit.mixup import normalize
 from pipelines.bad_samples import DecodeError
@@ -237,7 +237,7 @@ def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict
 def cache_path(conditions: dict[str, Any]) -> Path:
     """The file in the user's cache that keeps the settings found under these conditions."""
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
-    return environment.cache_folder() / f"autotune-{digest[:16]}.json"
+    return cache_folder() / f"autotune-{digest[:16]}.json"
 
 
 def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dali_vit.config import UserError
-from dali_vit.environment import cache_folder
+from dali_vit.files import cache_folder
 
 __all__ = ["CLASSES", "demo_folder", "draw_image", "make_demo"]
 
@@ -40,7 +40,7 @@ Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 def demo_folder() -> Path:
     """Folder of the demo dataset, drawn on first use (seconds): 2,000 training and 500 validation images.
 
-    It lies in the cache folder: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
+    It lies in the cache folder (`files.cache_folder`).
     Raises UserError if the dataset cannot be written there.
     """
     folder = cache_folder() / f"demo-v{_VERSION}"

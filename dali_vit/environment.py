@@ -11,13 +11,10 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-from dali_vit.files import at_home
 
 _WITH_JPEG_ENGINE = ((8, 0), (9, 0), (10, 0), (10, 3))  # compute capabilities of A100, H100 and H200, B200, B300
 _JPEG_ENGINE_LIBRARY = "libnvcuvid.so.1"
@@ -45,19 +42,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def cache_folder() -> Path:
-    """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
-
-    For a user without a home, as in containers, it is `dali-vit-<uid>` in the folder for temporary files.
-    """
-    if given := os.environ.get("DALI_VIT_CACHE"):
-        return at_home(given).absolute()
-    parent = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if str(parent).startswith("~"):  # a user without a home, as in containers
-        return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
-    return parent.absolute() / "dali-vit"
 
 
 def cpu_count() -> int:

@@ -1,4 +1,4 @@
-"""Paths as users give them, and files that are written as a whole or not at all."""
+"""Paths as users give them, the folder for caches, and files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import errno
 import hashlib
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["at_home", "dead_link", "file_sha256", "flush", "make_parent", "replacing"]
+__all__ = ["at_home", "cache_folder", "dead_link", "file_sha256", "flush", "make_parent", "replacing"]
 
 _STALE = 3600.0  # seconds for which nobody pauses within the writing of a file
 
@@ -23,6 +24,25 @@ def at_home(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # no home is known for the user
         return Path(path)
+
+
+def cache_folder() -> Path:
+    """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
+
+    For a user without a home, or with one that is another's, as in containers and with sudo, it is `dali-vit-<uid>` in
+    the folder for temporary files.
+    """
+    if given := os.environ.get("DALI_VIT_CACHE"):
+        return at_home(given).absolute()
+    folder = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dali-vit"
+    if str(folder).startswith("~") or not (os.path.isdir(folder) or _can_be_made(folder.absolute())):
+        return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
+    return folder.absolute()
+
+
+def _can_be_made(folder: Path) -> bool:
+    there = next(parent for parent in folder.parents if os.path.exists(parent))  # False for what may not be looked into
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def dead_link(path: str | Path) -> str | None:

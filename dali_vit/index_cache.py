@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_vit.environment import cache_folder
-from dali_vit.files import replacing
+from dali_vit.files import cache_folder, replacing
 
 __all__ = ["INDEX", "Listing", "load", "save", "stamps"]
 

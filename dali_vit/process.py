@@ -13,9 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dali_vit.config import LocalUserError
+from dali_vit.files import cache_folder
 
 NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Errors of writing to a pipe that nobody reads, and to a terminal that was closed."""
@@ -30,6 +33,26 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # CUDA reads this one in the same way. By default the kernels of all streams share 8 queues, and DALI's decoder alone
 # has a stream a thread: a training step's kernel would wait behind a decoder's in the same queue. 32 is the maximum.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def _keep_what_numba_compiles() -> None:
+    """Tells Numba of our cache folder where it may not write beside the source.
+
+    By itself it would take ~/.cache, and for a user without a home make a folder called `~`. What it finds there it
+    runs, so a folder of another user's is not taken.
+    """
+    kernels = Path(__file__).parents[1] / "pipelines" / "kernels"
+    compiled = kernels / "__pycache__"
+    if os.access(compiled if compiled.exists() else kernels, os.W_OK):
+        return
+    with suppress(OSError):  # there may be no folder for temporary files, either
+        folder = cache_folder()
+        if not os.path.exists(folder) or folder.stat().st_uid == os.getuid():
+            os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
+
+
+if "NUMBA_CACHE_DIR" not in os.environ:  # Numba reads it when it is imported
+    _keep_what_numba_compiles()
 
 
 def end_at_ctrl_c() -> None:

@@ -21,8 +21,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.environment import cache_folder
-from dali_vit.files import file_sha256, flush
+from dali_vit.files import cache_folder, file_sha256, flush
 from dali_vit.manifest import MANIFEST, Manifest, read_manifest
 
 __all__ = ["fetch", "is_remote"]
@@ -117,7 +116,7 @@ class _Store:
 def fetch(uri: str, splits: tuple[str, ...]) -> Path:
     """Copies the files of these splits to this machine, except those that are there, and returns the copy's folder.
 
-    The copy lies in the cache folder (`environment.cache_folder`), under a name that changes
+    The copy lies in the cache folder (`files.cache_folder`), under a name that changes
     with the set's manifest. A file appears there once it is whole and has the manifest's checksum; after an
     interruption only the missing files are copied. Processes that want the same set wait for the one that copies it.
     Raises UserError for a set that is missing, damaged or not of shards, and for a disk that is too small.

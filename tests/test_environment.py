@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_vit import environment
+from dali_vit import environment, files, process
 
 V1 = "9:name=systemd:/init\n4:memory:/m\n1:{controllers}:{path}\n0::/"
 
@@ -149,8 +149,39 @@ def test_a_tilde_in_the_caches_variables_is_the_home_folder(tmp_path: Path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DALI_VIT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "~/xdg")
-    assert environment.cache_folder() == tmp_path / "xdg/dali-vit"
+    assert files.cache_folder() == tmp_path / "xdg/dali-vit"
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-knows/xdg")
-    assert environment.cache_folder() == Path(tempfile.gettempdir()) / f"dali-vit-{os.getuid()}"
+    assert files.cache_folder() == Path(tempfile.gettempdir()) / f"dali-vit-{os.getuid()}"
     monkeypatch.setenv("DALI_VIT_CACHE", "~/own")
-    assert environment.cache_folder() == tmp_path / "own"
+    assert files.cache_folder() == tmp_path / "own"
+
+
+def test_a_home_of_another_user_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Docker's `--user`, whose HOME is /, and sudo leave it; what is in a cache that is there can be read."""
+    monkeypatch.delenv("DALI_VIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "others/.cache"))
+    assert files.cache_folder() == tmp_path / "others/.cache/dali-vit"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert files.cache_folder() == Path(tempfile.gettempdir()) / f"dali-vit-{os.getuid()}"
+    (tmp_path / "others/.cache/dali-vit").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert files.cache_folder() == tmp_path / "others/.cache/dali-vit"
+
+
+def test_what_numba_compiles_is_kept_where_the_source_is_not_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> str | None:
+        monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+        process._keep_what_numba_compiles()
+        return os.environ.get("NUMBA_CACHE_DIR")
+
+    monkeypatch.setenv("DALI_VIT_CACHE", str(tmp_path / "cache"))
+    assert kept() is None  # Numba's own choice, beside the source
+    source = str(Path(environment.__file__).parents[1])
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(source))
+    assert kept() == str(tmp_path / "cache/numba")
+    (tmp_path / "cache").mkdir()
+    assert kept() == str(tmp_path / "cache/numba")
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)  # another user's: what is there is run
+    assert kept() is None
