@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_vit.config import UserError
-from dali_vit.files import at_home
+from dali_vit.files import at_home, dead_link
 from dali_vit.listing import IMAGE_SUFFIXES, scan
 from dali_vit.validation import check_local
 from pipelines.readers import FileList
@@ -21,8 +21,9 @@ __all__ = ["list_images"]
 def list_images(arguments: Sequence[Path]) -> FileList:
     """The files, with each folder replaced by all images below it, sorted by name; labels are indices, int64 [N].
 
-    Links are followed, hidden files and folders left out. UserError for a path that is not there or cannot be listed,
-    and for a folder without images.
+    Links are followed, hidden files and folders left out. A link that leads nowhere counts as an image unless its name
+    has another suffix: without any it may stand for a folder. UserError for a path that is not there or cannot be
+    listed, and for a folder without images.
     """
     paths, lengths = bytearray(), array("i")  # Python strings of all paths would take several times as much
     for given in arguments:
@@ -55,10 +56,18 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
     here = os.path.realpath(folder)
     if here in above:
         return
-    subfolders = frozenset(scan(folder, folders=True))
-    for name in sorted(subfolders.union(scan(folder, folders=False))):
+    subfolders = frozenset(scan(folder, folders=True, dead_links=True))
+    for name in sorted(subfolders.union(scan(folder, folders=False), _lost_folders(folder))):
         path = os.path.join(folder, name)
         if name in subfolders:
             yield from _walk(path, (*above, here))
         else:
             yield path
+
+
+def _lost_folders(folder: str) -> Iterator[str]:
+    """Names of the links that lead nowhere and may have led to a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and "." not in entry.name and dead_link(entry.path):
+                yield entry.name

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dali_vit.data import ImageList
+from dali_vit.files import dead_link
 from dali_vit.inspection import KINDS, inspect_header, why_undecodable
 from dali_vit.prepare.sources import read_sample
 from pipelines.bad_samples import DecodeError
@@ -49,6 +50,8 @@ def _reason(samples: ImageList, name: str) -> str:
         data = read_sample(samples, next(i for i in range(len(samples)) if samples.path(i) == name))
         kind, detail = _fault(data, name)
     except OSError as error:
+        if lost := dead_link(name):
+            return lost.removeprefix(f"{name} ")
         return f"cannot be read ({error.strerror or error})"
     except MemoryError:
         return "is too large for the memory there is"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,26 @@ def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "a/b/x.gif").touch()
     with pytest.raises(UserError, match=f"^{tmp_path}/a: no image files in this folder .*.jpg, .*; name another, or"):
         list_images([tmp_path / "a"])
-    (tmp_path / "a/b/lost").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"^{tmp_path}/a/b/lost is a link to .*nowhere, which is not there: mount"):
+    (tmp_path / "a/b/.lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a/b/lost.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no image files"):
         list_images([tmp_path / "a"])
+
+
+@pytest.mark.timeout(60)
+def test_a_link_that_leads_nowhere_is_named_after_the_other_images(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    folder = tmp_path / "images"
+    shutil.copytree(data / "val/c", folder)
+    for name in ("a.jpg", "folder", "notes.txt"):
+        (folder / name).symlink_to(tmp_path / "nowhere")
+    code, out, err = run("predict", "--checkpoint", str(model), str(folder), capsys=capsys)
+    assert code == 2
+    assert sum("sapphire" in line for line in out.splitlines()) == len(list((data / "val/c").iterdir()))
+    (line,) = err.splitlines()
+    for name in ("a.jpg", "folder"):
+        assert f"{folder / name} is a link to {tmp_path / 'nowhere'}, which is not there" in line
+    assert "notes.txt" not in line
 
 
 @pytest.mark.timeout(60)
