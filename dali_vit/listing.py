@@ -53,6 +53,9 @@ LEFT_OUT = {
 # Where train/ and val/ lie in Kaggle's archive of ImageNet, as seen from outside and from its top folder ILSVRC/.
 _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 
+# What network storage and macOS's archives put beside the folders of users, not hidden.
+_NOT_THE_USERS = ("@eaDir", "__MACOSX")
+
 # Threads that list folders and look at files: they wait for the file system, and a network's answers many at once.
 IO_THREADS = 16
 
@@ -76,14 +79,17 @@ def folder_name(name: str) -> str:
 
 
 def scan(folder: Path | str, *, folders: bool, dead_links: bool = False) -> list[str]:
-    """Sorted names of a folder's subfolders or of its images, without hidden ones; UserError if it cannot be listed.
+    """Sorted names of a folder's subfolders or of its images; UserError if it cannot be listed.
+
+    Hidden ones are left out, and folders that systems put there.
 
     dead_links: skip links that lead nowhere when listing subfolders; else UserError, as each may be a subfolder.
     """
     try:
         with os.scandir(folder) as entries:
             if folders:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e, dead_links))
+                visible = (e for e in entries if not e.name.startswith(".") and e.name not in _NOT_THE_USERS)
+                return sorted(e.name for e in visible if _is_folder(e, dead_links))
             # Symbolic links are not followed: that would be a stat for each.
             return sorted(e.name for e in entries if is_image(e.name) and not e.is_dir(follow_symlinks=False))
     except OSError as error:
@@ -109,6 +115,8 @@ def class_names(folder: Path) -> list[str]:
         flat = scan(folder, folders=False)
         what = "images but no class folders" if flat else "no class folders"
         remedy = f"put the images into {folder.name}/<class>/"
+        if folder.name == "val" and not any(folder.iterdir()):
+            remedy += ", or remove the empty folder"
         if flat and folder.name == "val" and (folder.parent / "train").is_dir():  # as Kaggle has ImageNet
             command = f"dali-vit prepare {quote(str(folder.parent))} OUT --val-labels LOC_val_solution.csv"
             remedy += f", or make a set by the file of their labels: `{command}`"
@@ -260,13 +268,18 @@ def kind_of_archives(names: Iterable[str]) -> str | None:
 def _how_to_unpack(root: Path, subfolders: Sequence[str]) -> str | None:
     """The remedy for archives of images in a folder or its first three subfolders; None if there are none."""
     names = []
+    source = root
     for subfolder in ("", *subfolders[:3]):
         with suppress(OSError):
-            names += [os.path.join(subfolder, name) for name in os.listdir(root / subfolder)]
+            inside = os.listdir(root / subfolder)
+            names += [os.path.join(subfolder, name) for name in inside]
+            if kind_of_archives(inside) == "ilsvrc":  # which `prepare` looks for in the folder itself
+                source, names = root / subfolder, inside
+                break
     kind = kind_of_archives(names)
     if kind == "webdataset":
         return "tar files are not read; unpack them into train/<class>/, or get the set as parquet or TFRecords"
-    return kind and f"make a set of what it holds first: `dali-vit prepare {quote(str(root))} TARGET`"
+    return kind and f"make a set of what it holds first: `dali-vit prepare {quote(str(source))} TARGET`"
 
 
 def check_no_empty(folder: Path, classes: Sequence[str], counts: np.ndarray) -> None:

@@ -177,6 +177,11 @@ def load_shards(root: Path, manifest: Manifest, split: str) -> ShardList:
     except OSError as error:
         raise UserError(f"{index} cannot be read ({error.strerror}): {again}") from error
     labels = columns["label"].astype(np.int64)
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(manifest.classes):
+        raise UserError(
+            f"{root / MANIFEST} has {len(manifest.classes)} classes, {index} labels from {labels.min()} to"
+            f" {labels.max()}: {again}"
+        )
     lengths = columns["name_length"]
     names = FileList(columns["name"], np.cumsum(lengths, dtype=np.int64) - lengths, lengths, labels)
     shards = tuple(str(root / shard.file) for shard in entry.shards)

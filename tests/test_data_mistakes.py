@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dali_vit import data, report
-from dali_vit.config import Config
+from dali_vit.config import Config, DataConfig
 from dali_vit.data import check_images, load_dataset
 from dali_vit.listing import other_val
 from dali_vit.prepare import PrepareArguments, prepare
@@ -118,6 +118,7 @@ def test_the_folder_above_is_given(tmp_path):
     ("files", "remedy"),
     [
         (["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"], "dali-vit prepare {root} TARGET"),
+        (["2012/ILSVRC2012_img_train.tar", "2012/x.txt", "a/b.tar"], "dali-vit prepare {root}/2012 TARGET"),
         (["imagenet2012-train.tfrecord-00000-of-01024"], "dali-vit prepare {root} TARGET"),
         (["train-00000-of-01024"], "dali-vit prepare {root} TARGET"),
         (["data/train-00000-of-00294.parquet"], "dali-vit prepare {root} TARGET"),
@@ -128,6 +129,18 @@ def test_the_folder_above_is_given(tmp_path):
 def test_archives_are_to_be_prepared(files, remedy, tmp_path):
     make_files(tmp_path, *files)
     fails(lambda: load_dataset(tmp_path), "has no train/: ", remedy.format(root=tmp_path))
+
+
+def test_folders_of_systems_are_no_classes(tmp_path):
+    make_files(tmp_path, "train/cat/1.jpg", "train/@eaDir/1.jpg/x.jpg", "val/cat/1.jpg", "val/__MACOSX/._1.jpg")
+    assert load_dataset(tmp_path, minival=0).classes == ("cat",)
+
+
+def test_an_empty_val_may_be_removed(tmp_path):
+    make_files(tmp_path, "train/cat/1.jpg")
+    (tmp_path / "val").mkdir()
+    told = "val has no class folders: put the images into val/<class>/, or remove the empty folder"
+    assert fails(lambda: load_dataset(tmp_path)) == f"{tmp_path}/{told}"
 
 
 def test_class_folders_without_a_split(tmp_path):
@@ -169,7 +182,7 @@ def test_classes_that_differ(tmp_path):
     assert dataset.classes == tuple("abcdef")
     assert (len(dataset.split("train")), dataset.split("val").labels.tolist()) == (6, [0])
     told = f"{tmp_path}: val has no images of 5 of 6 classes (b, c, d and 2 more)"
-    assert report.remarks(Config(), dataset, 10**6) == [told]
+    assert report.remarks(Config(DataConfig(minival=0)), dataset, 10**6) == [told]
     for path in (tmp_path / "val" / "a").iterdir():
         path.unlink()
     fails(lambda: load_dataset(tmp_path), "val has classes without images (a, b, c and 3 more): add images or remove")

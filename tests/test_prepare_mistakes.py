@@ -189,6 +189,17 @@ def test_parquet_files_may_have_a_fingerprint_each(tmp_path):
     assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
 
 
+def test_a_manifest_with_fewer_classes_than_labels_is_named(tmp_path):
+    target = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set"))
+    manifest = read_manifest(target)
+    write_manifest(target, replace(manifest, classes=manifest.classes[:-1]))
+    highest = len(manifest.classes) - 1
+    told = f"{target / MANIFEST} has {highest} classes, {target}/train.index.npz labels from 0 to {highest}: copy the"
+    with pytest.raises(UserError) as error:
+        load_dataset(target)
+    assert str(error.value).startswith(told)
+
+
 def test_what_the_manifest_says_must_be_there(tmp_path):
     target = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set"))
     shard = target / "train/shard-000000.tar"
@@ -243,9 +254,9 @@ def test_what_is_put_beside_the_work_stays(tmp_path):
     note = tmp_path / "set.partial" / "notes.txt"
     begun = prepare_module.open_source
 
-    def put(*given):
+    def put(*given, **named):
         note.write_text("mine")
-        return begun(*given)
+        return begun(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "open_source", put)

@@ -106,7 +106,9 @@ def prepare(arguments: PrepareArguments) -> Path:
 def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing: Manifest | None) -> None:
     state, folder = partial / ".state", partial / ".set"
     labels = arguments.val_labels and at_home(arguments.val_labels)
-    source = open_source(at_home(arguments.source).absolute(), arguments.source_format, labels, state)
+    source = open_source(
+        at_home(arguments.source).absolute(), arguments.source_format, labels, state, in_place=arguments.to == "index"
+    )
     settings = Settings(
         arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
     )
@@ -162,8 +164,12 @@ def _check(arguments: PrepareArguments) -> None:
             f"--quality {arguments.quality}: images keep their bytes unless they are resized; "
             "give --shorter-side too, or leave --quality out"
         )
+    if arguments.to == "index" and arguments.shorter_side is not None:
+        raise UserError(f"--shorter-side {arguments.shorter_side}: --to index changes no image; choose --to shards")
     check_local(arguments.source, "SOURCE")
     check_local(arguments.target, "TARGET")
+    if at_home(arguments.source).is_file():
+        raise UserError(f"{arguments.source}: is a file; give the folder that holds it")
     if not at_home(arguments.source).is_dir():
         raise UserError(f"{arguments.source}: no such folder; give the one that holds the tars, records or images")
     source, target = (at_home(path).resolve() for path in (arguments.source, arguments.target))

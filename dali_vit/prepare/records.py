@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +19,20 @@ from dali_vit.config import UserError
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges
+from dali_vit.prepare.tfrecord import read_tfrecord
 
 __all__ = ["open_parquet", "open_tfrecords"]
 
 _log = logging.getLogger(__name__)
 
-# Names of each feature, by TensorFlow Datasets and by the Inception scripts; the first one that is found counts.
-_IMAGE, _LABEL = ("image", "image/encoded"), ("label", "image/class/label")
-_FILE, _CLASS = ("file_name", "image/filename"), ("image/class/synset",)
-# Field numbers of protocol buffers: key and value of an entry of Features.feature; the kinds of a Feature's value.
-_KEY, _VALUE = 1, 2
-_BYTES_LIST, _INT64_LIST = 1, 3
 # NAME-IIIII-of-NNNNN; Hugging Face's `datasets` once added a fingerprint, which differs from file to file.
 _NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
 # Hugging Face's ImageNet adds the class to the name that a file has in ILSVRC's tars.
 _WITH_WNID = re.compile(r"(.+)_(n\d{8})(\.\w+)")
 
-# A place in a buffer: (start, end).
-Place = tuple[int, int]
+# How the pointer begins that a clone without Git LFS has in a large file's place.
+_LFS = b"version https://git-lfs"
+
 # A record whose class has no index yet: (shard, offset, length, label as recorded, class name, file name).
 _Record = tuple[int, int, int, int, str | None, str]
 
@@ -57,7 +50,7 @@ def open_tfrecords(root: Path) -> Source:
         records[split] = [
             (i, *record)
             for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None))
-            for record in _read_tfrecord(path)
+            for record in read_tfrecord(path)
         ]
     return _assemble(root, shards, records, _label_names(root))
 
@@ -72,7 +65,10 @@ def open_parquet(root: Path, scratch: Path) -> Source:
     shards: dict[str, list[str]] = {}
     records: dict[str, list[_Record]] = {}
     names: list[str] | None = None
-    for split, paths in _by_split(root, files, "parquet files").items():
+    paths_of = _by_split(root, files, "parquet files")
+    for paths in paths_of.values():  # before the first is unpacked
+        _check_parquet(paths)
+    for split, paths in paths_of.items():
         shards[split], records[split] = [], []
         for i, path in enumerate(tqdm(paths, desc=f"{split} parquet", unit=" files", disable=None)):
             unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
@@ -113,16 +109,29 @@ def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]
     """Files by split: their own or their folder's name has the word `train` or `val`; UserError if some are missing."""
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     for path in files:
-        words = re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower())
         for split, known in (("train", {"train"}), ("val", {"val", "validation", "valid"})):
-            if known & set(words):
+            if known & _words(root, path):
                 splits[split].append(path)
                 break
     if not splits["train"]:
         raise UserError(f"{root} has no {what} with 'train' in their names: give the folder that holds them")
     for paths in splits.values():
         _check_complete(root, paths)
+    tests = [path for path in files if "test" in _words(root, path)]
+    if tests and not splits["val"]:
+        _log.warning(
+            "%s has no %s with 'val' in their names, so train alone is prepared: if those with 'test' are meant, such"
+            " as %s, rename them",
+            root,
+            what,
+            tests[0].name,
+        )
     return {split: paths for split, paths in splits.items() if paths}
+
+
+def _words(root: Path, path: Path) -> set[str]:
+    """The words of a file's and its folder's names, in lower case."""
+    return set(re.split(r"[^a-z]+", path.relative_to(root).as_posix().lower()))
 
 
 def _check_complete(root: Path, paths: list[Path]) -> None:
@@ -202,100 +211,35 @@ def _label_names(root: Path) -> list[str] | None:
     return None
 
 
-def _read_tfrecord(path: Path) -> Iterator[tuple[int, int, int, str | None, str]]:
-    """Offset and length of the image, label, class name and file name of each record."""
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        data.madvise(mmap.MADV_RANDOM)  # only what lies around the images is looked at
-        position = 0
-        while position < len(data):
-            # length (8 bytes), its checksum (4), the record, its checksum (4)
-            length = struct.unpack_from("<Q", data, position)[0] if position + 12 <= len(data) else len(data)
-            start, end = position + 12, position + 12 + length
-            if end + 4 > len(data):
-                raise UserError(f"{path} is cut off or compressed at byte {position}: give whole, plain TFRecords")
-            try:
-                features = _features(data, (start, end))
-                image = next(features[name] for name in _IMAGE if name in features)
-                label = next(features[name] for name in _LABEL if name in features)
-                offset, image_end = _one(data, image, _BYTES_LIST)
-                texts = [
-                    next((_text(data, features[name]) for name in names if name in features), "")
-                    for names in (_FILE, _CLASS)
-                ]
-                yield offset, image_end - offset, _integer(data, label), texts[1] or None, os.path.basename(texts[0])
-            except (StopIteration, LookupError, ValueError):
-                raise UserError(
-                    f"{path}: the record at byte {position} has no features {_IMAGE[0]} and {_LABEL[0]}, "
-                    f"nor {_IMAGE[1]} and {_LABEL[1]}: give TFRecords of encoded images"
-                ) from None
-            position = end + 4
-
-
-def _features(data: mmap.mmap, record: Place) -> dict[str, Place]:
-    """Where each feature of an Example lies, by name."""
-    found = {}
-    for _, features in _fields(data, record):
-        for _, entry in _fields(data, features):
-            parts = dict(_fields(data, entry))
-            found[bytes(data[slice(*parts[_KEY])]).decode()] = parts.get(_VALUE, (0, 0))
-    return found
-
-
-def _one(data: mmap.mmap, feature: Place, kind: int) -> Place:
-    """Where the only value of a feature lies."""
-    ((found, values),) = _fields(data, feature)
-    ((_, value),) = _fields(data, values)
-    if found != kind:
-        raise ValueError(f"feature of kind {found}")
-    return value
-
-
-def _text(data: mmap.mmap, feature: Place) -> str:
-    return bytes(data[slice(*_one(data, feature, _BYTES_LIST))]).decode()
-
-
-def _integer(data: mmap.mmap, feature: Place) -> int:
-    return _varint(data, _one(data, feature, _INT64_LIST)[0])[0]
-
-
-def _fields(data: mmap.mmap, message: Place) -> Iterator[tuple[int, Place]]:
-    """Number and place of each field of a protocol buffer message; ValueError for types that Examples do not have."""
-    position, end = message
-    while position < end:
-        tag, position = _varint(data, position)
-        if tag & 7 == 2:  # length and content
-            length, position = _varint(data, position)
-            field_end = position + length
-        elif tag & 7 == 0:  # an integer
-            _, field_end = _varint(data, position)
-        else:
-            raise ValueError(f"field of wire type {tag & 7}")
-        if field_end > end:
-            raise ValueError("field beyond its message")
-        yield tag >> 3, (position, field_end)
-        position = field_end
-
-
-def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """The integer at a position (seven bits a byte, the lowest first), and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-
-
-def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], list[str] | None]:
-    """Writes all images to one file; returns it, their rows (offset, length, label, name) and the class names."""
+def _check_parquet(paths: list[Path]) -> None:
+    """UserError for a file that is no parquet, or has other columns than those of images and labels."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install pyarrow") from None
+    for path in paths:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise UserError(f"{path} is what Git LFS puts in a file's place: download the file by `git lfs pull`")
+        try:
+            columns = parquet.read_schema(path).names
+        except ArrowException as error:
+            raise _cut_short(path, error) from error
+        if not {"image", "label"} <= set(columns):
+            raise UserError(
+                f"{path} has no columns image and label, but {', '.join(columns)}: give files as Hugging Face's"
+                " ImageNet has them"
+            )
+
+
+def _cut_short(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}): download it again")
+
+
+def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], list[str] | None]:
+    """Writes all images to one file; returns it, their rows (offset, length, label, name) and the class names."""
+    from pyarrow import ArrowException, parquet
+
     receipt = target.with_suffix(".json")
     try:
         with parquet.ParquetFile(path) as file:
@@ -318,8 +262,10 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
                 write_receipt(receipt, {"origin": origin, "rows": rows})
-    except (ArrowException, KeyError, TypeError) as error:
+    except ArrowException as error:
+        raise _cut_short(path, error) from error
+    except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path} has no columns image (bytes) and label ({error}): give Hugging Face's files"
+            f"{path}: its column image has no bytes ({error}): give files as Hugging Face's ImageNet has them"
         ) from error
     return target, [tuple(row) for row in rows], label_type.get("names")

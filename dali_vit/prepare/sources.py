@@ -28,7 +28,7 @@ from dali_vit.listing import folder_name, is_image, kind_of_archives, left_out, 
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Format", "Row", "Source", "byte_ranges", "open_source", "read_sample", "sample_names"]
+__all__ = ["Format", "Row", "Source", "byte_ranges", "not_in_place", "open_source", "read_sample", "sample_names"]
 
 Format = Literal["auto", "folder", "ilsvrc", "tfrecord", "parquet"]
 # Where an image lies and what it is: (shard, offset, length, label, file name)
@@ -53,9 +53,16 @@ class Source:
     """As `Dataset.resized`."""
 
 
-def open_source(root: Path, source_format: Format, val_labels: Path | None, scratch: Path) -> Source:
-    """Lists a source, unpacking images into the folder `scratch` if it must; UserError for an unusable source."""
+def open_source(
+    root: Path, source_format: Format, val_labels: Path | None, scratch: Path, *, in_place: bool = False
+) -> Source:
+    """Lists a source, unpacking images into the folder `scratch` if it must; UserError for an unusable source.
+
+    in_place: the images are to be read where they lie, so nothing may be unpacked.
+    """
     kind = _recognise(root) if source_format == "auto" else source_format
+    if in_place and kind == "parquet":
+        raise not_in_place()
     if val_labels is not None and kind not in ("folder", "ilsvrc"):
         raise UserError(f"--val-labels {val_labels}: only ILSVRC's tars and a flat val/ need it; leave it out")
     if kind == "folder":
@@ -73,6 +80,11 @@ def open_source(root: Path, source_format: Format, val_labels: Path | None, scra
     for files in left_out(folders) if kind == "folder" else ():
         _log.info("%s", files)
     return source
+
+
+def not_in_place() -> UserError:
+    """The error about a source whose images an index cannot lead to."""
+    return UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
 
 
 def sample_names(samples: ImageList, classes: Sequence[str] | None = None) -> list[str]:

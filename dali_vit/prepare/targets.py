@@ -26,7 +26,7 @@ from dali_vit.config import UserError
 from dali_vit.listing import folder_name, is_image
 from dali_vit.manifest import Shard, Split, save_index
 from dali_vit.prepare.receipts import read_receipt, write_receipt
-from dali_vit.prepare.sources import read_sample, sample_names
+from dali_vit.prepare.sources import not_in_place, read_sample, sample_names
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -199,12 +199,10 @@ def write_folder(job: Job) -> Split:
 
 
 def check_index(job: Job) -> None:
-    """UserError for sources other than tars and TFRecords, and where images are to be changed."""
-    samples, side = job.samples, job.settings.shorter_side
+    """UserError for sources other than tars and TFRecords."""
+    samples = job.samples
     if not isinstance(samples, ShardList) or any(Path(path).parent == job.state for path in samples.shards):
-        raise UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
-    if side is not None:
-        raise UserError(f"--shorter-side {side}: --to index changes no image; choose --to shards")
+        raise not_in_place()
 
 
 def write_index(job: Job) -> Split:

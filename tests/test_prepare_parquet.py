@@ -1,0 +1,97 @@
+"""prepare: what can be wrong with parquet files, told before the first of them is unpacked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dali_vit.data import load_dataset
+from dali_vit.prepare import PrepareArguments, prepare, records
+from tests.datasets import NUM_TRAIN, VAL_IMAGES, prepare_fails, write_source
+
+pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareArguments:
+    """Two files a split, none of which may be unpacked."""
+    monkeypatch.setattr(records, "_unpack_parquet", lambda *_: pytest.fail("unpacked"))
+    return replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set")
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def left_by_lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def other_columns(path: Path) -> None:
+    parquet.write_table(pyarrow.table({"img": [b"1"], "fine_label": [1]}), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (cut_short, "is not a whole parquet file (Parquet magic bytes not found in footer. "),
+        (left_by_lfs, "is what Git LFS puts in a file's place: download the file by `git lfs pull`"),
+        (other_columns, "has no columns image and label, but img, fine_label: give files as Hugging Face's ImageNet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named_first(
+    arguments: PrepareArguments, tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    last = arguments.source / "data/validation-00001-of-00002.parquet"
+    damage(last)
+    prepare_fails(arguments, f"{last} {told}")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_images_that_are_no_structs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source/train.parquet"
+    parquet.write_table(pyarrow.table({"image": [b"1"], "label": [1]}), path)
+    prepare_fails(
+        PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{path}: its column image has no bytes", "Hugging"
+    )
+
+
+def test_an_index_of_parquet_is_refused_at_once(arguments: PrepareArguments, tmp_path: Path) -> None:
+    prepare_fails(replace(arguments, to="index"), "--to index: images can be read in place from tars and TFRecords")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_files_of_a_test_split_are_told_of_where_there_is_no_val(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set")
+    for path in (arguments.source / "data").glob("validation*"):
+        path.rename(path.with_name(path.name.replace("validation", "test")))
+    with caplog.at_level(logging.WARNING):
+        assert load_dataset(prepare(arguments), minival=0).counts == {"train": NUM_TRAIN}
+    (said,) = caplog.messages
+    assert said == (
+        f"{arguments.source} has no parquet files with 'val' in their names, so train alone is prepared: if those with"
+        " 'test' are meant, such as test-00000-of-00002.parquet, rename them"
+    )
+
+
+def test_a_test_split_beside_val_is_not_spoken_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ImageNet's, whose labels are -1."""
+    arguments = replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set")
+    (arguments.source / "data/test-00000-of-00001.parquet").touch()
+    with caplog.at_level(logging.WARNING):
+        assert load_dataset(prepare(arguments), minival=0).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
+    assert not caplog.messages
+
+
+def test_a_file_in_place_of_its_folder_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    file.touch()
+    prepare_fails(PrepareArguments(file, tmp_path / "set"), f"{file}: is a file; give the folder that holds it")
