@@ -1,12 +1,12 @@
 """Python memory of the training loader, in a process of its own:
 
-    python -X tracemalloc -m tests.loader_memory IMAGE COUNT...
+    python -m tests.loader_memory IMAGE COUNT...
 
 Standard output is a JSON object for each count, in bytes beyond the index: `settled`, after a new epoch has begun;
 `peak`, the most until then; and `grown`, the increase over 40 further steps.
 
-Tracing lasts from the start to the end of the process: stopping it while a thread of DALI waits for the GIL in an
-allocation causes a segmentation fault in CPython before 3.13 (gh-128679).
+Tracing begins after the imports, whose time it would double, and lasts to the end of the process: stopping it while a
+thread of DALI waits for the GIL in an allocation causes a segmentation fault in CPython before 3.13 (gh-128679).
 """
 
 from __future__ import annotations
@@ -52,5 +52,6 @@ def used(image: Path, count: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    tracemalloc.start()
     for number in sys.argv[2:]:
         print(json.dumps(used(Path(sys.argv[1]), int(number))))
