@@ -2,7 +2,8 @@
 
 Most processes are forked off a server that has imported everything, as a start of Python takes 4 s for that. Each has a
 session, an environment, streams and an end of its own, but all have the same seed of Python's hashes. Tests of the
-start itself, and of variables that are read at import, need `anew`.
+start itself, and of variables that are read at import, need `anew`. Launchers are forked, too; the workers that they
+start are not.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ IMPORTED = [
     "dali_vit.plan",
     "dali_vit.preview",
     "dali_vit.verify",
+    "torch.distributed.run",
+    "tests.frozen",
 ]
 
 
@@ -64,7 +67,10 @@ _START = tuple(environment().items())
 
 
 class Forked:
-    """`python -m dali_vit ARGUMENTS` or `python SCRIPT ARGUMENTS` as a fork, with some of the names of `Popen`."""
+    """`python ARGUMENTS` as a fork, with some of the names of `Popen`.
+
+    ARGUMENTS: those of `-m dali_vit` or `-m torch.distributed.run`; or a program, as a file or after `-c`, and its own.
+    """
 
     def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], output: int = subprocess.PIPE) -> None:
         context = _server(_START)
@@ -145,6 +151,15 @@ def _child(arguments: list[str], env: dict[str, str], folder: str, ends: list[Co
 
         sys.argv = arguments[1:]
         run()
+    if arguments[:2] == ["-m", "torch.distributed.run"]:
+        from torch.distributed.run import main
+
+        main(arguments[2:])
+        return
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        return
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).parent))
     runpy.run_path(arguments[0], run_name="__main__")
@@ -156,7 +171,7 @@ Process = Forked | subprocess.Popen[str]
 def start(*arguments: str, anew: bool = False, output: int = subprocess.PIPE, **variables: str) -> Process:
     """Starts `python ARGUMENTS` as the leader of a session, with these variables in its environment."""
     env = {**environment(), **variables}
-    if not anew and arguments[0] != "-c" and arguments[:2] != ("-m", "torch.distributed.run"):
+    if not anew:
         return Forked(arguments, env=env, output=output)
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=output, stderr=output, text=True, env=env, start_new_session=True
@@ -181,11 +196,14 @@ def running(*arguments: str, **options: Any) -> Iterator[Process]:
         end(process)
 
 
-def dali_vit(
-    *arguments: str | Path, timeout: float = 120, anew: bool = False, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def dali_vit(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs `dali-vit ARGUMENTS` to its end."""
-    with running("-m", "dali_vit", *map(str, arguments), anew=anew, **variables) as process:
+    return run_to_end("-m", "dali_vit", *arguments, **options)
+
+
+def run_to_end(*arguments: str | Path, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `python ARGUMENTS` to its end."""
+    with running(*map(str, arguments), **options) as process:
         out, err = process.communicate(timeout=timeout)
         assert process.returncode is not None
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,8 @@ from dali_vit.agreement import check_same_evaluation, check_same_run
 from dali_vit.config import Config, DataConfig, UserError
 from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
 from dali_vit.names import fingerprint
-from tests.conftest import environment, write_image_folder
+from tests.conftest import write_image_folder
+from tests.processes import run_ranks
 from tests.test_inference import CONFIG, GREEN, RED, colour_model, paint
 
 
@@ -167,7 +166,7 @@ with distributed.connect(0) as group:
         except UserError as error:
             found = str(error)
         results.append(found)
-sys.stdout.write(json.dumps(results) + "\\n")  # in one piece: both ranks write to the same pipe
+print(json.dumps(results))
 """
 
 
@@ -206,18 +205,7 @@ def test_two_ranks_evaluate_the_same_or_say_why_not(tmp_path: Path) -> None:
     ]
     for folder, step in ((run, 2), (other, 4)):
         os.symlink(f"checkpoints/step_{step:09d}", f"{folder}/best")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [sys.executable, *launcher, sys.executable, "-c", SCRIPT, json.dumps(of_ranks)],
-        capture_output=True,
-        text=True,
-        timeout=140,
-        env=environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    of_both = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(of_both) == 2
+    of_both = [json.loads(out) for out, _ in run_ranks(2, "-c", SCRIPT, json.dumps(of_ranks), timeout=140)]
     for newest, best, resolution, other_images, absent in of_both:
         for metrics in (newest, best):
             assert (metrics["val/count"], metrics["val/top1"]) == (5, pytest.approx(60))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,8 +22,8 @@ from dali_vit.inference import convert
 from dali_vit.metrics import MetricLog
 from dali_vit.model import create_model
 from dali_vit.saving import _close
-from tests.conftest import environment, read_metrics
-from tests.processes import LAUNCH, command, dali_vit, logged_steps, running, wait_for
+from tests.conftest import read_metrics
+from tests.processes import LAUNCH, command, dali_vit, logged_steps, run_to_end, running, wait_for
 from tests.test_checkpoint import save
 
 
@@ -118,14 +117,7 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(image_folder, sm
     if exists:
         (small_disk / "run").mkdir()
     assert remount(small_disk, "ro")
-    result = subprocess.run(
-        [sys.executable, *starter, *command(image_folder, small_disk)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_to_end(*starter, *command(image_folder, small_disk))
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"dali-vit: --runs-dir {small_disk}: cannot write {small_disk}/run")

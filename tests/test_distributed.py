@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from dali_vit import checkpoint, distributed
 from dali_vit.config import LocalUserError, UserError
 from dali_vit.mixup import sample_lambda
-from tests.conftest import TINY, environment, needs_a_compiler, read_metrics
+from tests.conftest import TINY, needs_a_compiler, python, read_metrics
 from tests.processes import dali_vit, run_ranks
 
 RECORDER = str(Path(__file__).with_name("recorder.py"))
@@ -30,17 +28,6 @@ def arguments(image_folder: Path, runs_dir: Path, *more: str, steps: int = 20) -
         *("train", "--data", str(image_folder), "--runs-dir", str(runs_dir), "--name", "run", "--gpus", "0", *TINY),
         *("--steps", str(steps), "--threads", "1", "--log-every", "1", "--eval-every", "0", *more),
     ]
-
-
-def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**environment(), **variables},
-        check=False,
-    )
 
 
 def record(folder: Path, processes: int, command: list[str], **variables: str) -> list[list[dict[str, Any]]]:
@@ -146,20 +133,18 @@ def test_ranks_share_the_lambda_of_mixup_and_leave_the_same_steps_out(parts, ima
 
 @pytest.mark.timeout(150)
 def test_a_preview_is_written_and_told_once(image_folder, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
     command = ["preview", "--data", str(image_folder), "--out", str(tmp_path / "grid.png"), "--gpus", "0", *TINY]
-    result = python(*launcher, *command, "--images", "4")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("grid.png: 4 images of step 0") == 1
+    written = run_ranks(2, "-m", "dali_vit", *command, "--images", "4")
+    assert "".join(out for out, _ in written).count("grid.png: 4 images of step 0") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 @pytest.mark.timeout(150)
 def test_a_mistake_is_said_once_by_the_workers(image_folder, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dali_vit"]
-    result = python(*launcher, *arguments(image_folder, tmp_path / "odd"), "--batch-size", "7")
-    assert result.returncode != 0
-    assert result.stderr.count("dali-vit: --batch-size 7: not divisible by 2 processes; use 8") == 1
+    command = [*arguments(image_folder, tmp_path / "odd"), "--batch-size", "7"]
+    written = run_ranks(2, "-m", "dali_vit", *command, code=2)
+    told = "".join(err for _, err in written)
+    assert told.count("dali-vit: --batch-size 7: not divisible by 2 processes; use 8") == 1
     assert not (tmp_path / "odd").exists()
 
 

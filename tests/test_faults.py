@@ -24,6 +24,7 @@ from tests.processes import (
     free_port,
     logged_steps,
     run_ranks,
+    run_to_end,
     running,
     wait_for,
     weights,
@@ -120,14 +121,7 @@ def test_a_machine_whose_name_nobody_knows(image_folder, tmp_path):
 
 @pytest.mark.timeout(240)
 def test_a_mistake_of_the_user_is_not_tried_again(image_folder, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", LAUNCH, *command(image_folder, tmp_path), "--batch-size", "7"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_to_end("-c", LAUNCH, *command(image_folder, tmp_path), "--batch-size", "7")
     assert result.returncode == 2
     assert "restart" not in result.stdout + result.stderr
     assert result.stderr.count("--batch-size 7") == 1

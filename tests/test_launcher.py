@@ -20,8 +20,8 @@ from dali_vit import cli, distributed
 from dali_vit.config import LocalUserError
 from dali_vit.distributed import Group
 from tests.conftest import environment, run
-from tests.processes import running, wait_for
-from tests.test_distributed import MEETING, python
+from tests.processes import run_to_end, running, wait_for
+from tests.test_distributed import MEETING
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NOT_MET = "though RANK and WORLD_SIZE are; start by torchrun or with --gpus, or unset RANK and WORLD_SIZE"
@@ -129,14 +129,7 @@ LAUNCH_ONCE = "import sys; from dali_vit.launch import launch_once; sys.exit(lau
 def test_how_workers_end_is_how_the_command_ends(ends, code, told, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys\nrank = int(os.environ['RANK'])\nassert sys.argv[1:] == ['--flag']\n{ends}\n")
-    ended = subprocess.run(
-        [sys.executable, "-c", LAUNCH_ONCE, str(script), "--flag"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=environment(),
-        check=False,
-    )
+    ended = run_to_end("-c", LAUNCH_ONCE, script, "--flag", timeout=100)
     assert (ended.returncode, ended.stdout) == (code, "")
     assert re.sub(r"process \d+", "process 0", ended.stderr) == told
 
@@ -240,7 +233,7 @@ distributed._SAID_AFTER, distributed.collective_timeout = 0.5, lambda seconds: t
 cli.main(["predict", "--checkpoint", "absent", "absent.jpg", "--gpus", "0"])
 """
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return python("-c", program, **variables)
+    return run_to_end("-c", program, **variables)
 
 
 @pytest.mark.timeout(120)
