@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 from dali_vit import index_cache, listing
 from dali_vit.data import load_dataset
 from dali_vit.index_cache import INDEX
-from tests.conftest import environment
+from tests.processes import running
 
 CLASSES, PER_CLASS = 20, 1000
 
@@ -241,9 +239,8 @@ def test_processes_that_start_at_once(folder: Path, tmp_path: Path) -> None:
         "    (load_dataset(sys.argv[1]).root / 'train/.dali-vit-index.npz').unlink(missing_ok=True)\n"
         "load_dataset(sys.argv[1])\n"
     )
-    command = [sys.executable, "-c", program, str(folder)]
-    processes = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == 0, errors
+    with running("-c", program, str(folder)) as one, running("-c", program, str(folder)) as other:
+        for process in (one, other):
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, errors
     assert [path.name for path in (folder / "train").iterdir() if path.is_file()] == [INDEX]
