@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Runner:
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()  # DALI's buffers, until their event has come
 
     def __call__(self, pipeline: Pipeline, augment: AfterGraph | None = None) -> list[Tensor]:
-        """The outputs of the pipeline's next run, which must be dense.
+        """The outputs of the pipeline's next run, which must be dense; all but the first, images, are on the CPU.
 
         On a GPU, outputs that the graph leaves on the CPU are moved to the GPU, unless they are bytes; all are ready
         for torch's current stream. augment is called with the first output, images, and the last, numbers: its result
@@ -63,7 +64,8 @@ class Runner:
                 tensors = [images.clone(), *others] if augment is None else _augmented([images, *others], augment)
                 del images
         finally:  # what is queued reads them even if something fails
-            self._in_use.append((self._stream.record_event(), outputs))
+            with suppress(RuntimeError):  # of a GPU that has failed, whose error is on its way
+                self._in_use.append((self._stream.record_event(), outputs))
         current.wait_stream(self._stream)
         for tensor in tensors:
             if tensor.is_cuda:
@@ -71,10 +73,16 @@ class Runner:
         return tensors
 
     def release(self) -> None:
-        """Gives DALI's buffers back; waits for the copies from them."""
-        for end, _ in self._in_use:
-            end.synchronize()
-        self._in_use.clear()
+        """Gives DALI's buffers back; waits for what reads them."""
+        held, self._in_use = self._in_use, deque()
+        with suppress(RuntimeError):  # a GPU that has failed says so to whoever uses it next
+            for end, _ in held:
+                end.synchronize()
+
+    def shut_down(self, pipelines: Sequence[Pipeline]) -> None:
+        """Stops pipelines whose outputs this has handed over, and frees their memory."""
+        self.release()
+        shut_down(pipelines)
 
 
 def _augmented(tensors: list[Tensor], augment: AfterGraph | None) -> list[Tensor]:

@@ -19,7 +19,7 @@ from pipelines import probe
 from pipelines.bad_samples import BadSamples, DecodeError
 from pipelines.crop import Decoder
 from pipelines.eval import eval_pipeline
-from pipelines.handover import Runner, shut_down
+from pipelines.handover import Runner
 from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.probe import LackOfMemory
@@ -244,8 +244,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._pipelines:
-            self._run.release()
-            shut_down(self._pipelines)
+            self._run.shut_down(self._pipelines)
             self._pipelines = []
 
 
@@ -312,7 +311,7 @@ class EvalLoader:
                 try:
                     images, labels, last_bytes = self._run(pipeline)
                 except RuntimeError as error:
-                    shut_down([pipeline])
+                    self._run.shut_down([pipeline])
                     probe.check_memory(error)
                     self._leave_out(batch, error)
                 else:
@@ -321,7 +320,7 @@ class EvalLoader:
                         yield images, labels
                         batch += 1
                         continue
-                    shut_down([pipeline])
+                    self._run.shut_down([pipeline])
                 pipeline, start = self._make_pipeline(start_batch=batch), batch
             if start == 0:
                 pipeline.reset()
@@ -329,7 +328,7 @@ class EvalLoader:
         finally:
             self._run.release()
             if pipeline is not self._idle:
-                shut_down([pipeline])
+                self._run.shut_down([pipeline])
 
     def _leave_out(self, batch: int, error: RuntimeError) -> None:
         """Leaves out what made the pipeline fail at a batch; raises the error if it was not a sample."""
@@ -345,5 +344,5 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._idle is not None:
-            shut_down([self._idle])
+            self._run.shut_down([self._idle])
             self._idle = None

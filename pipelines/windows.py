@@ -92,8 +92,7 @@ def try_out(device_id: int | None) -> None:
         return tuple(crop.cut_window(*drawn, device=device, decoder=decoder) for decoder in (alone, whole))
 
     for load in _HW_DECODER_LOADS:
-        if device_id is not None:
-            print(f"{_AT}{load}", file=sys.stderr, flush=True)
+        print(f"{_AT}{load}", file=sys.stderr, flush=True)
         pipeline = graph(load)
         for _ in range(3):
             alone, cut = (output.as_cpu() for output in pipeline.run())

@@ -33,6 +33,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.waits = 0
 
     def record_event(self) -> Event:
         self.events.append(Event())
@@ -40,6 +41,7 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         assert other is self
+        self.waits += 1
 
 
 class Output:
@@ -103,6 +105,36 @@ def test_buffers_are_held_where_what_reads_them_fails(stream: Stream) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         run(runner, graph, fails)
     assert (graph.held(), len(stream.events)) == ([True], 1)
+    runner.release()
+
+
+def test_a_gpu_that_has_failed_holds_nothing_and_hides_no_error(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error")
+
+    stopped: list[Any] = []
+    monkeypatch.setattr(handover, "shut_down", stopped.extend)
+    runner, graph = Runner(0), Graph()
+    run(runner, graph)
+    monkeypatch.setattr(Event, "synchronize", fails)
+    runner.shut_down([cast(Pipeline, graph)])
+    assert (graph.held(), stopped) == ([False], [graph])
+
+    def unlike(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Stream, "record_event", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(runner, graph, unlike)
+
+
+def test_the_current_stream_waits_for_each_batch(stream: Stream) -> None:
+    runner, graph = Runner(0), Graph()
+    for i in range(3):
+        run(runner, graph)
+        assert stream.waits == i + 1
     runner.release()
 
 

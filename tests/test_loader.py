@@ -15,6 +15,7 @@ from nvidia.dali import Pipeline
 from PIL import Image
 
 from pipelines.crop import Decoder
+from pipelines.crop import _options as crop_options
 from pipelines.eval import eval_pipeline
 from pipelines.loader import DecodeError, EvalLoader, TrainLoader
 from pipelines.order import EvalOrder, TrainOrder
@@ -336,6 +337,11 @@ def test_on_a_gpu_chroma_is_interpolated_in_evaluations_and_repeated_in_training
         training = loader._decoder
     evaluation = eval_loader(files)._make_pipeline.keywords["decoder"]
     assert (training.fancy_upsampling, evaluation.fancy_upsampling) == (False, True)
+
+
+def test_no_gpu_need_know_the_cores_near_it() -> None:
+    """DALI's decoder would ask NVML by default, and fail where that does not know."""
+    assert crop_options(Decoder(), "gpu")["affine"] is False
 
 
 def output_devices(pipeline: Pipeline) -> list[str]:

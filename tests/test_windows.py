@@ -39,8 +39,9 @@ def ends_by(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(windows, "_COMMAND", ("-c", program))
 
 
-def test_on_a_cpu_windows_decoded_alone_are_those_of_whole_images() -> None:
+def test_on_a_cpu_windows_decoded_alone_are_those_of_whole_images(capsys: pytest.CaptureFixture[str]) -> None:
     windows.try_out(None)
+    assert capsys.readouterr().err == "".join(f"hw_decoder_load {load}\n" for load in (0.0, 0.65, 1.0))
 
 
 def test_the_trial_sees_another_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +55,8 @@ def test_the_trial_sees_another_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crop, "cut_window", shifted)
     with pytest.raises(RuntimeError, match=r"^the pixels differ by \d+ levels$"):
         windows.try_out(None)
+    monkeypatch.setattr(windows, "_LEAST", 640)  # no window is as large
+    windows.try_out(None)
 
 
 def test_what_is_tried_is_within_the_image_and_of_all_kinds() -> None:

@@ -276,7 +276,7 @@ def set_step_stream(name: str, group: distributed.Group) -> None:
     """Makes this thread queue everything on another stream of the GPU from now on, unless `default` is asked for.
 
     Work that a library puts on the default stream waits for the step only if the step is on that stream, too; and while
-    a stream of high priority has work left, no blocks of the loader's kernels are started.
+    a stream of high priority has work left, no blocks of DALI's kernels are started.
     """
     if name == "default":
         return
