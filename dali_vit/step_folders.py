@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import functools
 import json
@@ -52,7 +53,7 @@ def remove_unfinished(folder: Path) -> None:
 def prune(folder: Path, keep: int, written: Path) -> None:
     """Removes all checkpoints except the newest `keep`, `written` being the newest, and the best, to which it points
     the link `BEST`."""
-    _undo_copy(folder, written)
+    _undo_copy(folder)
     # Checkpoints of later steps are damaged, else the run would have resumed from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
     scores: dict[Path, float] = {}
@@ -77,27 +78,29 @@ def prune(folder: Path, keep: int, written: Path) -> None:
             shutil.rmtree(going)
 
 
-def _undo_copy(folder: Path, written: Path) -> None:
-    """Makes way for the link `BEST` where a copy of the run has a folder in its place, as copies that follow links do.
-
-    That becomes the checkpoint that it is a copy of, which may be missing: a copy may have left it out.
-    """
-    copy = folder / BEST
+def _undo_copy(folder: Path) -> None:
+    """Puts the link `BEST` back where a copy of the run has a folder in its place, as copies that follow links do."""
+    copy, link = folder / BEST, folder / f".tmp-{BEST}"
     if copy.is_symlink() or not copy.is_dir():
         return
     try:
         step = json.loads((copy / "checkpoint.json").read_text(encoding="utf-8"))["step"]
         original = step_folder(folder.parent, step)
-        if step <= _step(written) and not os.path.lexists(original):
-            os.replace(copy, original)
-            return
+        link.unlink(missing_ok=True)
+        link.symlink_to(original.name)  # first: where links are not supported the folder stays
         if _same_files(copy, original):
             going = folder / f".tmp-old-{BEST}"
             os.replace(copy, going)
+            os.replace(link, copy)
             shutil.rmtree(going, ignore_errors=True)
             return
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):  # nothing can be changed here
+            return
+    except (ValueError, KeyError, TypeError):
         pass
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
     _warn_of_folder(copy)
 
 

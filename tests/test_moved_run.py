@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -100,9 +101,9 @@ def test_a_checkpoint_is_written_again_where_the_folder_is_renamed_meanwhile(
     assert checkpoint.read(now / "checkpoints" / "step_000000005").step == 5
 
 
-@pytest.mark.parametrize("had", ["step_000000001", "nothing", "other bytes"])
+@pytest.mark.parametrize("had", ["step_000000001", "nothing", "other bytes", "more", "no links"])
 def test_a_copy_that_follows_links_has_a_best_checkpoint_that_is_a_link(
-    had: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    had: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make(name: str, step: int, top1: float) -> Path:
         folder = tmp_path / "checkpoints" / name
@@ -117,14 +118,36 @@ def test_a_copy_that_follows_links_has_a_best_checkpoint_that_is_a_link(
         make("step_000000001", 1, 50.0)
     if had == "other bytes":
         (copy / "model.safetensors").write_bytes(b"Weights")
+    if had == "more":
+        (copy / "notes").touch()
+    for path in tmp_path.rglob("*"):  # the contents tell, not the times
+        os.utime(path, (0, 0))
+    if had == "no links":
+        monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    stays = had != "step_000000001"
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
     for step, top1 in ((2, 40.0), (3, 60.0), (4, 45.0)):
         prune(tmp_path / "checkpoints", 1, make(f"step_{step:09d}", step, top1))
-        if had != "other bytes":
+        if stays:
+            assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+        else:
             assert os.readlink(copy) == f"step_{1 if step == 2 else 3:09d}"
             assert (copy / "model.safetensors").read_bytes() == b"weights"
     assert sorted(os.listdir(copy.parent)) == ["best", "step_000000003", "step_000000004"]
     assert caplog.messages == (
         [f"{copy}: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it"]
-        if had == "other bytes"
+        if stays
         else []
     )
+
+
+def test_nobody_is_told_to_remove_what_cannot_be_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run on a disk that is mounted to be read."""
+    for name in ("best", "step_000000001"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "checkpoint.json").write_text('{"step": 1, "metrics": {}}')
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    prune(tmp_path / "checkpoints", 1, tmp_path / "checkpoints/step_000000001")
+    assert not caplog.messages
