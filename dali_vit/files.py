@@ -29,14 +29,15 @@ def at_home(path: str | Path) -> Path:
 def cache_folder() -> Path:
     """Where files are kept between runs: DALI_VIT_CACHE, or else `dali-vit` under XDG_CACHE_HOME or ~/.cache.
 
-    For a user without a home, or with one that is another's, as in containers and with sudo, it is `dali-vit-<uid>` in
-    the folder for temporary files.
+    For a user without a home, or with one where nothing can be made, as in containers and with `sudo -u`, it is
+    `dali-vit-<uid>` in the folder for temporary files.
     """
     if given := os.environ.get("DALI_VIT_CACHE"):
         return at_home(given).absolute()
     folder = at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dali-vit"
     if str(folder).startswith("~") or not (os.path.isdir(folder) or _can_be_made(folder.absolute())):
-        return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
+        with suppress(FileNotFoundError):  # where nothing can be written at all, reading needs no cache
+            return Path(tempfile.gettempdir()).absolute() / f"dali-vit-{os.getuid()}"
     return folder.absolute()
 
 

@@ -45,10 +45,19 @@ def _keep_what_numba_compiles() -> None:
     compiled = kernels / "__pycache__"
     if os.access(compiled if compiled.exists() else kernels, os.W_OK):
         return
-    with suppress(OSError):  # there may be no folder for temporary files, either
-        folder = cache_folder()
-        if not os.path.exists(folder) or folder.stat().st_uid == os.getuid():
-            os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
+    with suppress(OSError):  # the folder may be relative to one that is there no more
+        user, folder = os.getuid(), cache_folder()
+        kept = folder / f"numba-{user}"
+        trusted = os.environ.get("DALI_VIT_CACHE") or _owner(folder) in (None, user, 0)
+        if trusted and _owner(kept) in (None, user):
+            os.environ["NUMBA_CACHE_DIR"] = str(kept)
+
+
+def _owner(path: Path) -> int | None:
+    try:
+        return path.lstat().st_uid
+    except OSError:
+        return None
 
 
 if "NUMBA_CACHE_DIR" not in os.environ:  # Numba reads it when it is imported

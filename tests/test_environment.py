@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -180,8 +182,41 @@ def test_what_numba_compiles_is_kept_where_the_source_is_not_the_users(
     assert kept() is None  # Numba's own choice, beside the source
     source = str(Path(environment.__file__).parents[1])
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(source))
-    assert kept() == str(tmp_path / "cache/numba")
-    (tmp_path / "cache").mkdir()
-    assert kept() == str(tmp_path / "cache/numba")
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)  # another user's: what is there is run
+    user = os.getuid()
+    assert kept() == str(tmp_path / f"cache/numba-{user}")
+    for folder in ("cache", "home/.cache/dali-vit"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert kept() == str(tmp_path / f"cache/numba-{user}")
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)  # whose folders they are not, but for the one that is named
+    own = f"numba-{user + 1}"
+    assert kept() == str(tmp_path / "cache" / own)
+    (tmp_path / "cache" / own).symlink_to(tmp_path / "nowhere")  # by another user: what is there would be run
     assert kept() is None
+    monkeypatch.delenv("DALI_VIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home/.cache"))
+    assert kept() == (str(tmp_path / "home/.cache/dali-vit" / own) if user == 0 else None)  # root may be trusted
+
+
+def test_numba_is_told_where_to_keep_it_before_it_is_imported(tmp_path: Path) -> None:
+    program = "import os; os.access = lambda *_: False; import dali_vit.process; print(os.environ['NUMBA_CACHE_DIR'])"
+    env = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    told = subprocess.check_output(
+        [sys.executable, "-c", program],
+        env={**env, "DALI_VIT_CACHE": str(tmp_path)},
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert told.strip() == str(tmp_path / f"numba-{os.getuid()}")
+
+
+def test_where_nothing_can_be_written_there_is_still_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a set looks for an index there."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.delenv("DALI_VIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert files.cache_folder() == tmp_path / "dali-vit"
