@@ -21,9 +21,9 @@ __all__ = ["list_images"]
 def list_images(arguments: Sequence[Path]) -> FileList:
     """The files, with each folder replaced by all images below it, sorted by name; labels are indices, int64 [N].
 
-    Links are followed, hidden files and folders left out. A link that leads nowhere counts as an image unless its name
-    has another suffix: without any it may stand for a folder. UserError for a path that is not there or cannot be
-    listed, and for a folder without images.
+    Links are followed; hidden files and folders, and folders that systems put there, are left out. A link that leads
+    nowhere counts as an image unless its name has another suffix: without any it may stand for a folder. UserError for
+    a path that is not there or cannot be listed, and for a folder without images.
     """
     paths, lengths = bytearray(), array("i")  # Python strings of all paths would take several times as much
     for given in arguments:

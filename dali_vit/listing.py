@@ -88,14 +88,17 @@ def scan(folder: Path | str, *, folders: bool, dead_links: bool = False) -> list
     try:
         with os.scandir(folder) as entries:
             if folders:
-                visible = (e for e in entries if not e.name.startswith(".") and e.name not in _NOT_THE_USERS)
-                return sorted(e.name for e in visible if _is_folder(e, dead_links))
+                return sorted(e.name for e in entries if _is_the_users(e.name) and _is_folder(e, dead_links))
             # Symbolic links are not followed: that would be a stat for each.
             return sorted(e.name for e in entries if is_image(e.name) and not e.is_dir(follow_symlinks=False))
     except OSError as error:
         lost = isinstance(error, FileNotFoundError)
         remedy = "copy the set again, with its empty folders" if lost else "check its permissions"
         raise UserError(f"{folder} cannot be listed ({error.strerror}): {remedy}") from error
+
+
+def _is_the_users(folder: str) -> bool:
+    return not folder.startswith(".") and folder not in _NOT_THE_USERS
 
 
 def _is_folder(entry: os.DirEntry[str], dead_links: bool) -> bool:
@@ -136,7 +139,7 @@ def other_val(root: Path) -> str | None:
         for meant, name in itertools.product(("val", "validation", "valid", "test"), names):
             if name.lower() == meant:
                 with suppress(OSError), os.scandir(root / name) as entries:
-                    if any(entry.is_dir() or meant != "test" for entry in entries):
+                    if any((entry.is_dir() and _is_the_users(entry.name)) or meant != "test" for entry in entries):
                         return name
     return None
 
@@ -172,7 +175,9 @@ class LeftOut:
 
 
 def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
-    """Files in class folders that `list_split` leaves out; hidden and linked folders in them are not looked into.
+    """Files in class folders that `list_split` leaves out.
+
+    Hidden and linked folders in them, and those that systems put there, are not looked into.
 
     classes: paths of the class folders, with the class name in place of the folder's name.
     """
@@ -180,7 +185,7 @@ def left_out(classes: Iterable[Path]) -> tuple[LeftOut, ...]:
     examples: dict[str, str] = {}
     for folder in (str(path.with_name(folder_name(path.name))) for path in classes):
         for parent, subfolders, files in os.walk(folder):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            subfolders[:] = sorted(name for name in subfolders if _is_the_users(name))
             for name in sorted(name for name in files if not name.startswith(".")):
                 if name.lower().endswith(IMAGE_SUFFIXES) and parent == folder:
                     continue

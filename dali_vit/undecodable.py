@@ -51,7 +51,7 @@ def _reason(samples: ImageList, name: str) -> str:
         kind, detail = _fault(data, name)
     except OSError as error:
         if lost := dead_link(name):
-            return lost.removeprefix(f"{name} ")
+            return lost.removeprefix(f"{name} ").rpartition(": ")[0]  # without its remedy: ours follows
         return f"cannot be read ({error.strerror or error})"
     except MemoryError:
         return "is too large for the memory there is"

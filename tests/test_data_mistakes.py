@@ -1,6 +1,7 @@
 """Messages about folders that are no data sets and files that are no images, before anything is trained."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from dali_vit import data, report
 from dali_vit.config import Config, DataConfig
 from dali_vit.data import check_images, load_dataset
-from dali_vit.listing import other_val
+from dali_vit.listing import left_out, other_val
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.structure import load_with_faults
 from pipelines.readers import FileList
@@ -133,7 +134,12 @@ def test_archives_are_to_be_prepared(files, remedy, tmp_path):
 
 def test_folders_of_systems_are_no_classes(tmp_path):
     make_files(tmp_path, "train/cat/1.jpg", "train/@eaDir/1.jpg/x.jpg", "val/cat/1.jpg", "val/__MACOSX/._1.jpg")
-    assert load_dataset(tmp_path, minival=0).classes == ("cat",)
+    make_files(tmp_path, "train/cat/@eaDir/1.jpg/thumb.jpg", "test/@eaDir/1.jpg")
+    dataset = load_dataset(tmp_path, minival=0)
+    assert dataset.classes == ("cat",)
+    assert not left_out([tmp_path / "train/cat"])
+    shutil.rmtree(tmp_path / "val")
+    assert other_val(tmp_path) is None
 
 
 def test_an_empty_val_may_be_removed(tmp_path):

@@ -83,6 +83,7 @@ def test_a_link_that_leads_nowhere_is_named_after_the_other_images(data, tmp_pat
     shutil.copytree(data / "val/c", folder)
     for name in ("a.jpg", "folder", "notes.txt"):
         (folder / name).symlink_to(tmp_path / "nowhere")
+    (folder / "README").symlink_to(__file__)
     code, out, err = run("predict", "--checkpoint", str(model), str(folder), capsys=capsys)
     assert code == 2
     assert sum("sapphire" in line for line in out.splitlines()) == len(list((data / "val/c").iterdir()))
@@ -90,6 +91,8 @@ def test_a_link_that_leads_nowhere_is_named_after_the_other_images(data, tmp_pat
     for name in ("a.jpg", "folder"):
         assert f"{folder / name} is a link to {tmp_path / 'nowhere'}, which is not there" in line
     assert "notes.txt" not in line
+    assert "README" not in out + line
+    assert line.endswith("which is not there: replace or remove them")
 
 
 @pytest.mark.timeout(60)

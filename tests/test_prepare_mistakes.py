@@ -5,8 +5,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import dali_vit.manifest as manifest_module
 import dali_vit.prepare as prepare_module
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
@@ -198,6 +200,17 @@ def test_a_manifest_with_fewer_classes_than_labels_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         load_dataset(target)
     assert str(error.value).startswith(told)
+
+
+def test_an_index_with_negative_labels_is_named(tmp_path, monkeypatch):
+    target = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set"))
+    index = target / "train.index.npz"
+    with np.load(index) as arrays:
+        columns = {name: arrays[name] for name in arrays.files}
+    np.savez(index, **{**columns, "label": columns["label"] - 1})
+    monkeypatch.setattr(manifest_module, "file_sha256", lambda _: read_manifest(target).splits["train"].index_sha256)
+    with pytest.raises(UserError, match=r"train\.index\.npz labels from -1 to"):
+        load_dataset(target, split="train")
 
 
 def test_what_the_manifest_says_must_be_there(tmp_path):

@@ -28,6 +28,13 @@ def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def overwritten(path: Path) -> None:
+    """All of its description at the end; pyarrow's error for it is an OSError."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[: -8 - length] + b"\xff" * length + data[-8:])
+
+
 def left_by_lfs(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
@@ -40,8 +47,12 @@ def other_columns(path: Path) -> None:
     ("damage", "told"),
     [
         (cut_short, "is not a whole parquet file (Parquet magic bytes not found in footer. "),
+        (overwritten, "is not a whole parquet file (Couldn't deserialize thrift"),
         (left_by_lfs, "is what Git LFS puts in a file's place: download the file by `git lfs pull`"),
-        (other_columns, "has no columns image and label, but img, fine_label: give files as Hugging Face's ImageNet"),
+        (
+            other_columns,
+            "has the columns img, fine_label, not image and label: give files as Hugging Face's",
+        ),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_named_first(
@@ -78,7 +89,7 @@ def test_files_of_a_test_split_are_told_of_where_there_is_no_val(
     (said,) = caplog.messages
     assert said == (
         f"{arguments.source} has no parquet files with 'val' in their names, so train alone is prepared: if those with"
-        " 'test' are meant, such as test-00000-of-00002.parquet, rename them"
+        " 'test' are meant, such as data/test-00000-of-00002.parquet, rename them"
     )
 
 

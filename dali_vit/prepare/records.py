@@ -117,14 +117,14 @@ def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]
         raise UserError(f"{root} has no {what} with 'train' in their names: give the folder that holds them")
     for paths in splits.values():
         _check_complete(root, paths)
-    tests = [path for path in files if "test" in _words(root, path)]
+    tests = [path for path in files if "test" in _words(root, path) and path not in splits["train"]]
     if tests and not splits["val"]:
         _log.warning(
             "%s has no %s with 'val' in their names, so train alone is prepared: if those with 'test' are meant, such"
             " as %s, rename them",
             root,
             what,
-            tests[0].name,
+            tests[0].relative_to(root),
         )
     return {split: paths for split, paths in splits.items() if paths}
 
@@ -223,16 +223,19 @@ def _check_parquet(paths: list[Path]) -> None:
                 raise UserError(f"{path} is what Git LFS puts in a file's place: download the file by `git lfs pull`")
         try:
             columns = parquet.read_schema(path).names
-        except ArrowException as error:
-            raise _cut_short(path, error) from error
+        except (ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
         if not {"image", "label"} <= set(columns):
             raise UserError(
-                f"{path} has no columns image and label, but {', '.join(columns)}: give files as Hugging Face's"
+                f"{path} has the columns {', '.join(columns)}, not image and label: give files as Hugging Face's"
                 " ImageNet has them"
             )
 
 
-def _cut_short(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception) -> Exception:
+    """What to raise for an error of pyarrow's: it has OSErrors of its own, which unlike the system's have no number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
     return UserError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}): download it again")
 
 
@@ -262,8 +265,8 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
                 write_receipt(receipt, {"origin": origin, "rows": rows})
-    except ArrowException as error:
-        raise _cut_short(path, error) from error
+    except (ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: its column image has no bytes ({error}): give files as Hugging Face's ImageNet has them"

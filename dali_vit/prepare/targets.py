@@ -199,9 +199,8 @@ def write_folder(job: Job) -> Split:
 
 
 def check_index(job: Job) -> None:
-    """UserError for sources other than tars and TFRecords."""
-    samples = job.samples
-    if not isinstance(samples, ShardList) or any(Path(path).parent == job.state for path in samples.shards):
+    """UserError for an image folder."""
+    if not isinstance(job.samples, ShardList):
         raise not_in_place()
 
 
