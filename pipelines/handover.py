@@ -56,7 +56,7 @@ class Runner:
         outputs = pipeline.run()
         if self._stream is None:
             return _augmented([torch.from_dlpack(output.as_tensor()) for output in outputs], augment)
-        # On the current stream the copies, which hold DALI's buffers, would wait for the training step before them.
+        # On the current stream what reads DALI's buffers, and so holds them, would wait for the training step before.
         current = torch.cuda.current_stream(self._stream.device)
         try:
             with torch.cuda.stream(self._stream):
