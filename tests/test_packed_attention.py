@@ -20,7 +20,7 @@ from dali_vit.step import TrainStep
 from tests.conftest import run_interpreted
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")]
 
 NUM_INTERPRETED = 21
 MULTIPROCESSOR = {80: 164, 90: 228}  # KiB of shared memory in a multiprocessor of A100 and H100
