@@ -99,7 +99,7 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
     for kernel in ("packed", "cudnn", "flash"):  # the fastest kernel by itself need not make the fastest step
         compiled = ("--batch-size", 1024, "--compile", "default")
         add(f"step-1024-{kernel}", 10, "measure_step.py", *compiled, "--attention", kernel)
-    # At this batch the host needs much of a step's time to launch it, beside what the loader needs of Python's thread.
+    # At this batch the host may need much of a step's time to launch it, beside what the loader needs of its thread.
     add("joint-128-reduce-overhead", 10, *bench, 1, "--batch-size", 128, "--compile", "reduce-overhead")
     for stream in ("own", "high-priority"):
         add(f"joint-1024-{stream}", 10, *bench, 1, "--batch-size", 1024, "--step-stream", stream)
