@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -30,13 +29,11 @@ from dali_vit import big_vision, weights
 from dali_vit.config import Config, ModelConfig, UserError, from_dict, to_dict
 from dali_vit.files import at_home, file_sha256, flush, replacing
 from dali_vit.model import create_model, set_timm_resolution
-from dali_vit.step_folders import prune, remove_unfinished, step_folder, step_folders
+from dali_vit.step_folders import prune, remove_unfinished, step_folder, step_folders, warn_once
 from dali_vit.validation import MAX_RESOLUTION, check_local, check_range
 from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1
-
-log = logging.getLogger(__name__)
 
 
 class OtherVersion(UserError):
@@ -210,7 +207,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
             except UserError as error:
                 if not os.path.lexists(folder):
                     break  # the run is in progress: it has removed this one and written newer ones
-                log.warning("%s%s", error, "" if folder == folders[0] else "; trying the one before")
+                warn_once(f"{error}{'' if folder == folders[0] else '; trying the one before'}")
         else:
             if folders:
                 raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move it away to start over")

@@ -14,7 +14,7 @@ from dali_vit.loaders import allow_open_files
 from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images, timm_name
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
-from dali_vit.runfolder import check_own
+from dali_vit.runfolder import check_own, check_writable
 from dali_vit.step_folders import last_step
 from dali_vit.validation import given_data, validate
 from dali_vit.variants import TIMM_PREFIX, check_model
@@ -100,6 +100,7 @@ def _own_checkpoint(config: Config) -> checkpoints.Checkpoint | None:
         )
     else:
         check_own(config)
+        check_writable(config)
     return checkpoint
 
 

@@ -52,22 +52,31 @@ def _is_config(path: Path) -> bool:
     return not text or text.startswith(b"data:\n")
 
 
+def check_writable(config: Config) -> None:
+    """UserError if the run's folder, or its checkpoints/, cannot be made or written to, as far as can be told without
+    trying."""
+    for folder in (config.run_dir, config.run_dir / "checkpoints"):
+        if fault := dead_link(folder):
+            raise UserError(f"--runs-dir {config.run.runs_dir}: {fault}")
+        there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        code = 0
+        if not there.is_dir():
+            code = errno.ENOTDIR
+        elif not os.access(there, os.W_OK | os.X_OK):
+            code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        if code:
+            error = OSError(code, os.strerror(code), str(there))
+            raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}")
+
+
 def write_run_files(config: Config, *, anew: bool = False) -> None:
     """Writes config.yaml and env.txt; UserError if the run's folder, or its checkpoints/, cannot be written to.
 
     anew: the run begins from scratch, so the files that an earlier run logged in this folder are renamed.
     """
-    checkpoints = config.run_dir / "checkpoints"
+    check_writable(config)  # now, as else it would show only after hours
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        for folder in (config.run_dir, checkpoints):  # now, as else it would show only after hours
-            if fault := dead_link(folder):
-                raise UserError(f"--runs-dir {config.run.runs_dir}: {fault}")
-            if folder.exists() and not folder.is_dir():
-                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-                code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
-                raise OSError(code, os.strerror(code), str(folder))
         if anew:
             _set_aside(config.run_dir)
         for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):

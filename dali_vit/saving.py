@@ -105,13 +105,13 @@ class Saver:
         self._background.__exit__(*error)
 
 
-def tidy_up(checkpoint: checkpoints.Checkpoint, keep: int) -> None:
+def tidy_up(checkpoint: checkpoints.Checkpoint) -> None:
     """Does for a finished run, whose last checkpoint this is, what a process that was killed at its end did not: it
-    points the link `best` to the best checkpoint and removes those that are not to be kept."""
+    points the link `best` to the best checkpoint and removes those that this process was not to keep."""
     folder = checkpoint.path.parent
     with suppress(OSError):  # where the run may only be read
         remove_unfinished(folder)
-        prune(folder, keep, checkpoint.path)
+        prune(folder, checkpoint.config.run.keep_checkpoints, checkpoint.path)
 
 
 def restore(

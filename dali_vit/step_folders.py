@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["last_step", "prune", "remove_unfinished", "step_folder", "step_folders"]
+__all__ = ["last_step", "prune", "remove_unfinished", "step_folder", "step_folders", "warn_once"]
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,13 @@ def _undo_copy(folder: Path) -> None:
         pass
     with suppress(OSError):
         link.unlink(missing_ok=True)
-    _warn_of_folder(copy)
+    warn_once(f"{copy}: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it")
 
 
-@functools.cache  # once
-def _warn_of_folder(copy: Path) -> None:
-    log.warning(
-        "%s: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it", copy
-    )
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning, unless this process has logged the same before."""
+    log.warning("%s", text)
 
 
 def _same_files(copy: Path, original: Path) -> bool:

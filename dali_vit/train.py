@@ -63,7 +63,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         if group.is_main:
-            tidy_up(checkpoint, config.run.keep_checkpoints)
+            tidy_up(checkpoint)
         return _check_finite(checkpoint.metrics, config)
 
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.

@@ -99,15 +99,13 @@ def test_a_file_in_place_of_a_runs_folder_is_named(name, image_folder, tmp_path,
     assert (code, err) == (2, f"dali-vit: --runs-dir {tmp_path}/runs: {name} is a file there; choose another --name\n")
 
 
-def test_a_folder_that_takes_no_checkpoints_ends_the_run_before_its_first_step(
-    image_folder, tmp_path, monkeypatch, capsys
-):
-    refused = tmp_path / "runs/s16-90ep/checkpoints"
-    refused.mkdir(parents=True)
+@pytest.mark.parametrize("name", ["runs/s16-90ep/checkpoints", "."])
+def test_a_folder_that_takes_no_run_is_told_of_before_the_data_are_read(name, tmp_path, monkeypatch, capsys):
+    refused = tmp_path / name
+    refused.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(os, "access", lambda path, mode: path != refused)  # root may write anywhere
-    code, out, err = run(*good(image_folder, tmp_path), capsys=capsys)
-    assert code == 2
-    assert "step" not in out
+    code, out, err = run(*good("s3://bucket/set", tmp_path), capsys=capsys)
+    assert (code, out) == (2, "")
     assert err == f"dali-vit: --runs-dir {tmp_path / 'runs'}: cannot write {refused} (Permission denied)\n"
 
 

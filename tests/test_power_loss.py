@@ -173,8 +173,12 @@ def test_a_finished_run_is_tidied_up_when_it_is_started_again(evaluated: Config,
     (folder / ".tmp-best").symlink_to("nowhere")
     unfinished = folder / f"step_000000012/.dali-vit-{'0' * 32}.tmp"
     unfinished.touch()
-    train(evaluated, cpu, plan(evaluated, 1))
+    kept = step_folders.step_folders(folder)
+    keeping_less = dataclasses.replace(evaluated, run=dataclasses.replace(evaluated.run, keep_checkpoints=1))
+    train(keeping_less, cpu, plan(keeping_less, 1))
     assert os.readlink(folder / "best") == "step_000000012"
+    assert step_folders.step_folders(folder) == kept  # what it kept when it was done
+    assert len(kept) == 3
     assert not list(folder.glob(".tmp*"))
     assert not unfinished.exists()
 
