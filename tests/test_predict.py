@@ -39,6 +39,18 @@ def test_the_table_names_the_colour(data, tmp_path, capsys):
 
 
 @pytest.mark.timeout(60)
+def test_no_name_in_the_table_reaches_the_terminal_as_a_command(data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("\x1b[2J", "a\nb\x9b", "sapphire"))
+    picture = tmp_path / "\x1b]0;é\x07.png"
+    shutil.copy(sorted((data / "val/c").iterdir())[1], picture)
+    first, *lines = predict(picture, "--checkpoint", model, capsys=capsys).splitlines()
+    assert first == rf"{tmp_path}/\x1b]0;é\x07.png"
+    assert sorted(line.split("%  ")[1] for line in lines) == ["\\x1b[2J", r"a\nb\x9b", "sapphire"]
+    (told,) = json.loads(predict(picture, "--checkpoint", model, "--json", capsys=capsys))
+    assert told["image"] == str(picture)
+
+
+@pytest.mark.timeout(60)
 def test_a_folder_is_all_images_in_it(data, tmp_path, capsys):
     model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
     alone = data / "val/b/ILSVRC2012_val_00000004.png"
