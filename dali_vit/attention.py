@@ -32,6 +32,9 @@ BACKENDS = {
 }
 """torch's kernels; besides these there is `packed`, in dali_vit/packed_attention.py."""
 
+TORCHS_CHOICE = "torch's choice"
+"""Stands for a kernel where none was chosen."""
+
 _GAIN = 1.03  # a smaller gain is noise: the first kernel stays
 _WARM_UP, _REPEATS = 3, 10
 _HEAD_START = 40_000_000  # cycles of a GPU, about 20 ms, in which Python queues all repetitions of small kernels
@@ -57,14 +60,14 @@ class Attention(NamedTuple):
     context: Callable[[], AbstractContextManager[object]]
     """Makes a context in which torch's attention runs on it."""
     kernel: str
-    """One of BACKENDS, `packed` or `torch's choice`."""
+    """One of BACKENDS, `packed` or TORCHS_CHOICE."""
     words: str
     """The kernel's name, and the times of all kernels measured."""
     packed: type[Function] | None = None
     """`PackedAttention`, to pass to `blocks.use_packed_attention`, where `packed` is the kernel."""
 
 
-_TORCHS_CHOICE = Attention(nullcontext, "torch's choice", "torch's choice")
+_AS_TORCH_CHOOSES = Attention(nullcontext, TORCHS_CHOICE, TORCHS_CHOICE)
 
 
 def choose_attention(
@@ -79,10 +82,12 @@ def choose_attention(
     if group.device.type != "cuda" or shape is None:
         if wanted != "auto":
             raise UserError(f"--attention {wanted}: only plain ViTs on GPUs have this choice; leave it out")
-        return _TORCHS_CHOICE
-    packs = compiled and has_lean_blocks(model)
-    if wanted == "packed" and not packs:
+        return _AS_TORCH_CHOOSES
+    if wanted == "packed" and not has_lean_blocks(model):
+        raise UserError("--attention packed: is for models of the form VARIANT/PATCH alone; leave it out")
+    if wanted == "packed" and not compiled:
         raise UserError("--attention packed: needs a step that is compiled; see --compile")
+    packs = compiled and has_lean_blocks(model)
     names: list[str] = [wanted] if wanted != "auto" else [*BACKENDS, *(["packed"] if packs else [])]
     # Every rank measures: at the first use of attention in a process torch puts its own order of kernels above the one
     # asked for, and that must not happen while the step is traced.
@@ -92,8 +97,9 @@ def choose_attention(
     if not times and wanted != "auto":
         raise UserError(f"--attention {wanted}: it does not run here ({faults[wanted]}); leave it out")
     if not times:
-        log.warning("none of %s runs here: attention is torch's plain one", ", ".join(names))
-        return _TORCHS_CHOICE
+        if group.is_main:
+            log.warning("none of %s runs here: attention is torch's plain one", ", ".join(names))
+        return _AS_TORCH_CHOOSES
     if "packed" in faults and group.is_main:
         log.warning("the packed attention is not used, as it fails here (%s)", faults["packed"])
     chosen = choose(times)
@@ -108,11 +114,13 @@ def choose_attention(
 
 
 def shape_of(model: nn.Module, images: int) -> Shape | None:
-    """The shape of attention in `model` for so many images, or None where it is no plain ViT."""
+    """The shape of attention in `model` for so many images, or None where it is no plain ViT, ours or timm's."""
     if not isinstance(model, VisionTransformer):
         return None
     vit: Any = model  # timm's modules are typed as tensors or modules
-    heads = vit.blocks[0].attn.num_heads
+    heads = getattr(getattr(vit.blocks[0], "attn", None), "num_heads", None)
+    if heads is None:  # one of timm's that attend in parallel to the MLP
+        return None
     return Shape(images, vit.patch_embed.num_patches + vit.num_prefix_tokens, heads, vit.embed_dim // heads)
 
 

@@ -62,9 +62,9 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     if group.is_main and engine.startswith("unusable"):
         log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
     wanted = config.run.autotune
-    if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
-        return loaders.default_settings(config, group)
     defaults = common_defaults(config, group)
+    if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
+        return defaults
     conditions = _conditions(dataset, config, group)
     path = cache_path(conditions)
     found = gather_objects(_read(path, conditions) if group.is_main else None)[0]
@@ -95,7 +95,10 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
 def common_defaults(config: Config, group: Group) -> LoaderSettings:
     """Defaults that suit all ranks: some may have fewer cores, or be unable to decode windows alone. Collective."""
     of_ranks = gather_objects(loaders.default_settings(config, group))
-    region = max((one.decoder.region for one in of_ranks), key=REGIONS.index)
+    regions = [one.decoder.region for one in of_ranks]
+    region = max(regions, key=REGIONS.index)
+    if group.is_main and region != regions[0]:
+        log.warning("whole JPEGs are decoded, as decoding windows alone fails on rank %d", regions.index(region))
     threads = min(one.threads for one in of_ranks)
     return replace(of_ranks[0], threads=threads, decoder=replace(of_ranks[0].decoder, region=region))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class BackgroundWriter:
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, []
+        wait(pending)  # all of them, as the first that failed raises
         for write in pending:
             write.result()
 

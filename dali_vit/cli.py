@@ -341,6 +341,9 @@ def _keep_stdout() -> None:
 def _set_up_logging(rank: int) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    if process.int_from_environment("LOCAL_RANK", process.int_from_environment("SLURM_LOCALID", 0)):
+        # Of what is missing on a machine the first of its processes tells.
+        handler.addFilter(lambda record: not getattr(record, "of_machine", False))
     logger = logging.getLogger("dali_vit")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

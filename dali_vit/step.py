@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
-from dali_vit.attention import choose_attention
+from dali_vit.attention import TORCHS_CHOICE, choose_attention
 from dali_vit.blocks import use_packed_attention
 from dali_vit.compiling import how_to_compile
 from dali_vit.config import WITH_CUDA_GRAPHS, Config
@@ -121,7 +121,7 @@ def build_update(
         # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
         step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
-    if on_gpu:
+    if attention.kernel != TORCHS_CHOICE:
         how["attention"] = attention.words
     if parts > 1:
         how["parts"] = f"{parts}, whose gradients are added up"

@@ -91,7 +91,7 @@ class Stop:
         return None if step % self._every else self.reason()
 
     def reason(self) -> str | None:
-        """Why the run is to stop, the same on every rank; None to go on. Collective."""
+        """Why the run is to stop, as this rank knows it; None, on all ranks or on none, to go on. Collective."""
         late = time.monotonic() >= self._deadline
         reason = 2 if self._signal else 1 if late else 0
         if self._gloo is not None:

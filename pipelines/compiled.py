@@ -24,7 +24,8 @@ def available() -> bool:
     try:
         importlib.import_module("nvidia.dali.plugin.numba")
     except ImportError as error:
-        log.warning("without Numba (%s) the CPU's part takes more than twice the time: pip install numba", error)
+        words = "without Numba (%s) the CPU's part takes more than twice the time: pip install numba"
+        log.warning(words, error, extra={"of_machine": True})
         return False
     return True
 

@@ -42,7 +42,8 @@ def fault() -> str | None:
         return None
     reason = _ended_badly(torch.cuda.current_device())
     if reason is not None:
-        log.warning("whole JPEGs are decoded and windows cut out, as decoding windows alone fails here (%s)", reason)
+        words = "whole JPEGs are decoded and windows cut out, as decoding windows alone fails here (%s)"
+        log.warning(words, reason, extra={"of_machine": True})
     return reason
 
 
@@ -66,6 +67,8 @@ def _ended_badly(device_id: int) -> str | None:
         at = [f" at {line}" for line in tried.stderr.splitlines() if line.startswith(_AT)]
         ended = f"the process that tried it was ended by {signal.Signals(-tried.returncode).name}"
         return ended + "".join(at[-1:])
+    if tried.returncode and "busy or unavailable" in tried.stderr:
+        return "it cannot be tried out, as the GPU admits one process alone; see nvidia-smi --compute-mode"
     return _last_line(tried.stderr) if tried.returncode else None
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 
 import dali_vit.step
 from dali_vit import attention
-from dali_vit.attention import Attention, Shape, choose, choose_attention, shape_of
+from dali_vit.attention import TORCHS_CHOICE, Attention, Shape, choose, choose_attention, shape_of
 from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
@@ -30,8 +30,10 @@ def vit(**sizes: str) -> torch.nn.Module:
 def test_shape_is_that_of_a_step() -> None:
     assert shape_of(vit(), 128) == Shape(images=128, tokens=196, heads=3, head_width=64)
     assert shape_of(vit(pool="tok"), 7) == Shape(images=7, tokens=197, heads=3, head_width=64)
-    resnet = create_model(ModelConfig(model="timm:resnet18"), num_classes=10, resolution=64)
-    assert shape_of(resnet, 128) is None
+    for other in ("resnet18", "vit_base_patch16_xp_224", "vit_small_patch16_18x2_224"):
+        model = create_model(ModelConfig(model=f"timm:{other}"), num_classes=10, resolution=224)
+        assert shape_of(model, 128) is None
+        assert choose_attention("auto", model, 128, GPU, compiled=True).kernel == TORCHS_CHOICE
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,11 @@ def test_a_kernel_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.Monk
     assert choose_attention("efficient", vit(), 64, GPU, compiled=False).kernel == "efficient"
     assert [names for _, names in asked] == [["efficient"]]
     measured(monkeypatch, {}, cudnn="RuntimeError: not built")
+    timm = create_model(ModelConfig("timm:vit_tiny_patch16_224"), num_classes=10, resolution=224)
     for wanted, model, group, message in (
         ("cudnn", vit(), GPU, "--attention cudnn: it does not run here (RuntimeError: not built); leave it out"),
         ("packed", vit(), GPU, "--attention packed: needs a step that is compiled; see --compile"),
+        ("packed", timm, GPU, "--attention packed: is for models of the form VARIANT/PATCH alone; leave it out"),
         ("flash", vit(), CPU, "--attention flash: only plain ViTs on GPUs have this choice; leave it out"),
     ):
         with pytest.raises(UserError) as raised:

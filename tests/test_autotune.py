@@ -240,6 +240,18 @@ def test_it_is_off_on_the_cpu_unless_asked_for(
             path.unlink()
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_all_ranks_decode_whole_images_if_one_has_to(
+    failing: int, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Why is told by the first process of a machine; the others keep silent about it."""
+    of_ranks = [LoaderSettings(8 - i, decoder=Decoder(region="full" if i == failing else "window")) for i in range(3)]
+    monkeypatch.setattr(autotune, "gather_objects", lambda _: of_ranks)
+    assert autotune.common_defaults(config, CPU) == LoaderSettings(6, decoder=Decoder(region="full"))
+    said = f"whole JPEGs are decoded, as decoding windows alone fails on rank {failing}"
+    assert caplog.messages == ([said] if failing else [])
+
+
 def test_a_jpeg_engine_that_cannot_be_used_is_said_before_anything_is_loaded(
     dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,21 @@ def test_a_write_is_not_waited_for_and_holds_the_state_of_its_submission():
 
 
 @pytest.mark.timeout(60)
+def test_what_is_behind_a_write_that_fails_is_waited_for():
+    background, second = BackgroundWriter(), HeldWrite()
+
+    def fail() -> None:
+        raise OSError(28, "full")
+
+    background.submit(fail)
+    background.submit(second)
+    threading.Timer(0.3, second.may_end.set).start()
+    background.wait()
+    assert second.written == [{}]
+    background.close()
+
+
+@pytest.mark.timeout(60)
 def test_the_next_copy_is_not_made_before_the_last_is_written():
     weight, write, background = torch.zeros(1000), HeldWrite(), BackgroundWriter()
     background.submit(write, {"weight": weight})

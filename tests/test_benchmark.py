@@ -23,6 +23,7 @@ from dali_vit import data as datasets
 from dali_vit import loaders
 from dali_vit.metrics import StepTimer
 from dali_vit.model import create_model
+from pipelines.bad_samples import DecodeError
 from pipelines.train import Decoder
 
 pytestmark = pytest.mark.timeout(120)
@@ -172,10 +173,13 @@ def test_the_best_setting_has_the_shortest_worst_batch_of_those_as_fast():
     assert report.sweep_table([as_is, slow], as_is).endswith("Best: the settings as they are.")
 
 
-def test_a_setting_that_fails_is_said_and_passed_over(dataset_of_folder, tiny_config, cpu, monkeypatch, short_windows):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), DecodeError("too many", ["x.jpg"])])
+def test_a_setting_that_fails_is_said_and_passed_over(
+    error, dataset_of_folder, tiny_config, cpu, monkeypatch, short_windows
+):
     def loader(settings, *arguments):
         if settings.decoder.region == "full":
-            raise RuntimeError("out of memory")
+            raise error
         return made(settings, *arguments)
 
     made = sweep._loader

@@ -139,6 +139,18 @@ def test_one_that_takes_too_long_is_ended_with_its_children_and_the_rest_is_left
     wait_for_the_end_of(*map(int, pids.read_text().split()))
 
 
+def test_what_a_measurement_leaves_behind_is_ended(tools, tmp_path):
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    out.mkdir()
+    (tools / "leaves.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "open(sys.argv[1], 'w').write(str(child.pid))\n"
+    )
+    assert measure_all._measure([measure_all.Measurement("x", ("leaves.py", str(pid)), 1)], out, 1e9) == 0
+    wait_for_the_end_of(int(pid.read_text()))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_by_a_signal_it_leaves_nothing_running(number, tools, tmp_path):
     out, pids = tmp_path / "out", tmp_path / "pids"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -49,6 +50,21 @@ def test_streams_have_queues_of_their_own_unless_the_user_says_otherwise() -> No
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = given
         command = [sys.executable, "-c", program]
         assert subprocess.check_output(command, env=variables, text=True, timeout=50).strip() == expected
+
+
+def test_what_a_machine_lacks_is_told_by_one_of_its_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("dali_vit.data")
+    for variables, told in (({}, True), ({"LOCAL_RANK": "0"}, True), ({"LOCAL_RANK": "1"}, False)):
+        for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        cli._set_up_logging(3)
+        log.warning("of this process")
+        log.warning("of the machine", extra={"of_machine": True})
+        assert capsys.readouterr().out.splitlines() == ["of this process", *(["of the machine"] if told else [])]
 
 
 def test_a_launchers_number_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

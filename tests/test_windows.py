@@ -89,6 +89,10 @@ def test_what_is_tried_is_within_the_image_and_of_all_kinds() -> None:
             "RuntimeError: failure #8",
         ),
         ("import os; os._exit(3)", "without a word"),
+        (
+            "import sys; sys.exit('RuntimeError: all CUDA-capable devices are busy or unavailable')",
+            "it cannot be tried out, as the GPU admits one process alone; see nvidia-smi --compute-mode",
+        ),
     ],
 )
 def test_how_it_fails_is_said_once(

@@ -142,10 +142,9 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all those that it may have started."""
     for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(patience)
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)  # those of its group may have outlived it
+            process.wait(patience)
 
 
 def read_records(out: Path) -> dict[str, dict[str, Any]]:

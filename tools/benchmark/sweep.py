@@ -12,6 +12,7 @@ from dali_vit import autotune, loaders
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects
+from pipelines.bad_samples import DecodeError
 from pipelines.crop import REGIONS, Decoder, Region
 from pipelines.loader import TrainLoader
 
@@ -160,7 +161,7 @@ def _working_loader(settings: Settings, config: Config, dataset: datasets.Datase
         for _ in range(settings.prefetch + 2):
             next(loader)
         works = True
-    except RuntimeError:
+    except (RuntimeError, DecodeError):  # too many bad samples: if one rank raised that, the others would wait for it
         works = False
     if all(gather_objects(works)):
         return loader
