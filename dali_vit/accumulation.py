@@ -94,10 +94,8 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
 def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:
     """Warns where a step on the CPU is likely to take more memory than there is: the system would end the process.
 
-    On a GPU a lack of memory is an error instead; there this function warns of memory that other processes hold, so it
-    has to be called before the model is moved to the GPU.
+    On a GPU a lack of memory is an error instead.
     """
-    warn_of_others(group)
     if group.device.type != "cpu" or not group.is_main:
         return
     share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps

@@ -9,7 +9,8 @@ from dali_vit.config import Config, UserError
 from dali_vit.data import ShardList
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.loaders import TrainLoader
-from dali_vit.metrics import MetricLog, StepTimer, Window
+from dali_vit.metric_log import MetricLog
+from dali_vit.metrics import StepTimer, Window, speed
 from dali_vit.plan import Plan
 from dali_vit.saving import Saver
 
@@ -60,7 +61,7 @@ class Progress:
             return
         batch_size = self._config.optim.batch_size
         scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
-        scalars |= report.speed(
+        scalars |= speed(
             count, seconds, waited, batch_size=batch_size, train_flops=self._train_flops, group=self._group
         )
         scalars |= {"train/skipped_steps": self.window.skipped, "data/bad_samples": len(self._bad_samples)}

@@ -20,7 +20,6 @@ from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.listing import other_val
 from dali_vit.manifest import MANIFEST
-from dali_vit.metrics import duration, peak_flops
 from dali_vit.structure import val_without_images
 from dali_vit.variants import TIMM_PREFIX
 
@@ -136,29 +135,6 @@ def summary(
     return "\n".join(f"{name:<9} {value}" for name, value in rows.items())
 
 
-def speed(
-    steps: int, seconds: float, waited: float, *, batch_size: int, train_flops: float, group: Group
-) -> dict[str, float]:
-    """The `perf/` and `memory/` scalars of a window of steps.
-
-    waited: seconds for data, of the rank that waited longest; train_flops: FLOP of forward and backward per image. MFU
-    and memory are given on GPUs only.
-    """
-    rate = steps * batch_size / seconds
-    scalars = {
-        "perf/images_per_sec": rate,
-        "perf/images_per_sec_per_gpu": rate / group.world_size,
-        "perf/step_ms": 1e3 * seconds / steps,
-        "perf/data_wait_pct": 100 * min(waited / seconds, 1.0),  # ranks do not read the clock at the same time
-    }
-    peak = peak_flops(group.device)
-    if peak is not None:
-        scalars["perf/mfu_pct"] = 100 * rate * train_flops / (peak * group.world_size)
-    if group.device.type == "cuda":
-        scalars["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated(group.device) / 2**30
-    return scalars
-
-
 class StarvationWarning:
     """Warns once, from the second window on, that training waits for data, and says what helps."""
 
@@ -248,3 +224,9 @@ def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndar
     _, height, width, channels = images.shape
     grid = images[: rows * columns].reshape(rows, columns, height, width, channels)
     return grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels).numpy()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as `1:02:03`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

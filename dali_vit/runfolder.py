@@ -20,7 +20,7 @@ from dali_vit.config import Config, UserError, to_yaml
 from dali_vit.distributed import Group, together
 from dali_vit.environment import describe_environment
 from dali_vit.files import dead_link, flush, replacing
-from dali_vit.metrics import MetricLog
+from dali_vit.metric_log import MetricLog
 from dali_vit.report import image_grid
 
 T = TypeVar("T")

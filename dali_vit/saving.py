@@ -14,7 +14,7 @@ from dali_vit.background import BackgroundWriter
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.loaders import TrainLoader
-from dali_vit.metrics import MetricLog
+from dali_vit.metric_log import MetricLog
 from dali_vit.plan import Plan
 from dali_vit.runfolder import current, flush_logs, following
 from dali_vit.step_folders import prune, remove_unfinished
@@ -82,10 +82,9 @@ class Saver:
             self._writer.flush()
 
         def after_logs(**given: Any) -> None:
+            # Each in the folder as it is called then, and again where it is moved meanwhile.
             following(self._config, flush_logs)()
-            following(self._config, write)(
-                **given
-            )  # in the folder as it is called then: one moved meanwhile comes back
+            following(self._config, write)(**given)
 
         self._background.submit(after_logs, state, **arguments)
 

@@ -93,9 +93,9 @@ def build_update(
     """The function (images, labels, lambda, lr) -> (loss, gradient norm) that trains one step, and how it runs, in
     words: `compile` and, where there is something to say of them, `attention` and `parts`.
 
-    images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, and
-    nothing waits for them, but for the step before last (`RunAhead`). The loss is this process's, the norm that of all;
-    it is NaN where the step was left out.
+    images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, for which
+    nothing waits: the host waits only for the end of the step before last (`RunAhead`). The loss is this process's, the
+    norm that of all; it is NaN where the step was left out.
     Collective. Raises UserError where compilation is asked for and does not work here.
     """
     on_gpu = group.device.type == "cuda"
@@ -105,13 +105,13 @@ def build_update(
     images_at_once = config.optim.batch_size // group.world_size // parts
     attention = choose_attention(config.run.attention, model, images_at_once, group, compiled=mode != "off")
     use_packed_attention(model, attention.packed)
-    step: nn.Module = TrainStep(
+    loss_step: nn.Module = TrainStep(
         model, label_smoothing=config.optim.label_smoothing, autocast=torch.bfloat16 if on_gpu else None
     )
-    shared = SharedLoss(step, group.device) if group.world_size > 1 else None
+    shared = SharedLoss(loss_step, group.device) if group.world_size > 1 else None
     replicas = None
     if shared is not None:
-        step = replicas = DistributedDataParallel(
+        loss_step = replicas = DistributedDataParallel(
             shared,
             device_ids=[group.device.index] if on_gpu else None,
             **_KEEP_BUFFERS,  # every rank builds the same ones; batch statistics are made equal before evaluation
@@ -120,13 +120,13 @@ def build_update(
     if mode != "off":
         # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
-        step = torch.compile(step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
+        loss_step = torch.compile(loss_step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
     if attention.kernel != TORCHS_CHOICE:
         how["attention"] = attention.words
     if parts > 1:
         how["parts"] = f"{parts}, whose gradients are added up"
     replays = mode in WITH_CUDA_GRAPHS
-    passes = forward_and_backward(step, parts, replicas)
+    passes = forward_and_backward(loss_step, parts, replicas)
     ahead = RunAhead(group.device)
 
     def update(images: Tensor, labels: Tensor, lam: float, lr: float) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,14 @@ from contextlib import closing, nullcontext
 import torch
 
 from dali_vit import left_out, report
-from dali_vit.accumulation import name_lack_of_memory, warn_of_memory
+from dali_vit.accumulation import name_lack_of_memory, warn_of_memory, warn_of_others
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, together
 from dali_vit.evaluate import evaluate_splits
 from dali_vit.loaders import EvalLoader, train_loader
-from dali_vit.metrics import MetricLog, duration
+from dali_vit.metric_log import MetricLog
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
@@ -55,7 +55,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         train_fingerprint=planned.train_fingerprint,
         val_fingerprint=planned.val_fingerprint,
     )
-    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # now, as nodes may not reach each other
+    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # nodes that cannot reach each other fail here
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
@@ -69,6 +69,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
     forward_flops = flops_per_image(model, config.data.resolution)
     warn_of_memory(model, config, group)
+    warn_of_others(group)
     model.to(group.device)
     optimizer = create_optimizer(model, config.optim)
     update, how = build_update(config, model, optimizer, group)
@@ -85,10 +86,13 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
 
-    def open_log() -> MetricLog:
-        return MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
-
-    writer = together(lambda: open_log() if group.is_main else None)
+    writer = together(
+        lambda: (
+            MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
+            if group.is_main
+            else None
+        )
+    )
     if writer is not None:
         summary = report.summary(
             config,
@@ -129,7 +133,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     # The loop.
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
-    steps, done, stopping = range(start, total), start, None
+    steps, done = range(start, total), start
+    stop_reason: str | None = None
     metrics: dict[str, float] = {}
     with (
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
@@ -143,7 +148,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         if evaluation_due:
             found = evaluate(start)
             if found is None:
-                steps, stopping = range(0), stop.reason()
+                steps, stop_reason = range(0), stop.reason()
             else:
                 metrics = found
                 if writer and metrics:
@@ -169,31 +174,32 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             profiler.step()
 
             done = step + 1
-            stopping = stop.agreed(done) if done < total else None
+            stop_reason = stop.agreed(done) if done < total else None
             evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
-            saving = evaluating or stopping or done % config.run.checkpoint_every == 0
+            saving = evaluating or stop_reason or done % config.run.checkpoint_every == 0
             if not saving and done % config.run.log_every:
                 continue
 
             progress.log_line(done, lr)
             scalars = {}
-            # What follows a step that was left out may be on its way to ruin; but a run that ends keeps what it has.
-            saved = saving and (progress.window.healthy or stopping is not None or done == total)
+            # Since a step that was left out the weights may diverge, and are to displace no good ones, but at the end.
+            last = stop_reason is not None or done == total
+            saved = saving and (progress.window.healthy or last)
             if saved:  # before the evaluation, which may end the run
                 watchdog.enter("checkpoint", step)
                 stalled_since = time.perf_counter()
                 saver.save(done, evaluation_due=evaluating)
                 progress.timer.reset()  # waits for the copy on a GPU
                 scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
-            elif saving:
+            elif saving and group.is_main:
                 log.warning("no checkpoint at step %d, because that step was left out", done)
 
             found = None
-            if evaluating and not stopping:
+            if evaluating and not stop_reason:
                 stalled_since = time.perf_counter()
                 found = evaluate(done)
                 if found is None:
-                    stopping = stop.reason()
+                    stop_reason = stop.reason()
                     if not saved:  # the step was left out, but a run that ends keeps what it has
                         saver.save(done, evaluation_due=True)
                 else:
@@ -204,16 +210,16 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
                 writer.scalars(done, scalars)
             if found is not None and saved:  # after the log, which a run that goes on from here does not write again
                 saver.add_metrics(done, metrics)
-            if stopping:
+            if stop_reason:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
         watchdog.enter("checkpoint", done - 1)
         saver.close()
 
-    if stopping:
-        raise Interrupted(f"{stopping} after step {done}; start the same command again to go on")
+    if stop_reason:
+        raise Interrupted(f"{stop_reason} after step {done}; start the same command again to go on")
     metrics = _check_finite(metrics, config)
-    log.info("done in %s: %s", duration(time.perf_counter() - began), current(config))
+    log.info("done in %s: %s", report.duration(time.perf_counter() - began), current(config))
     return metrics
 
 

@@ -172,7 +172,8 @@ def _undecodable(samples: Samples, make: probe.MakePipeline, at_most: int) -> tu
     for tried, (place, decodes) in enumerate(probe.try_samples(samples, make), start=1):
         if not decodes:
             bad.append(place)
-        if tried == _SUSPICIOUS if len(bad) == tried else len(bad) > at_most:
+        all_failed = len(bad) == tried
+        if (tried == _SUSPICIOUS) if all_failed else (len(bad) > at_most):
             break
     return bad, tried
 

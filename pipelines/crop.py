@@ -68,10 +68,6 @@ class Decoder:
     """Height of the largest image in pixels, likewise."""
     hybrid_huffman_threshold: int = 1_000_000
     """Pixels of an image from which on nvJPEG shares Huffman decoding between CPU and GPU."""
-    device_memory_padding: int = 16 * 2**20
-    """Bytes of device memory reserved per decoding thread."""
-    host_memory_padding: int = 8 * 2**20
-    """Bytes of pinned memory reserved per decoding thread."""
 
 
 def _options(decoder: Decoder, device: str) -> dict[str, Any]:
@@ -91,8 +87,6 @@ def _options(decoder: Decoder, device: str) -> dict[str, Any]:
             "preallocate_width_hint": decoder.preallocate_width_hint,
             "preallocate_height_hint": decoder.preallocate_height_hint,
             "hybrid_huffman_threshold": decoder.hybrid_huffman_threshold,
-            "device_memory_padding": decoder.device_memory_padding,
-            "host_memory_padding": decoder.host_memory_padding,
         }
     return options
 

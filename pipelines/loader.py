@@ -133,12 +133,12 @@ class TrainLoader:
             self._order,
             image_size=image_size,
             augment=augment,
-            randaug=self._rand_augment is None,
+            randaug_in_graph=self._rand_augment is None,
             bad=self._bad.mask,
             prefetch_queue_depth=prefetch,
             device_id=device_id,
         )
-        self._run = Runner(device_id)
+        self._runner = Runner(device_id)
         self._lanes = _num_lanes(num_threads) if device_id is None else 1
         self._threads = num_threads
         self._pipelines: list[Pipeline] = []
@@ -155,7 +155,7 @@ class TrainLoader:
                     decoder=self._decoder, start_step=self._step + lane, stride=self._lanes, num_threads=threads
                 )
             )
-        # By no name: an import on the way leaves a cycle with this call's frame, and so with all that has a name in it.
+        # Not `for pipeline in`: an import within build() leaves a cycle with this frame, which would keep the pipeline.
         for lane in range(self._lanes):
             self._pipelines[lane].build()
 
@@ -189,7 +189,7 @@ class TrainLoader:
         while True:
             pipeline = self._pipelines[(self._step - self._first_step) % self._lanes]
             try:
-                images, labels, last_bytes = self._run(pipeline, self._rand_augment)
+                images, labels, last_bytes = self._runner(pipeline, self._rand_augment)
             except RuntimeError as error:
                 self.close()
                 probe.check_memory(error)
@@ -201,6 +201,7 @@ class TrainLoader:
                 if not self._leave_out(cut_short, failed=False):
                     self._step += 1
                     return images, labels
+                # As the pipeline has to be made anew, for what is bad in the batches it had begun, too.
                 self._leave_out(self._next_samples(), failed=False)
             self._open()
 
@@ -220,10 +221,11 @@ class TrainLoader:
             raise
 
     def _try_again(self, error: RuntimeError) -> bool:
-        """Whether a step that failed through no sample is to be made again: once as it was, then of whole images.
+        """Whether a step that failed through no sample is to be loaded again.
 
-        Something may have failed once; or a decoder fails at the window of an image that decodes as a whole, and would
-        do so at each start. They are the same pixels. Where nothing decodes, the disk or the device is lost.
+        The first time as it was, as what failed may pass; the second time of whole images, as all steps from then on,
+        because a decoder may fail at windows alone: the pixels are the same. No third time, nor where not even a single
+        image decodes: then the disk or the device is lost.
         """
         again = self._failed_at == self._step
         if again and self._decoder.region == "full":
@@ -244,7 +246,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._pipelines:
-            self._run.shut_down(self._pipelines)
+            self._runner.shut_down(self._pipelines)
             self._pipelines = []
 
 
@@ -279,7 +281,7 @@ class EvalLoader:
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
         allow_open_files(samples, batch_size)
         device_id = _device_id(device)
-        self._run = Runner(device_id)
+        self._runner = Runner(device_id)
         decoding: dict[str, Any] = {
             "decoder": decoder or Decoder(fancy_upsampling=True),
             "device_id": device_id,
@@ -309,9 +311,9 @@ class EvalLoader:
         try:
             while batch < len(self):
                 try:
-                    images, labels, last_bytes = self._run(pipeline)
+                    images, labels, last_bytes = self._runner(pipeline)
                 except RuntimeError as error:
-                    self._run.shut_down([pipeline])
+                    self._runner.shut_down([pipeline])
                     probe.check_memory(error)
                     self._leave_out(batch, error)
                 else:
@@ -320,15 +322,15 @@ class EvalLoader:
                         yield images, labels
                         batch += 1
                         continue
-                    self._run.shut_down([pipeline])
+                    self._runner.shut_down([pipeline])
                 pipeline, start = self._make_pipeline(start_batch=batch), batch
             if start == 0:
                 pipeline.reset()
                 self._idle = pipeline
         finally:
-            self._run.release()
+            self._runner.release()
             if pipeline is not self._idle:
-                self._run.shut_down([pipeline])
+                self._runner.shut_down([pipeline])
 
     def _leave_out(self, batch: int, error: RuntimeError) -> None:
         """Leaves out what made the pipeline fail at a batch; raises the error if it was not a sample."""
@@ -344,5 +346,5 @@ class EvalLoader:
     def close(self) -> None:
         """Stop the threads and free the buffers; batches handed out stay valid."""
         if self._idle is not None:
-            self._run.shut_down([self._idle])
+            self._runner.shut_down([self._idle])
             self._idle = None

@@ -93,7 +93,7 @@ def draw(source: TrainSource, augment: Augment) -> Drawn:
 
 @pipeline_def
 def _train_graph(
-    source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str, randaug: bool
+    source: TrainSource, image_size: int, augment: Augment, decoder: Decoder, device: str, randaug_in_graph: bool
 ) -> Any:
     drawn = draw(source, augment)
     images = crop.decode_window(
@@ -107,7 +107,7 @@ def _train_graph(
         device=device,
         decoder=decoder,
     )
-    if randaug and augment.randaug_layers > 0:
+    if randaug_in_graph and augment.randaug_layers > 0:
         images = rand_augment(
             images,
             drawn.uniforms,
@@ -116,7 +116,7 @@ def _train_graph(
             magnitude=augment.randaug_magnitude,
             contrast=augment.randaug_contrast,
         )
-    return images, drawn.labels, drawn.encoded[-NUM_LAST_BYTES:], *(() if randaug else (drawn.uniforms,))
+    return images, drawn.labels, drawn.encoded[-NUM_LAST_BYTES:], *(() if randaug_in_graph else (drawn.uniforms,))
 
 
 def numbers_drawn(augment: Augment) -> list[int]:
@@ -142,15 +142,16 @@ def train_pipeline(
     stride: int = 1,
     bad: np.ndarray | None = None,
     prefetch_queue_depth: int = 2,
-    randaug: bool = True,
+    randaug_in_graph: bool = True,
 ) -> Pipeline:
     """The training pipeline, not built yet: run k gives step start_step + k stride, without end.
 
     It runs on the GPU device_id, on the CPU if that is None, with num_threads CPU threads either way, and gives
     images uint8 [b, image_size, image_size, 3] and, on the CPU, labels int64 [b] and the last bytes of the encoded
-    images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. Without randaug RandAugment is left to what is
-    behind the graph: its uniforms float32 [b, layers * NUM_UNIFORMS_PER_LAYER] come last. All randomness comes from
-    `order`: the pipeline holds no state. The samples marked in bad, bool [N], are replaced by a grey image of label -1.
+    images uint8 [b, NUM_LAST_BYTES], with b = order.local_batch_size. Without randaug_in_graph RandAugment is left to
+    what is behind the graph: its uniforms float32 [b, layers * NUM_UNIFORMS_PER_LAYER] come last. All randomness comes
+    from `order`: the pipeline holds no state. The samples marked in bad, bool [N], are replaced by a grey image of
+    label -1.
     """
     device = "cpu" if device_id is None else "gpu"
     return _train_graph(
@@ -159,9 +160,11 @@ def train_pipeline(
         augment,
         decoder,
         device,
-        randaug,
-        # Only DALI's own operators part the samples. To allow for it DALI rewrites all functions called, for a second.
-        enable_conditionals=randaug and augment.randaug_layers > 0 and not (device == "cpu" and compiled.available()),
+        randaug_in_graph,
+        # For the `if`s on nodes in DALI's own RandAugment: DALI rewrites all functions called, which takes a second.
+        enable_conditionals=randaug_in_graph
+        and augment.randaug_layers > 0
+        and not (device == "cpu" and compiled.available()),
         batch_size=order.local_batch_size,
         num_threads=num_threads,
         device_id=device_id,

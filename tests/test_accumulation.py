@@ -240,10 +240,11 @@ def test_other_processes_on_a_gpu_are_warned_of_and_what_cuda_takes_is_not(tiny_
     monkeypatch.setattr(accumulation, "available_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", total_memory=80 * gib))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - 2 * device.index) * gib, 80 * gib))
-    accumulation.warn_of_memory(model, tiny_config, group)
+    accumulation.warn_of_others(group)
     assert caplog.text == ""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (17 * gib, 80 * gib))
-    accumulation.warn_of_memory(model, tiny_config, group)
+    accumulation.warn_of_memory(model, tiny_config, group)  # of the CPU's
+    accumulation.warn_of_others(group)
     (record,) = caplog.records
     assert record.getMessage() == (
         "the memory of GPU 1 (H, 80 GiB) is used by other processes, which hold 63.0 GiB: expect low rates or too"

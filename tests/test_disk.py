@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dali_vit import checkpoint, runfolder
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
-from dali_vit.metrics import MetricLog
+from dali_vit.metric_log import MetricLog
 from dali_vit.model import create_model
 from dali_vit.saving import _close
 from tests.conftest import read_metrics

@@ -320,7 +320,7 @@ def test_the_training_graph_can_be_laid_out_for_a_gpu(files: FileList, crop: Any
         decoder=Decoder(region=region, hw_decoder_load=0.9, preallocate_width_hint=640),
         device_id=0,
         num_threads=2,
-        randaug=randaug,
+        randaug_in_graph=randaug,
     )
     # Images, labels, last bytes of the files and, where RandAugment is no part of the graph, its uniforms.
     assert output_devices(pipeline) == ["gpu", "cpu", "cpu"] + ([] if randaug else ["cpu"])

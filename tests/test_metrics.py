@@ -18,7 +18,8 @@ from tensorboard.summary.writer import event_file_writer
 
 from dali_vit import metrics, report
 from dali_vit.distributed import Group
-from dali_vit.metrics import MetricLog, StepTimer, Window, peak_flops
+from dali_vit.metric_log import MetricLog
+from dali_vit.metrics import StepTimer, Window, peak_flops
 from dali_vit.train import _is_evaluated
 
 
@@ -139,8 +140,8 @@ def test_a_window_knows_the_longest_wait_of_all_ranks(monkeypatch: pytest.Monkey
     assert windows[0].read(2, 0.1) == (1.5, 3.0, 0.9)
     assert (windows[0].skipped, windows[0].healthy, windows[0].more_bad_samples) == (0, True, True)
     group = Group(0, 2, 0, 2, cpu)
-    assert report.speed(3, 1.0, 0.9, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 90
-    assert report.speed(3, 1.0, 1.1, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 100
+    assert metrics.speed(3, 1.0, 0.9, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 90
+    assert metrics.speed(3, 1.0, 1.1, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 100
 
 
 def test_the_time_left_forgets_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:

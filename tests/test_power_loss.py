@@ -18,7 +18,7 @@ from dali_vit import checkpoint, files, runfolder, step_folders
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
-from dali_vit.metrics import MetricLog
+from dali_vit.metric_log import MetricLog
 from dali_vit.plan import plan
 from dali_vit.prepare import prepare
 from dali_vit.prepare.receipts import read_receipt, write_receipt

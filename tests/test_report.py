@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_vit import report
+from dali_vit import metrics
 from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
@@ -132,9 +132,9 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
 
 
 def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "peak_flops", lambda _: 1000.0)
+    monkeypatch.setattr(metrics, "peak_flops", lambda _: 1000.0)
     group = Group(0, 2, 0, 2, torch.device("cpu"))
-    scalars = report.speed(3, 2.0, 0.0, batch_size=8, train_flops=50.0, group=group)
+    scalars = metrics.speed(3, 2.0, 0.0, batch_size=8, train_flops=50.0, group=group)
     assert (scalars["perf/images_per_sec"], scalars["perf/images_per_sec_per_gpu"]) == (12, 6)
     assert scalars["perf/mfu_pct"] == pytest.approx(100 * 12 * 50 / 2000)
 

@@ -207,8 +207,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     trains = options.mode != "loader" or options.profile > 0 or options.randaug_cost
     if trains:
         warn_of_memory(planned.model, config, group)
-    else:
-        warn_of_others(group)
+    warn_of_others(group)
 
     @functools.cache
     def settings() -> LoaderSettings:  # as the trainer has them
