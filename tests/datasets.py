@@ -57,22 +57,22 @@ def write_folder(root: Path, images: dict[str, Images]) -> Path:
     return root
 
 
-def _tar(files: Sequence[tuple[str, bytes]]) -> bytes:
+def tar(files: Sequence[tuple[str, bytes]]) -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
+    with tarfile.open(fileobj=out, mode="w") as file:
         for name, data in files:
             member = tarfile.TarInfo(name)
             member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            file.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 
 def write_ilsvrc(root: Path, images: dict[str, Images]) -> Path:
     """The two tars, classes and images in reverse order, and a text file with the class of each validation image."""
     root.mkdir()
-    inner = [(f"{w}.tar", _tar([(n, d) for c, n, d in reversed(images["train"]) if c == w])) for w in reversed(WNIDS)]
-    (root / "ILSVRC2012_img_train.tar").write_bytes(_tar(inner))
-    (root / "ILSVRC2012_img_val.tar").write_bytes(_tar([(n, d) for _, n, d in reversed(images["val"])]))
+    inner = [(f"{w}.tar", tar([(n, d) for c, n, d in reversed(images["train"]) if c == w])) for w in reversed(WNIDS)]
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar([(n, d) for _, n, d in reversed(images["val"])]))
     (root / "val_wnids.txt").write_text("".join(f"{wnid}\n" for wnid, _, _ in images["val"]))
     return root
 
@@ -89,11 +89,11 @@ def write_devkit(root: Path, images: dict[str, Images]) -> None:
     savemat(meta, {"synsets": synsets})
     truth = "".join(f"{ids[wnid]}\n" for wnid, _, _ in images["val"]).encode()
     folder = "ILSVRC2012_devkit_t12/data"
-    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
         for name, data in (("meta.mat", meta.getvalue()), ("ILSVRC2012_validation_ground_truth.txt", truth)):
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+            archive.addfile(member, io.BytesIO(data))
 
 
 def _example_type() -> Any:
@@ -124,7 +124,7 @@ def _example_type() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))
 
 
-def _write_records(path: Path, records: list[dict[str, int | float | str | bytes]]) -> None:
+def write_records(path: Path, records: list[dict[str, int | float | str | bytes]]) -> None:
     example_type = _example_type()
     with open(path, "wb") as file:
         for record in records:
@@ -149,7 +149,7 @@ def write_tfds(root: Path, images: dict[str, Images]) -> Path:
     for split, name in (("train", "train"), ("val", "validation")):
         records = [{"file_name": n, "image": d, "label": WNIDS.index(c)} for c, n, d in images[split]]
         for i in range(2):
-            _write_records(root / f"imagenet2012-{name}.tfrecord-{i:05d}-of-00002", records[i::2])
+            write_records(root / f"imagenet2012-{name}.tfrecord-{i:05d}-of-00002", records[i::2])
     return root
 
 
@@ -169,7 +169,7 @@ def write_inception(root: Path, images: dict[str, Images]) -> Path:
             }
             for wnid, file, data in images[split]
         ]
-        _write_records(root / f"{name}-00000-of-00001", records)
+        write_records(root / f"{name}-00000-of-00001", records)
     return root
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
-from dali_vit.prepare.sources import Row, Source, byte_ranges
+from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
 from dali_vit.prepare.tfrecord import read_tfrecord
 
 __all__ = ["open_parquet", "open_tfrecords"]
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
 # Hugging Face's ImageNet adds the class to the name that a file has in ILSVRC's tars.
 _WITH_WNID = re.compile(r"(.+)_(n\d{8})(\.\w+)")
+
+_MOST_CLASSES = 1_000_000  # each of which gets a name, with images or without
 
 # How the pointer begins that a clone without Git LFS has in a large file's place.
 _LFS = b"version https://git-lfs"
@@ -167,14 +170,17 @@ def _assemble(
             raise UserError(f"{root}: its {split} files hold no images; fetch them again")
     everything = [record for found in records.values() for record in found]
     if all(record[4] for record in everything):
-        classes = sorted({record[4] for record in everything if record[4]})
-        index = {name: i for i, name in enumerate(classes)}
+        synsets = sorted({record[4] for record in everything if record[4]})
+        index = {name: i for i, name in enumerate(synsets)}
         labels = {split: [index[str(record[4])] for record in rows] for split, rows in records.items()}
+        classes = _folder_names(synsets)
     else:
         labels = {split: [record[3] for record in rows] for split, rows in records.items()}
         lowest, highest = (f(label for row in labels.values() for label in row) for f in (min, max))
         if label_names is None and lowest < 0:
             raise UserError(f"label {lowest}: images without a class cannot be trained on; leave them out")
+        if label_names is None and highest - lowest >= _MOST_CLASSES:
+            raise UserError(f"{root} has labels from {lowest} to {highest}: number the classes from 0 or 1 on")
         if label_names is None:
             # Inception's labels begin at 1.
             labels = {split: [label - lowest for label in row] for split, row in labels.items()}
@@ -199,8 +205,18 @@ def _assemble(
 
 def _folder_names(names: list[str]) -> list[str]:
     """The names, made unique and valid as names of folders."""
-    safe = [re.sub(r"[/\x00-\x1f]", "_", name).strip().lstrip(".") or "_" for name in names]
-    return [name if safe.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(safe)]
+    safe = [safe_name(name) for name in names]
+    counts = Counter(safe)
+    taken = {name for name, count in counts.items() if count == 1}
+    unique = []
+    for i, name in enumerate(safe):
+        if counts[name] > 1:
+            name = f"{name}_{i}"
+            while name in taken:
+                name += "_"
+            taken.add(name)
+        unique.append(name)
+    return unique
 
 
 def _label_names(root: Path) -> list[str] | None:
@@ -246,8 +262,7 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
     receipt = target.with_suffix(".json")
     try:
         with parquet.ParquetFile(path) as file:
-            metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-            label_type = json.loads(metadata).get("info", {}).get("features", {}).get("label", {})
+            names = _class_names(path, (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             about = path.stat()
             origin = [str(path), about.st_size, about.st_mtime_ns]
             done = read_receipt(receipt)
@@ -271,4 +286,17 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
         raise UserError(
             f"{path}: its column image has no bytes ({error}): give files as Hugging Face's ImageNet has them"
         ) from error
-    return target, [tuple(row) for row in rows], label_type.get("names")
+    return target, [tuple(row) for row in rows], names
+
+
+def _class_names(path: Path, metadata: bytes) -> list[str] | None:
+    """Class names by label, from Hugging Face's metadata of a file; None where it gives none."""
+    try:
+        names = json.loads(metadata).get("info", {}).get("features", {}).get("label", {}).get("names")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its metadata of Hugging Face cannot be read ({error}); write it again") from error
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(
+            f"{path}: its metadata name the classes by {str(names)[:80]}, not by a list of texts; mend them"
+        )
+    return names

@@ -28,7 +28,17 @@ from dali_vit.listing import folder_name, is_image, kind_of_archives, left_out, 
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
-__all__ = ["Format", "Row", "Source", "byte_ranges", "not_in_place", "open_source", "read_sample", "sample_names"]
+__all__ = [
+    "Format",
+    "Row",
+    "Source",
+    "byte_ranges",
+    "not_in_place",
+    "open_source",
+    "read_sample",
+    "safe_name",
+    "sample_names",
+]
 
 Format = Literal["auto", "folder", "ilsvrc", "tfrecord", "parquet"]
 # Where an image lies and what it is: (shard, offset, length, label, file name)
@@ -106,6 +116,11 @@ def read_sample(samples: ImageList, index: int) -> bytes:
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb") as file:
         return file.read()
+
+
+def safe_name(name: str) -> str:
+    """A class's name as a folder can have it: one that lies where it is put, and is not hidden."""
+    return re.sub(r"[/\x00-\x1f\x7f]", "_", name).strip().lstrip(".") or "_"
 
 
 def byte_ranges(shards: Sequence[str], rows: list[Row], classes: Sequence[str]) -> ShardList:
@@ -198,12 +213,13 @@ def _list_train_tar(path: Path) -> tuple[list[Row], list[str]]:
                 name = os.path.basename(member.name)
                 if not (member.isfile() and name.endswith(".tar")):
                     continue
+                class_name = name.removesuffix(".tar")
+                if safe_name(class_name) != class_name:
+                    raise UserError(f"{path} has {member.name!r}, which names no class: download it again")
                 inner = outer.extractfile(member)
                 assert inner is not None
                 start = member.offset_data
-                found[name.removesuffix(".tar")] = [
-                    (file, start + offset, size) for file, offset, size in _members(path, inner)
-                ]
+                found[class_name] = [(file, start + offset, size) for file, offset, size in _members(path, inner)]
                 bar.update()
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a whole tar file ({error}): download it again") from error

@@ -47,6 +47,7 @@ _SHUFFLE_SEED = 0
 # Bytes of a sample in a tar besides the image: two headers, the class, half a block of padding.
 _TAR_OVERHEAD = 512 + 256 + 2 * 512
 _FOLDER_PART = 1000
+_LONGEST_NAME = 255  # bytes, on Linux's file systems
 _INDEX_VERSION = "v1.2"  # of DALI's wds2idx
 
 _log = logging.getLogger(__name__)
@@ -167,11 +168,19 @@ def write_shards(job: Job) -> Split:
 def check_folder(job: Job) -> None:
     """UserError if an image folder cannot hold the samples, or its listing would leave some out."""
     names = sample_names(job.samples, job.classes)
+    parts = {*map(folder_name, job.classes), *(part for name in names for part in name.split("/", 1))}
+    if impossible := sorted(part for part in parts if not _is_name(part)):
+        raise UserError(f"{job.split} has {impossible[0][:80]!r}, which no folder can hold: choose --to shards")
     if len(set(names)) < len(names):
         raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
     lost = next((name for name in names if not is_image(name.rsplit("/", 1)[1])), None)
     if lost is not None:
         raise UserError(f"{job.split} has {lost}, which a folder's listing would leave out: choose --to shards")
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file or folder can have this name, and lies where it is put then."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name) and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def write_folder(job: Job) -> Split:

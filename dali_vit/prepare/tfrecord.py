@@ -73,11 +73,12 @@ def _one(data: mmap.mmap, feature: Place, kind: int) -> Place:
 
 
 def _text(data: mmap.mmap, feature: Place) -> str:
-    return bytes(data[slice(*_one(data, feature, _BYTES_LIST))]).decode()
+    return bytes(data[slice(*_one(data, feature, _BYTES_LIST))]).decode(errors="surrogateescape")
 
 
 def _integer(data: mmap.mmap, feature: Place) -> int:
-    return _varint(data, _one(data, feature, _INT64_LIST)[0])[0]
+    value = _varint(data, _one(data, feature, _INT64_LIST)[0])[0]
+    return value - (1 << 64) if value >= 1 << 63 else value  # an int64's bits
 
 
 def _fields(data: mmap.mmap, message: Place) -> Iterator[tuple[int, Place]]:

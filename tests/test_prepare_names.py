@@ -1,0 +1,125 @@
+"""prepare: names of classes and files, and labels, that a source makes up at will, lead nowhere outside of the set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dali_vit.data import load_dataset
+from dali_vit.manifest import MANIFEST
+from dali_vit.prepare import PrepareArguments, prepare, records
+from tests import datasets
+from tests.datasets import IMAGES, prepare_fails, tree, write_records
+
+JPEG = IMAGES["train"][0][2]
+
+
+def write(root: Path, records_of: Sequence[dict[str, int | float | str | bytes]]) -> Path:
+    root.mkdir(parents=True)
+    write_records(root / "train.tfrecord", [{"image/encoded": JPEG, "image/class/label": 0, **r} for r in records_of])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("../../../kept", "_.._.._kept"),
+        ("ABSOLUTE", "ABSOLUTE"),
+        ("..", "_"),
+        (".hidden", "hidden"),
+        ("a/b", "a_b"),
+        ("a\nb\x7f", "a_b_"),
+        ("Katze ü", "Katze ü"),
+    ],
+)
+def test_a_class_lies_in_a_folder_of_its_split_whatever_its_name(name: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/f.jpg").write_bytes(b"mine")
+    if name == "ABSOLUTE":
+        name, folder = str(tmp_path / "kept"), str(tmp_path / "kept").replace("/", "_")
+    source = write(
+        tmp_path / "source",
+        [
+            {"image/class/synset": name, "image/filename": "f.jpg"},
+            {"image/class/synset": "z", "image/filename": "g.jpg"},
+        ],
+    )
+    made = prepare(PrepareArguments(source, tmp_path / "set", to="folder"))
+    assert {*tree(made)} == {MANIFEST, f"train/{folder}/f.jpg", "train/z/g.jpg"}
+    assert (tmp_path / "kept/f.jpg").read_bytes() == b"mine"
+    assert sorted(os.listdir(tmp_path)) == ["kept", "set", "source"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".x"])
+def test_a_tar_that_names_no_class_is_refused(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    datasets.write_ilsvrc(source, IMAGES)
+    inner = datasets.tar([("a.JPEG", JPEG)])
+    (source / "ILSVRC2012_img_train.tar").write_bytes(datasets.tar([("n01440764.tar", inner), (f"{name}.tar", inner)]))
+    prepare_fails(
+        PrepareArguments(source, tmp_path / "set", val_labels=source / "val_wnids.txt", to="folder"),
+        f"ILSVRC2012_img_train.tar has '{name}.tar', which names no class: download it again",
+    )
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "nul\0.jpg"])
+def test_what_no_folder_can_hold_is_told_before_the_target_is_made(name: str, tmp_path: Path) -> None:
+    key = "image/filename" if name.endswith(".jpg") else "image/class/synset"
+    source = write(tmp_path / "source", [{"image/class/synset": "a", "image/filename": "f.jpg", key: name}])
+    arguments = PrepareArguments(source, tmp_path / "set", to="folder")
+    prepare_fails(arguments, f"train has {name[:80]!r}, which no folder can hold: choose --to shards")
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_names_of_folders_are_unique() -> None:
+    assert records._folder_names(["a", "a", "a_0", "b"]) == ["a_0_", "a_1", "a_0", "b"]
+    assert records._folder_names(["/", "\0", "a", "..a"]) == ["__0", "__1", "a_2", "a_3"]
+    assert records._folder_names(["n02", "n01"]) == ["n02", "n01"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ((0, -1), "label -1: images without a class cannot be trained on; leave them out"),
+        ((-(2**63), 1), f"label {-(2**63)}: images without a class"),
+        ((1, 10**12), "has labels from 1 to 1000000000000: number the classes from 0 or 1 on"),
+    ],
+)
+def test_labels_that_are_none_are_refused_at_once(labels: tuple[int, int], told: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", [{"image/class/label": label} for label in labels])
+    prepare_fails(PrepareArguments(source, tmp_path / "set"), told)
+
+
+def test_labels_far_apart_are_classes_without_images(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", [{"image/class/label": label} for label in (1, 1000)])
+    made = load_dataset(prepare(PrepareArguments(source, tmp_path / "set")), minival=0)
+    assert (made.classes[0], made.classes[-1], len(made.classes)) == ("0001", "1000", 1000)
+    assert made.split("train").labels.tolist() == [0, 999]
+
+
+def test_a_file_name_in_another_encoding_is_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", [{"image/class/synset": "a", "image/filename": b"\xe9.jpg"}])
+    made = prepare(PrepareArguments(source, tmp_path / "set", to="folder"))
+    assert os.listdir(os.fsencode(made / "train/a")) == [b"\xe9.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({"info": {"features": {"label": {"names": [1, 2]}}}}, "name the classes by [1, 2], not by a list of texts"),
+        ({"info": {"features": {"label": {"names": "abc"}}}}, "name the classes by abc, not by a list of texts"),
+        ({"info": [1]}, "its metadata of Hugging Face cannot be read ('list' object has no attribute 'get')"),
+    ],
+)
+def test_names_of_classes_that_are_no_texts_are_refused(metadata: object, told: str, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "source").mkdir()
+    columns = {"image": [{"bytes": JPEG, "path": f"{i}.jpg"} for i in range(2)], "label": [0, 1]}
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    parquet.write_table(table, tmp_path / "source/train.parquet")
+    prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{tmp_path}/source/train.parquet: ", told)
