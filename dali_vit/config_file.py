@@ -84,6 +84,8 @@ def _flags(path: str) -> list[tuple[str, str]]:
                 raise UserError(
                     f"{FLAG} {path}: {name} {value} is no text to YAML, which may write it otherwise; quote it"
                 )
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise UserError(f"{FLAG} {path}: {name} is a number of more than 64 bits; give it a smaller one")
             flag = str(name).replace("_", "-")
             if isinstance(value, bool):
                 flags.append((name, f"--{flag}" if value else f"--no-{flag}"))
@@ -92,14 +94,29 @@ def _flags(path: str) -> list[tuple[str, str]]:
     return flags
 
 
+class _Twice(yaml.YAMLError):
+    """A key that a mapping has twice, of which YAML would take the last without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise _Twice(twice)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str) -> dict[str, dict[str, Any]]:
     """The settings by group."""
     try:
-        groups = yaml.safe_load(at_home(Path(path)).read_text(encoding="utf-8"))
+        groups = yaml.load(at_home(Path(path)).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{FLAG} {path}: {error.strerror}; {_MEANT}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{FLAG} {path}: is not YAML; {_MEANT}") from error
+    except _Twice as error:
+        raise UserError(f"{FLAG} {path}: {error} is given twice; give it once") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: what only looks like a number or a date
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{FLAG} {path}: is not YAML ({reason}); {_MEANT}") from error
     if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
         raise UserError(f"{FLAG} {path}: must hold the groups {', '.join(GROUPS)}, of settings each; {_MEANT}")
     if unknown := set(map(str, groups)) - set(GROUPS):

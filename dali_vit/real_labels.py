@@ -34,7 +34,7 @@ def load_real_labels(path: str | Path, val: Samples, *, num_classes: int, split:
         lists = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"--real {path}: {error.strerror}; give ReaL's real.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): give ReaL's real.json") from error
     if not (isinstance(lists, list) and all(_is_label_list(labels) for labels in lists)):
         raise UserError(f"{path} is not a list of label lists, one an image: give ReaL's real.json")

@@ -129,6 +129,8 @@ def test_real_file_that_is_no_json(tmp_path):
     val = load_dataset(make_split(tmp_path, "val", "a", 1), split="val").val
     make_files(tmp_path, "real.json")
     fails(lambda: load_real_labels(tmp_path / "real.json", val, num_classes=8), "real.json cannot be read as JSON")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    fails(lambda: load_real_labels(tmp_path / "deep.json", val, num_classes=8), "deep.json cannot be read as JSON")
     fails(
         lambda: load_real_labels(tmp_path / "none.json", val, num_classes=8),
         "none.json: No such file or directory; give ReaL",
