@@ -12,8 +12,8 @@ import logging
 import math
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT,
     Raises UserError (a ValueError) for a file that is not a complete checkpoint of a plain ViT.
     """
     params = load_npz(path)
-    try:
+    with _naming(path):
         config, classes, native = infer_config(params)
         patch = params["embedding/kernel"].shape[0]
         if (resolution := resolution or native or _noted_resolution(path)) is None:
@@ -59,8 +59,6 @@ def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT,
             log.warning("%s does not say for which images it is: --resolution %d is assumed", path, resolution)
         model = create_model(config, num_classes=classes, resolution=resolution)
         state, unmapped = from_big_vision(params, model)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     if unmapped:
         log.warning("%s: left out, as the model has no place for them: %s", path, ", ".join(unmapped))
     model.load_state_dict(state)
@@ -73,8 +71,8 @@ def load_npz(path: str | Path) -> Params:
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # numpy, zipfile and what they decompress with each have errors of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a whole .npz file ({reason}); fetch or copy it again") from error
     for prefix in ("params/", "opt/target/"):
         if f"{prefix}embedding/kernel" in arrays:
@@ -82,7 +80,19 @@ def load_npz(path: str | Path) -> Params:
             break
     if "embedding/kernel" not in arrays:
         raise UserError(f"{path}: holds no ViT (no embedding/kernel); give an image classifier of big_vision")
-    return modernise({name: _float32(array) for name, array in arrays.items()})
+    with _naming(path):
+        return modernise({name: _float32(array) for name, array in arrays.items()})
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Names the file in UserErrors, and turns what arrays of odd shapes cause into one."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: its arrays are not of a plain ViT's shapes ({error}); fetch it again") from error
 
 
 def modernise(params: Mapping[str, np.ndarray]) -> Params:
@@ -129,7 +139,10 @@ def infer_config(params: Mapping[str, np.ndarray]) -> Inferred:
         **({} if variant else sizes._asdict()),
     )
     resolution = None if positions is None else math.isqrt(positions.shape[1]) * patch
-    return Inferred(config, _get(params, "head/kernel").shape[1], resolution)
+    classes = _get(params, "head/kernel").shape[1]
+    if not classes:
+        raise UserError("head/kernel has no classes; give an image classifier of big_vision")
+    return Inferred(config, classes, resolution)
 
 
 def from_big_vision(params: Mapping[str, np.ndarray], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -294,6 +307,8 @@ def _get(params: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def _float32(array: np.ndarray) -> np.ndarray:
     """Any float type as float32; numpy saves bfloat16, a type it lacks, as two-byte void."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiuV":
+        raise UserError("holds something else than arrays of numbers; give an image classifier of big_vision")
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)

@@ -258,10 +258,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     if resolution is not None:
         check_range("--resolution", resolution, 1, MAX_RESOLUTION)
     if path.suffix == ".npz":
-        try:
-            return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return OpenedModel(*big_vision.open_npz(path, resolution), classes=None, step=None)
     file, made_by, state, metadata = _read_model_file(path)
     try:
         description = json.loads(metadata["dali_vit"])
@@ -272,9 +269,14 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
             f"{file}: not written by dali-vit (no description of the model inside); give a run folder, a step_* folder"
             " or a file that `convert` made"
         ) from error
-    config = from_dict({"model": description["model"]}).model
-    classes = description["classes"] and tuple(map(_as_utf8, description["classes"]))
-    native = description["resolution"]
+    try:
+        if description["format"] != FORMAT:
+            raise UserError(f"format {description['format']}, this version reads {FORMAT}")
+        config = from_dict({"model": description["model"]}).model
+        classes = description["classes"] and tuple(map(_as_utf8, description["classes"]))
+        native, step = int(description["resolution"]), description["step"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file}: this version cannot read its description of the model ({error})") from error
     num_classes = len(classes) if classes else big_vision.num_classes(state)
     try:
         of_timm = config.model.startswith(TIMM_PREFIX)
@@ -285,7 +287,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         model.load_state_dict(state)
         if of_timm and resolution not in (None, native):
             set_timm_resolution(config, model, resolution)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError) and resolution is not None:
             raise
         reason = str(error).splitlines()[0]
@@ -295,7 +297,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         config,
         resolution or native,
         classes or None,
-        description["step"],
+        step,
         made_by.config.data.minival if made_by else None,
     )
 

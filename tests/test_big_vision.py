@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 from dali_vit import big_vision
-from dali_vit.config import ModelConfig
+from dali_vit.config import ModelConfig, UserError
 from dali_vit.model import PlainViT, create_model, sincos2d
 
 SIZES = {"width": 32, "depth": 3, "num_heads": 4, "mlp_dim": 48}
@@ -274,6 +277,65 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match="not a whole"):
         big_vision.load_npz(path)
+
+
+ODD: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "positions without axes": ({"pos_embedding": np.zeros(())}, "its arrays are not of a plain ViT's shapes ("),
+    "positions of one axis": ({"pos_embedding": np.zeros(3)}, "its arrays are not of a plain ViT's shapes ("),
+    "no positions": ({"pos_embedding": np.zeros((1, 0, 32))}, "its arrays are not of a plain ViT's shapes ("),
+    "a layer": ({"Transformer/encoderblock/x": np.zeros(())}, "its arrays are not of a plain ViT's shapes ("),
+    "heads": (
+        {"Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias": np.zeros(())},
+        "its arrays are not of a plain ViT's shapes (",
+    ),
+    "no heads": (
+        {"Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias": np.zeros((0, 8))},
+        "--num-heads 0: must be from 1 to 4,096",
+    ),
+    "an MLP": (
+        {"Transformer/encoderblock_0/MlpBlock_0/Dense_0/bias": np.zeros(())},
+        "its arrays are not of a plain ViT's shapes (",
+    ),
+    "a classifier": ({"head/kernel": np.zeros(3)}, "its arrays are not of a plain ViT's shapes ("),
+    "no classes": ({"head/kernel": np.zeros((32, 0))}, "head/kernel has no classes; give an image classifier"),
+    "no patch": ({"embedding/kernel": np.zeros((0, 0, 3, 32))}, "its arrays are not of a plain ViT's shapes ("),
+    "a text": ({"aux": np.array("abc")}, "holds something else than arrays of numbers; give"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_arrays_of_shapes_that_no_vit_has_are_told_of_by_the_files_name(kind: str, tmp_path: Path) -> None:
+    changed, message = ODD[kind]
+    big_vision.save_npz(tmp_path / "a.npz", big_vision.to_big_vision(random_vit()) | changed)
+    with pytest.raises(UserError) as raised:
+        big_vision.open_npz(tmp_path / "a.npz")
+    assert str(raised.value).startswith(f"{tmp_path}/a.npz: {message}")
+
+
+def test_members_that_cannot_be_read_are_told_of_by_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    whole = io.BytesIO()
+    np.save(whole, np.zeros(3, np.float32))
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }".ljust(127) + b"\n"
+    members = {
+        "not an array": ("x", b"text", "holds something else than arrays of numbers"),
+        "a header that is none": ("x.npy", header.replace(b"'descr'", b"'descr\n("), "not a whole .npz file ("),
+        "a size beyond all memory": ("x.npy", header % 10**17, "not a whole .npz file ("),
+    }
+    for name, content, message in members.values():
+        big_vision.save_npz(path, big_vision.to_big_vision(random_vit()))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, content)
+        with pytest.raises(UserError) as raised:
+            big_vision.open_npz(path)
+        assert str(raised.value).startswith(f"{path}: {message}")
+    big_vision.save_npz(path, big_vision.to_big_vision(random_vit()))
+    data = path.read_bytes()
+    for flag, method in ((1, 0), (0, 99)):  # encrypted; compressed in a way that nobody knows
+        start = data.rindex(b"PK\x01\x02")
+        path.write_bytes(data[: start + 8] + struct.pack("<HH", flag, method) + data[start + 12 :])
+        with pytest.raises(UserError, match=r"a\.npz: not a whole \.npz file"):
+            big_vision.open_npz(path)
 
 
 def test_number_of_classes() -> None:

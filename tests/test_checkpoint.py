@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import dali_vit.train
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
-from dali_vit.files import file_sha256
 from dali_vit.model import create_model
 from dali_vit.plan import plan, up_to_date
 from dali_vit.train import train
@@ -294,57 +291,3 @@ def test_what_another_process_wrote_since_the_plan_was_made_is_gone_on_from(tiny
     other = dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, lr=0.5))
     with pytest.raises(UserError, match=r"was begun with other settings \(--lr 0.001 -> 0.5\)"):
         up_to_date(planned, other)
-
-
-class Bomb:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return (Path.touch, (self.target,))
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
-    folder = save(tmp_path, 1)
-    target = tmp_path / "exploded"
-    with (folder / "trainer.pt").open("wb") as file:
-        torch.save({"optimizer": Bomb(target), "rng": []}, file)
-    record = json.loads((folder / "checkpoint.json").read_text())
-    record["sha256"]["trainer.pt"] = file_sha256(folder / "trainer.pt")
-    (folder / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"trainer\.pt: refused"):
-        checkpoint.read(folder).trainer_state()
-    assert not target.exists()
-    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(target)))
-    with pytest.raises(UserError, match="not a checkpoint"):
-        checkpoint.open_model(tmp_path / "bomb.pt")
-    assert not target.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "not a readable"), (b"\x00" * 64, "not a readable"), (None, "no description of the model")],
-)
-def test_foreign_safetensors_are_named(tmp_path, content, message):
-    path = tmp_path / "foreign.safetensors"
-    if content is None:
-        save_file({"weight": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=f"foreign.safetensors: .*{message}"):
-        checkpoint.open_model(path)
-
-
-def test_a_folder_made_for_timm_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(UserError, match=f"--checkpoint {path}: a model for timm, as `export` makes them; give"):
-            checkpoint.open_model(path)
-
-
-def test_missing_and_empty_paths_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        checkpoint.open_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.open_model(tmp_path)
