@@ -124,10 +124,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
-    try:
-        os.getcwd()
-    except FileNotFoundError:  # torch would report its own libraries as missing
-        raise LocalUserError("the working directory was removed; cd to another") from None
+    process.check_surroundings()
     return commands[argv[0]](argv[1:])
 
 

@@ -54,6 +54,7 @@ def plan(config: Config, world_size: int) -> Plan:
     data = given_data(config)
     checkpoint = _own_checkpoint(config)
     dataset = datasets.load_dataset(data, minival=config.data.minival)
+    _check_apart(config, dataset)
     train_files = dataset.split("train")
     allow_open_files(train_files, config.optim.batch_size // world_size)
     datasets.check_images(train_files, config.data.max_bad_share)
@@ -86,6 +87,16 @@ def _images_at_once(config: Config, world_size: int) -> int:
         fitting = next_divisor(share, parts)
         raise UserError(f"--grad-accum-steps {parts}: does not divide a process's {share} images; use {fitting}")
     return share // parts
+
+
+def _check_apart(config: Config, dataset: datasets.Dataset) -> None:
+    """UserError for a run's folder among the images, where it would be taken for a class from the next start on."""
+    for split in ("train", "val"):
+        if config.run_dir.resolve().is_relative_to((dataset.root / split).resolve()):
+            raise UserError(
+                f"--runs-dir {config.run.runs_dir}: {config.run_dir.resolve()} lies in the folder of {split}'s classes;"
+                " choose another"
+            )
 
 
 def _own_checkpoint(config: Config) -> checkpoints.Checkpoint | None:

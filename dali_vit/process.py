@@ -118,6 +118,16 @@ def run(main: Callable[[], object]) -> NoReturn:
     os._exit(code)
 
 
+def check_surroundings() -> None:
+    """LocalUserError where torch or DALI could not be imported, for a reason that they would not tell."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch would report its own libraries as missing
+        raise LocalUserError("the working directory was removed; cd to another") from None
+    if sys.flags.optimize > 1:
+        raise LocalUserError("PYTHONOPTIMIZE=2 or -OO: DALI needs the docstrings that this leaves out; unset it")
+
+
 def _raw_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     """Error handler, a character at a time: `surrogateescape`, or `backslashreplace` for what that refuses."""
     assert isinstance(error, UnicodeEncodeError)
@@ -149,4 +159,4 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(opened, mode))
 
 
-__all__ = ["NOBODY_READS", "end_at_ctrl_c", "int_from_environment", "run", "tidy_up_at_ctrl_c"]
+__all__ = ["NOBODY_READS", "check_surroundings", "end_at_ctrl_c", "int_from_environment", "run", "tidy_up_at_ctrl_c"]

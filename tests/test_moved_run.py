@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dali_vit.step
 import dali_vit.train
 from dali_vit import checkpoint, runfolder
-from dali_vit.config import Config
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
 from dali_vit.step_folders import prune
@@ -151,3 +151,18 @@ def test_nobody_is_told_to_remove_what_cannot_be_changed(
     monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
     prune(tmp_path / "checkpoints", 1, tmp_path / "checkpoints/step_000000001")
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("place", "refused"), [("train", True), ("val/a/runs", True), ("runs", False), ("", False)])
+def test_a_run_may_lie_beside_the_images_but_not_among_the_classes(
+    place: str, refused: bool, tiny_config: Config
+) -> None:
+    """Where it would be a class without images from its second start on."""
+    config = replace(tiny_config, run=replace(tiny_config.run, runs_dir=Path(tiny_config.data.data) / place))
+    if not refused:
+        assert plan(config, 1).checkpoint is None
+        return
+    with pytest.raises(UserError) as raised:
+        plan(config, 1)
+    told = f"lies in the folder of {place.partition('/')[0]}'s classes; choose another"
+    assert str(raised.value) == f"--runs-dir {config.run.runs_dir}: {config.run_dir} {told}"

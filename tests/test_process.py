@@ -67,6 +67,13 @@ def test_what_a_machine_lacks_is_told_by_one_of_its_processes(
         assert capsys.readouterr().out.splitlines() == ["of this process", *(["of the machine"] if told else [])]
 
 
+def test_python_without_docstrings_is_told_of() -> None:
+    command = [sys.executable, "-OO", "-m", "dali_vit", "doctor"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=50, check=False)
+    told = "dali-vit: PYTHONOPTIMIZE=2 or -OO: DALI needs the docstrings that this leaves out; unset it\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", told)
+
+
 def test_a_launchers_number_that_is_empty_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, expected in ((None, 5), ("", 5), ("7", 7)):
         monkeypatch.delenv("RANK", raising=False)
