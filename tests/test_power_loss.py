@@ -150,7 +150,7 @@ def test_events_that_cannot_be_begun_are_given_up_with_a_warning(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"dali_vit.metrics.{refused}", refuse)
+    monkeypatch.setattr(f"dali_vit.metric_log.{refused}", refuse)
     with caplog.at_level(logging.WARNING), MetricLog(tmp_path, 0) as log:
         log.scalars(1, {"train/loss": 1.0})
         log.flush()

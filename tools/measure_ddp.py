@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--gpus", type=int, choices=[0], help="0: the CPU; default: a GPU for each process")
+    parser.add_argument("--gpus", type=int, help="0: the CPU; default: a GPU for each process")
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=128, help="images of a process; default: %(default)s")
     parser.add_argument("--compile", default="auto", choices=get_args(CompileMode), help="default: %(default)s")
