@@ -172,7 +172,7 @@ def _train(argv: list[str]) -> int:
             return launch(processes, ["train", *argv], max_restarts=config.run.max_restarts)
     try:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
-            planned = distributed.together(lambda: plan.plan(config, group.world_size))
+            planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=group.is_main))
             with runfolder.locked(config, group):
                 train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:

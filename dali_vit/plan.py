@@ -44,8 +44,11 @@ class Plan:
         )
 
 
-def plan(config: Config, world_size: int) -> Plan:
-    """Checks everything a user can get wrong, before anything is written; raises UserError."""
+def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
+    """Checks everything a user can get wrong, before anything is written; raises UserError.
+
+    writes: whether this process is to write the run's folder, which other machines may not have.
+    """
     validate(config)
     check_model(config.model, config.data.resolution)
     if config.model.model.startswith(TIMM_PREFIX):
@@ -53,6 +56,8 @@ def plan(config: Config, world_size: int) -> Plan:
     images_at_once = _images_at_once(config, world_size)
     data = given_data(config)
     checkpoint = _own_checkpoint(config)
+    if checkpoint is None and writes:
+        check_writable(config)
     dataset = datasets.load_dataset(data, minival=config.data.minival)
     _check_apart(config, dataset)
     train_files = dataset.split("train")
@@ -111,7 +116,6 @@ def _own_checkpoint(config: Config) -> checkpoints.Checkpoint | None:
         )
     else:
         check_own(config)
-        check_writable(config)
     return checkpoint
 
 

@@ -21,6 +21,7 @@ from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metric_log import MetricLog
 from dali_vit.model import create_model
+from dali_vit.plan import plan
 from dali_vit.saving import _close
 from tests.conftest import read_metrics
 from tests.processes import LAUNCH, command, dali_vit, logged_steps, run_to_end, running, wait_for
@@ -224,6 +225,14 @@ def test_a_run_folder_that_may_not_be_written_to_is_named_with_the_flag(tiny_con
     runs = tiny_config.run.runs_dir
     assert str(raised.value) == f"--runs-dir {runs}: cannot write {run_dir} (Permission denied)"
     assert (run_dir / "config.yaml").read_text() == "data:\n"
+
+
+def test_only_the_process_that_writes_needs_the_runs_folder(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert plan(tiny_config, 2, writes=False).checkpoint is None
+    with pytest.raises(UserError) as raised:
+        plan(tiny_config, 2)
+    assert str(raised.value) == f"--runs-dir {tmp_path}: cannot write {tmp_path} (Permission denied)"
 
 
 @pytest.mark.parametrize("link", ["runs", "runs/tiny", "runs/tiny/checkpoints"])
