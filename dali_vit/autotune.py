@@ -27,6 +27,7 @@ from dali_vit.distributed import Group, gather_objects
 from dali_vit.files import cache_folder, replacing
 from dali_vit.loaders import Decoder, LoaderSettings
 from dali_vit.mixup import normalize
+from pipelines import windows
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import REGIONS
 
@@ -94,11 +95,14 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
 
 def common_defaults(config: Config, group: Group) -> LoaderSettings:
     """Defaults that suit all ranks: some may have fewer cores, or be unable to decode windows alone. Collective."""
-    of_ranks = gather_objects(loaders.default_settings(config, group))
+    own = loaders.default_settings(config, group)
+    gathered = gather_objects((own, windows.fault() if own.decoder.region == "full" else None))
+    of_ranks, faults = zip(*gathered, strict=True)
     regions = [one.decoder.region for one in of_ranks]
     region = max(regions, key=REGIONS.index)
     if group.is_main and region != regions[0]:
-        log.warning("whole JPEGs are decoded, as decoding windows alone fails on rank %d", regions.index(region))
+        rank = regions.index(region)
+        log.warning("whole JPEGs are decoded, as decoding windows alone fails on rank %d (%s)", rank, faults[rank])
     threads = min(one.threads for one in of_ranks)
     return replace(of_ranks[0], threads=threads, decoder=replace(of_ranks[0].decoder, region=region))
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 _NOTE = "dali-vit resolution "
+_NUMBERS = "biufV"  # kinds of numpy's types; as V it saves bfloat16, a type that it lacks
 
 
 class Inferred(NamedTuple):
@@ -71,6 +72,8 @@ def load_npz(path: str | Path) -> Params:
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {name: npz[name] for name in npz.files}
+    except MemoryError as error:  # or a header that is damaged asks for more than there is
+        raise UserError(f"{path}: does not fit into memory, or is damaged ({error}); fetch or copy it again") from error
     except Exception as error:  # numpy, zipfile and what they decompress with each have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a whole .npz file ({reason}); fetch or copy it again") from error
@@ -80,8 +83,11 @@ def load_npz(path: str | Path) -> Params:
             break
     if "embedding/kernel" not in arrays:
         raise UserError(f"{path}: holds no ViT (no embedding/kernel); give an image classifier of big_vision")
+    others = [name for name, a in arrays.items() if not isinstance(a, np.ndarray) or a.dtype.kind not in _NUMBERS]
+    if others:
+        log.warning("%s: left out, as they are no arrays of numbers: %s", path, ", ".join(others))
     with _naming(path):
-        return modernise({name: _float32(array) for name, array in arrays.items()})
+        return modernise({name: _float32(array) for name, array in arrays.items() if name not in others})
 
 
 @contextmanager
@@ -307,8 +313,6 @@ def _get(params: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def _float32(array: np.ndarray) -> np.ndarray:
     """Any float type as float32; numpy saves bfloat16, a type it lacks, as two-byte void."""
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiuV":
-        raise UserError("holds something else than arrays of numbers; give an image classifier of big_vision")
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)

@@ -339,7 +339,7 @@ def _set_up_logging(rank: int) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     if process.int_from_environment("LOCAL_RANK", process.int_from_environment("SLURM_LOCALID", 0)):
-        # Of what is missing on a machine the first of its processes tells.
+        # Of what a machine lacks, and what all its processes find, the first of them tells.
         handler.addFilter(lambda record: not getattr(record, "of_machine", False))
     logger = logging.getLogger("dali_vit")
     logger.handlers = [handler]

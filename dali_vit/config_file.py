@@ -15,6 +15,7 @@ __all__ = ["expand", "named_file"]
 
 FLAG = "--config"
 _MEANT = "give a run's config.yaml, or what --print-config printed"
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<, by which a mapping takes over another
 _TEXTS = ("str", "str | None", "Path")
 # Settings of the file that a flag on the command line removes, besides the one of the flag's own name.
 _TAKES = {"--steps": {"epochs"}, "--epochs": {"steps"}, "--model": {"width", "depth", "num_heads", "mlp_dim"}}
@@ -84,7 +85,7 @@ def _flags(path: str) -> list[tuple[str, str]]:
                 raise UserError(
                     f"{FLAG} {path}: {name} {value} is no text to YAML, which may write it otherwise; quote it"
                 )
-            if isinstance(value, int) and value.bit_length() > 64:
+            if isinstance(value, int) and "int" in fields[name] and value.bit_length() > 64:
                 raise UserError(f"{FLAG} {path}: {name} is a number of more than 64 bits; give it a smaller one")
             flag = str(name).replace("_", "-")
             if isinstance(value, bool):
@@ -100,7 +101,8 @@ class _Twice(yaml.YAMLError):
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = [key.value for key in scalars if key.tag != _MERGE]
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
             raise _Twice(twice)
         return super().construct_mapping(node, deep)
@@ -114,7 +116,8 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{FLAG} {path}: {error.strerror}; {_MEANT}") from error
     except _Twice as error:
         raise UserError(f"{FLAG} {path}: {error} is given twice; give it once") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: what only looks like a number or a date
+    # Besides YAML's own: what only looks like a number or a date, or has a tag that does not suit it.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{FLAG} {path}: is not YAML ({reason}); {_MEANT}") from error
     if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):

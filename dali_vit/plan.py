@@ -47,7 +47,7 @@ class Plan:
 def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
     """Checks everything a user can get wrong, before anything is written; raises UserError.
 
-    writes: whether this process is to write the run's folder, which other machines may not have.
+    writes: whether this process is to write the run's folder, which other machines may not have, and benchmarks do not.
     """
     validate(config)
     check_model(config.model, config.data.resolution)
@@ -59,7 +59,8 @@ def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
     if checkpoint is None and writes:
         check_writable(config)
     dataset = datasets.load_dataset(data, minival=config.data.minival)
-    _check_apart(config, dataset)
+    if checkpoint is None and writes:
+        _check_apart(config, dataset)
     train_files = dataset.split("train")
     allow_open_files(train_files, config.optim.batch_size // world_size)
     datasets.check_images(train_files, config.data.max_bad_share)
@@ -95,11 +96,16 @@ def _images_at_once(config: Config, world_size: int) -> int:
 
 
 def _check_apart(config: Config, dataset: datasets.Dataset) -> None:
-    """UserError for a run's folder among the images, where it would be taken for a class from the next start on."""
+    """UserError for a run that would lie where the next start looks for classes, and find one without images."""
+    run_dir = config.run_dir.resolve()
     for split in ("train", "val"):
-        if config.run_dir.resolve().is_relative_to((dataset.root / split).resolve()):
+        folder = (dataset.root / split).resolve()
+        if isinstance(dataset.train, datasets.ShardList) or not run_dir.is_relative_to(folder):
+            continue
+        first = "".join(run_dir.relative_to(folder).parts[:1])
+        if not first.startswith(".") and first not in dataset.classes:
             raise UserError(
-                f"--runs-dir {config.run.runs_dir}: {config.run_dir.resolve()} lies in the folder of {split}'s classes;"
+                f"--runs-dir {config.run.runs_dir}: {run_dir} lies in {folder}, whose folders are classes;"
                 " choose another"
             )
 

@@ -106,8 +106,8 @@ def _undo_copy(folder: Path) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Logs a warning, unless this process has logged the same before."""
-    log.warning("%s", text)
+    """Logs a warning about a run's folder, unless this process, or another here, has logged the same."""
+    log.warning("%s", text, extra={"of_machine": True})
 
 
 def _same_files(copy: Path, original: Path) -> bool:

@@ -67,8 +67,7 @@ def available(size: int) -> bool:
         reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())
     else:
         return True
-    words = "RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)"
-    log.warning(words, reason, extra={"of_machine": True})
+    log.warning("RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)", reason)
     return False
 
 

@@ -35,7 +35,10 @@ _COMMAND = ("-P", __file__)
 
 @functools.cache
 def fault() -> str | None:
-    """Why the current GPU must not decode windows alone, logged once; None where it may, or where there is no GPU."""
+    """Why the current GPU must not decode windows alone; None where it may, or where there is no GPU.
+
+    The reason is logged once, and by one of a machine's processes.
+    """
     import torch
 
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -134,8 +135,11 @@ def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     assert not caplog.records
     monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
     context, _, words, _ = choose_attention("auto", vit(), 64, GPU, compiled=False)
-    assert words == "torch's choice"
-    assert "none of flash, cudnn, efficient runs here" in caplog.text
+    assert words == TORCHS_CHOICE
+    assert caplog.messages == ["none of flash, cudnn, efficient runs here: attention is torch's plain one"]
+    other = Group(1, 2, 1, 2, GPU.device)
+    assert choose_attention("auto", vit(), 64, other, compiled=False).words == TORCHS_CHOICE
+    assert len(caplog.messages) == 1  # by rank 0
     with context():
         pass
 
@@ -172,6 +176,17 @@ def test_packed_kernels_that_compute_something_else_are_left_out(
         return
     with pytest.raises(RuntimeError, match=f"the {what} it gives differs from torch's by 5.0 %"):
         attention._check_packed(shape, CPU.device)
+
+
+@pytest.mark.parametrize(("kernel", "told"), [("flash", "flash (1.00 ms a layer)"), (TORCHS_CHOICE, None)])
+def test_a_run_tells_the_kernel_that_was_chosen(kernel: str, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without attention has none to tell of."""
+    chosen = Attention(nullcontext, kernel, told or kernel)
+    monkeypatch.setattr(dali_vit.step, "choose_attention", lambda *_, **__: chosen)
+    config = Config(model=ModelConfig(model="mu/16"), optim=OptimConfig(batch_size=4), run=RunConfig(compile="off"))
+    model = create_model(config.model, num_classes=10, resolution=64)
+    _, how = dali_vit.step.build_update(config, model, create_optimizer(model, config.optim), CPU)
+    assert how.get("attention") == told
 
 
 @needs_a_compiler

@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -168,7 +168,8 @@ def test_ranks_that_differ_search_from_what_all_of_them_can_have(
         LoaderSettings(7, 3, Decoder(region="window")),
     ]
     asked = pretend(monkeypatch, {})
-    monkeypatch.setattr(autotune, "gather_objects", lambda it: ranks if isinstance(it, LoaderSettings) else [it])
+    of_ranks = [(settings, None) for settings in ranks]
+    monkeypatch.setattr(autotune, "gather_objects", lambda it: of_ranks if isinstance(it, tuple) else [it])
     found = autotune.loader_settings(dataset, config, CPU, MODEL)
     assert found == asked[0] == LoaderSettings(6, 3, Decoder(region="full"))
 
@@ -246,9 +247,11 @@ def test_all_ranks_decode_whole_images_if_one_has_to(
 ) -> None:
     """Why is told by the first process of a machine; the others keep silent about it."""
     of_ranks = [LoaderSettings(8 - i, decoder=Decoder(region="full" if i == failing else "window")) for i in range(3)]
-    monkeypatch.setattr(autotune, "gather_objects", lambda _: of_ranks)
-    assert autotune.common_defaults(config, CPU) == LoaderSettings(6, decoder=Decoder(region="full"))
-    said = f"whole JPEGs are decoded, as decoding windows alone fails on rank {failing}"
+    monkeypatch.setattr(autotune, "gather_objects", lambda _: [(one, "no room") for one in of_ranks])
+    off = replace(config, run=replace(config.run, autotune="off"))
+    found = autotune.loader_settings(cast(Any, None), off, CPU, MODEL)
+    assert found == LoaderSettings(6, decoder=Decoder(region="full"))
+    said = f"whole JPEGs are decoded, as decoding windows alone fails on rank {failing} (no room)"
     assert caplog.messages == ([said] if failing else [])
 
 

@@ -226,10 +226,16 @@ def test_what_cannot_be_mapped_is_named(tmp_path: Path, caplog: pytest.LogCaptur
     state, unmapped = big_vision.from_big_vision(params, random_vit())
     assert unmapped == ["aux_head/kernel"]
     assert state.keys() == random_vit().state_dict().keys()
-    big_vision.save_npz(tmp_path / "a.npz", params)
+    others = {"mask": np.ones(3, bool), "name": np.array("x"), "when": np.array("2026-11-30", "M8")}
+    big_vision.save_npz(tmp_path / "a.npz", params | others)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("readme", b"text")
     with caplog.at_level(logging.WARNING, "dali_vit"):
-        big_vision.open_npz(tmp_path / "a.npz")
-    assert "aux_head/kernel" in caplog.text
+        big_vision.open_npz(tmp_path / "a.npz", 32)
+    assert caplog.messages == [
+        f"{tmp_path}/a.npz: left out, as they are no arrays of numbers: name, when, readme",
+        f"{tmp_path}/a.npz: left out, as the model has no place for them: aux_head/kernel, mask",
+    ]
 
 
 def test_missing_and_misshapen_parameters_are_named(tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ ODD: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "a classifier": ({"head/kernel": np.zeros(3)}, "its arrays are not of a plain ViT's shapes ("),
     "no classes": ({"head/kernel": np.zeros((32, 0))}, "head/kernel has no classes; give an image classifier"),
     "no patch": ({"embedding/kernel": np.zeros((0, 0, 3, 32))}, "its arrays are not of a plain ViT's shapes ("),
-    "a text": ({"aux": np.array("abc")}, "holds something else than arrays of numbers; give"),
+    "a classifier of texts": ({"head/kernel": np.array([["abc"]])}, "1 parameter is missing: head/kernel"),
 }
 
 
@@ -318,9 +324,8 @@ def test_members_that_cannot_be_read_are_told_of_by_the_files_name(tmp_path: Pat
     np.save(whole, np.zeros(3, np.float32))
     header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }".ljust(127) + b"\n"
     members = {
-        "not an array": ("x", b"text", "holds something else than arrays of numbers"),
         "a header that is none": ("x.npy", header.replace(b"'descr'", b"'descr\n("), "not a whole .npz file ("),
-        "a size beyond all memory": ("x.npy", header % 10**17, "not a whole .npz file ("),
+        "a size beyond all memory": ("x.npy", header % 10**17, "does not fit into memory, or is damaged ("),
     }
     for name, content, message in members.values():
         big_vision.save_npz(path, big_vision.to_big_vision(random_vit()))

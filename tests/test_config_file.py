@@ -52,6 +52,14 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
     assert parsed("--config", file, "--lr", "0.001") == expected
 
 
+def test_mappings_may_be_merged(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    merged = "  <<: {batch_size: 8, lr: 1}\n  <<: {warmup_steps: 7}\n  lr: 100000000000000000000000\n"
+    file.write_text(f"optim:\n{merged}run: {{recipe: s16-90ep}}\n")
+    optim = parsed("--config", file).optim
+    assert (optim.batch_size, optim.warmup_steps, optim.lr) == (8, 7, 1e23)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -62,6 +70,9 @@ def test_what_a_file_leaves_out_is_its_recipes(tmp_path: Path) -> None:
         ("run: {seed: 0x_}", "is not YAML (invalid literal for int"),
         (f"run: {{seed: {'9' * 5000}}}", "is not YAML (Exceeds the limit"),
         (f"run: {{seed: 0x{'f' * 5000}}}", "seed is a number of more than 64 bits; give it a smaller one"),
+        ("run: {seed: !!bool foo}", "is not YAML ('foo')"),
+        ("run: {seed: !!int ''}", "is not YAML ("),
+        ("run: {seed: !!timestamp foo}", "is not YAML ("),
         ("[" * 5000, "is not YAML (maximum recursion depth exceeded"),
         ("run: {seed: 1, seed: 1}", "seed is given twice; give it once"),
         ("run: {seed: 1}\ndata: {}\nrun: {name: x}", "run is given twice; give it once"),

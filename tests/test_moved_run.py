@@ -18,8 +18,10 @@ import dali_vit.step
 import dali_vit.train
 from dali_vit import checkpoint, runfolder
 from dali_vit.config import Config, UserError
+from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
+from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.step_folders import prune
 from dali_vit.train import train
 from tests.conftest import read_metrics
@@ -153,16 +155,35 @@ def test_nobody_is_told_to_remove_what_cannot_be_changed(
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(("place", "refused"), [("train", True), ("val/a/runs", True), ("runs", False), ("", False)])
+@pytest.mark.parametrize(
+    ("place", "refused"),
+    [("train", True), ("val/new/runs", True), ("link", True), ("", False), ("runs", False), ("train/.runs", False)],
+)
 def test_a_run_may_lie_beside_the_images_but_not_among_the_classes(
-    place: str, refused: bool, tiny_config: Config
+    place: str, refused: bool, tiny_config: Config, tmp_path: Path
 ) -> None:
-    """Where it would be a class without images from its second start on."""
-    config = replace(tiny_config, run=replace(tiny_config.run, runs_dir=Path(tiny_config.data.data) / place))
+    """Where the next start would take it for a class without images."""
+    data = Path(shutil.copytree(tiny_config.data.data, tmp_path / "data"))
+    (data / "link").symlink_to("train")
+    config = replace(
+        tiny_config,
+        data=replace(tiny_config.data, data=str(data)),
+        run=replace(tiny_config.run, runs_dir=data / place),
+    )
     if not refused:
         assert plan(config, 1).checkpoint is None
         return
     with pytest.raises(UserError) as raised:
         plan(config, 1)
-    told = f"lies in the folder of {place.partition('/')[0]}'s classes; choose another"
-    assert str(raised.value) == f"--runs-dir {config.run.runs_dir}: {config.run_dir} {told}"
+    there = config.run_dir.resolve()
+    told = f"{there} lies in {data / there.relative_to(data).parts[0]}, whose folders are classes; choose another"
+    assert str(raised.value) == f"--runs-dir {config.run.runs_dir}: {told}"
+
+
+def test_a_run_may_lie_within_a_class_and_among_shards(tiny_config: Config, tmp_path: Path) -> None:
+    name = load_dataset(tiny_config.data.data, minival=0).classes[0]
+    within = replace(tiny_config.run, runs_dir=Path(tiny_config.data.data) / "train" / name)
+    assert plan(replace(tiny_config, run=within), 1).checkpoint is None
+    shards = prepare(PrepareArguments(Path(tiny_config.data.data), tmp_path / "shards"))
+    among = replace(tiny_config, data=replace(tiny_config.data, data=str(shards)))
+    assert plan(replace(among, run=replace(tiny_config.run, runs_dir=shards / "train")), 1).checkpoint is None

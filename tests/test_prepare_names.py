@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +76,13 @@ def test_what_no_folder_can_hold_is_told_before_the_target_is_made(name: str, tm
     assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
+def test_a_class_without_images_has_a_folder_all_the_same(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", [{"image/class/label": 0, "image/filename": "f.jpg"}])
+    (source / "label.labels.txt").write_text(f"a\n{256 * 'x'}\n")
+    arguments = PrepareArguments(source, tmp_path / "set", to="folder")
+    prepare_fails(arguments, f"train has {80 * 'x'!r}, which no folder can hold: choose --to shards")
+
+
 def test_names_of_folders_are_unique() -> None:
     assert records._folder_names(["a", "a", "a_0", "b"]) == ["a_0_", "a_1", "a_0", "b"]
     assert records._folder_names(["/", "\0", "a", "..a"]) == ["__0", "__1", "a_2", "a_3"]
@@ -109,17 +116,34 @@ def test_a_file_name_in_another_encoding_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "told"),
+    ("names", "classes", "told"),
     [
-        ({"info": {"features": {"label": {"names": [1, 2]}}}}, "name the classes by [1, 2], not by a list of texts"),
-        ({"info": {"features": {"label": {"names": "abc"}}}}, "name the classes by abc, not by a list of texts"),
-        ({"info": [1]}, "its metadata of Hugging Face cannot be read ('list' object has no attribute 'get')"),
+        ('["cat", "dog"]', ("cat", "dog"), None),
+        ("[1, 2]", ("0", "1"), "[1, 2]"),
+        ('"ab"', ("0", "1"), "ab"),
+        ('{"0": "a", "1": "b"}', ("0", "1"), "{'0': 'a', '1': 'b'}"),
+        ("null", ("0", "1"), None),
     ],
 )
-def test_names_of_classes_that_are_no_texts_are_refused(metadata: object, told: str, tmp_path: Path) -> None:
+def test_names_of_classes_that_are_no_list_of_texts_are_told_of(
+    names: str, classes: tuple[str, ...], told: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metadata = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
+    with caplog.at_level(logging.WARNING, "dali_vit"):
+        assert classes_of_parquet(tmp_path, metadata) == classes
+    told = told and f"{tmp_path}/source names its classes by {told}, not by a list of texts: they are numbered"
+    assert caplog.messages == ([told] if told else [])
+
+
+@pytest.mark.parametrize("metadata", ["", "{", "null", '{"info": [1]}', '{"info": {"features": null}}', "[" * 100_000])
+def test_metadata_that_name_no_classes_do_not_matter(metadata: str, tmp_path: Path) -> None:
+    assert classes_of_parquet(tmp_path, metadata) == ("0", "1")
+
+
+def classes_of_parquet(tmp_path: Path, metadata: str) -> tuple[str, ...]:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "source").mkdir()
     columns = {"image": [{"bytes": JPEG, "path": f"{i}.jpg"} for i in range(2)], "label": [0, 1]}
-    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": metadata})
     parquet.write_table(table, tmp_path / "source/train.parquet")
-    prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), f"{tmp_path}/source/train.parquet: ", told)
+    return load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set")), minival=0).classes

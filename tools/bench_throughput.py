@@ -119,7 +119,7 @@ def _main(argv: list[str]) -> int:
     if not distributed.is_worker():
         processes = distributed.resolve_gpus(options.gpus)
         if processes > 1:
-            plan.plan(config, processes)  # reports the user's mistakes once, before any worker starts
+            plan.plan(config, processes, writes=False)  # reports the user's mistakes once, before any worker starts
             return launch_once(processes, [__file__, *argv])
     with distributed.connect(options.gpus) as group:
         benchmark(options, config, group)
@@ -183,7 +183,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
 def benchmark(options: Options, config: Config, group: distributed.Group) -> dict[str, Any]:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds. Collective."""
     set_step_stream(options.step_stream, group)
-    planned = distributed.together(lambda: plan.plan(config, group.world_size))
+    planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=False))
     dataset, seconds = planned.dataset, options.seconds
     environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
     load, cores = os.getloadavg()[0], cpu_count()

@@ -67,7 +67,7 @@ def open_parquet(root: Path, scratch: Path) -> Source:
     files = [path for path in _files(root) if path.name.endswith(".parquet")]
     shards: dict[str, list[str]] = {}
     records: dict[str, list[_Record]] = {}
-    names: list[str] | None = None
+    names: Any = None
     paths_of = _by_split(root, files, "parquet files")
     for paths in paths_of.values():  # before the first is unpacked
         _check_parquet(paths)
@@ -77,6 +77,9 @@ def open_parquet(root: Path, scratch: Path) -> Source:
             unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
             shards[split].append(str(unpacked))
             records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        _log.warning("%s names its classes by %s, not by a list of texts: they are numbered", root, str(names)[:80])
+        names = None
     return _assemble(root, shards, *_with_names_of_ilsvrc(records, names))
 
 
@@ -255,14 +258,14 @@ def _damaged(path: Path, error: Exception) -> Exception:
     return UserError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}): download it again")
 
 
-def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], list[str] | None]:
+def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], Any]:
     """Writes all images to one file; returns it, their rows (offset, length, label, name) and the class names."""
     from pyarrow import ArrowException, parquet
 
     receipt = target.with_suffix(".json")
     try:
         with parquet.ParquetFile(path) as file:
-            names = _class_names(path, (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+            names = _class_names((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             about = path.stat()
             origin = [str(path), about.st_size, about.st_mtime_ns]
             done = read_receipt(receipt)
@@ -289,14 +292,12 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
     return target, [tuple(row) for row in rows], names
 
 
-def _class_names(path: Path, metadata: bytes) -> list[str] | None:
-    """Class names by label, from Hugging Face's metadata of a file; None where it gives none."""
+def _class_names(metadata: bytes) -> Any:
+    """What Hugging Face's metadata of a file name the classes by; None where they do not."""
     try:
-        names = json.loads(metadata).get("info", {}).get("features", {}).get("label", {}).get("names")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its metadata of Hugging Face cannot be read ({error}); write it again") from error
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(
-            f"{path}: its metadata name the classes by {str(names)[:80]}, not by a list of texts; mend them"
-        )
-    return names
+        found = json.loads(metadata)
+    except (ValueError, RecursionError):
+        return None
+    for key in ("info", "features", "label", "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,10 @@ def write_shards(job: Job) -> Split:
 def check_folder(job: Job) -> None:
     """UserError if an image folder cannot hold the samples, or its listing would leave some out."""
     names = sample_names(job.samples, job.classes)
-    parts = {*map(folder_name, job.classes), *(part for name in names for part in name.split("/", 1))}
-    if impossible := sorted(part for part in parts if not _is_name(part)):
-        raise UserError(f"{job.split} has {impossible[0][:80]!r}, which no folder can hold: choose --to shards")
+    parts = chain(map(folder_name, job.classes), (part for name in names for part in name.split("/", 1)))
+    impossible = next((part for part in parts if not _is_name(part)), None)
+    if impossible is not None:
+        raise UserError(f"{job.split} has {impossible[:80]!r}, which no folder can hold: choose --to shards")
     if len(set(names)) < len(names):
         raise UserError(f"{job.split} has several images of the same class and name: choose --to shards")
     lost = next((name for name in names if not is_image(name.rsplit("/", 1)[1])), None)

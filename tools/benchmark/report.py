@@ -82,8 +82,8 @@ def comparison(result: Mapping[str, Any]) -> str:
         [
             *lines,
             f"{compare.OURS} loads {result['ratio']:.2f} times as fast as the best of the others ({ratios} by round);"
-            f" torchvision decodes faster with {decode}; {result['workers']} threads of ours, as"
-            " many worker processes of the others.",
+            f" torchvision decodes faster with {decode}; the others have {result['workers']}"
+            " worker processes each.",
         ]
     )
 
