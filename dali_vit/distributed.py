@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
 import platform
 import re
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +21,7 @@ import torch.distributed as dist
 
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
-from dali_vit.process import int_from_environment
+from dali_vit.process import end_with_parent, int_from_environment
 
 PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
 """Stages of a run, and how many times --hang-timeout each may take."""
@@ -35,7 +32,6 @@ _NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|faile
 _NOT_REACHED = re.compile("Gloo connectFullMesh failed")
 _SAID_AFTER = 30.0
 """Seconds that processes wait for each other in silence: NCCL may take ten for many machines."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 T = TypeVar("T")
 
@@ -101,12 +97,6 @@ def _follow_launcher() -> None:
     """Ends with the launcher: an orphan would go on writing to the run's folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-
-
-def end_with_parent() -> None:
-    """Asks the kernel for a SIGTERM to this process when the one that started it dies; on Linux alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def resolve_gpus(gpus: int | None) -> int:

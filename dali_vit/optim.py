@@ -153,7 +153,7 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
             if moments:
                 # The kernel itself multiplies by beta1. A step that is left out must not change the moments.
                 beta1 = group["betas"][0]
-                scale = torch.full((), _to_bfloat16(beta1) / beta1, device=moments[0].device)
+                scale = torch.full((), _to_bfloat16(beta1) / (beta1 or 1.0), device=moments[0].device)
                 if hasattr(self, "found_inf"):
                     scale = torch.where(self.found_inf.bool(), 1.0, scale)
                 torch._foreach_mul_(moments, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import ctypes
 import errno
 import gc
 import io
@@ -23,6 +24,7 @@ from dali_vit.files import cache_folder
 NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Errors of writing to a pipe that nobody reads, and to a terminal that was closed."""
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RAW_OR_ESCAPED = "dali_vit.raw_or_escaped"
 
 # OpenMP's threads, which torch uses on the CPU, spin for long before they sleep, on cores that DALI's threads or other
@@ -102,6 +104,8 @@ def run(main: Callable[[], object]) -> NoReturn:
         main()
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
@@ -116,6 +120,12 @@ def run(main: Callable[[], object]) -> NoReturn:
         if error.errno not in NOBODY_READS:
             raise
     os._exit(code)
+
+
+def end_with_parent() -> None:
+    """Asks the kernel for a SIGTERM to this process when the one that started it dies; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_surroundings() -> None:
@@ -159,4 +169,12 @@ def _open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(opened, mode))
 
 
-__all__ = ["NOBODY_READS", "check_surroundings", "end_at_ctrl_c", "int_from_environment", "run", "tidy_up_at_ctrl_c"]
+__all__ = [
+    "NOBODY_READS",
+    "check_surroundings",
+    "end_at_ctrl_c",
+    "end_with_parent",
+    "int_from_environment",
+    "run",
+    "tidy_up_at_ctrl_c",
+]

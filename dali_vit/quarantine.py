@@ -30,6 +30,8 @@ def check_quarantine(root: Path, quarantine: Path) -> None:
     inside = next((n for n in ("train", "val") if (root / n).resolve() in (resolved, *resolved.parents)), None)
     if inside:
         raise UserError(f"--quarantine {quarantine} lies in {inside}/ of the set: choose a folder outside of it")
+    if resolved == root.resolve():
+        raise UserError(f"--quarantine {quarantine} is the set itself: choose a folder outside of it")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--quarantine {quarantine} is a file: give a folder")
 
@@ -49,7 +51,7 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
                     continue
                 target = folder / os.path.relpath(path, root)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
+                if os.path.lexists(target):  # maybe a link that leads nowhere: those are moved here, too
                     raise UserError(
                         f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
                     )

@@ -1,6 +1,8 @@
 import hashlib
+import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from dali_vit.data import check_images, load_dataset
+from tests.test_measure_all import wait_for_the_end_of
 from tools import make_jpegs
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +162,33 @@ def test_other_folders_are_left_alone(small, tmp_path, capsys):
         assert fault in message
         assert message.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff"])
+def test_a_note_that_cannot_be_read_is_named(content, tmp_path, capsys):
+    (tmp_path / "make_jpegs.json").write_bytes(content)
+    assert make_jpegs.main(["--out", str(tmp_path), "--count", "3", "--classes", "3"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"make_jpegs.py: {tmp_path}/make_jpegs.json cannot be read (")
+    assert message.endswith("): choose another --out folder\n")
+    assert (tmp_path / "make_jpegs.json").read_bytes() == content
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_workers_end_with_it(number, tmp_path):
+    command = [*TOOL, "--out", str(tmp_path / "out"), "--count", "100000", "--classes", "2", "--workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        while len(list((tmp_path / "out").rglob("*.JPEG"))) < 4:
+            assert running.poll() is None
+            time.sleep(0.1)
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        assert len(workers) == 2
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == (130 if number == signal.SIGTERM else -number)
+    assert said == ("make_jpegs.py: stopped; the same command goes on from here\n" * (number == signal.SIGTERM))
+    wait_for_the_end_of(*map(int, workers))
 
 
 def test_runs_as_a_script_from_any_folder(tmp_path):

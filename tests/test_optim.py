@@ -83,6 +83,22 @@ def test_weight_decay_of_a_resnet_leaves_batch_norm_out() -> None:
     assert all(p.ndim == 1 for p in others)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_the_type_of_the_moment_matters_with_momentum_alone(beta1: float) -> None:
+    ends = []
+    for name in ("adamw", "adamw-bfloat16"):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        optimizer = create_optimizer(model, dataclasses.replace(OPTIMIZERS[name], beta1=beta1))
+        set_lr(optimizer, 0.1)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = p.detach() ** 2 + 0.1
+            optimizer_step(optimizer, None)
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends) == (beta1 == 0)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw-bfloat16"])
 def test_adamw_decays_by_schedule_but_not_by_lr(name: str) -> None:
     """With gradients of zero only the decay is left: half way up the schedule p loses 0.5e-4 of itself."""

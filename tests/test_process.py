@@ -75,6 +75,11 @@ def test_what_a_machine_lacks_is_told_by_one_of_its_processes(
         assert capsys.readouterr().out.splitlines() == ["of this process", *(["of the machine"] if told else [])]
 
 
+def test_ctrl_c_is_no_defect() -> None:
+    ended = end("def interrupted(): raise KeyboardInterrupt\ncli.main = interrupted")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 def test_python_without_docstrings_is_told_of() -> None:
     command = [sys.executable, "-OO", "-m", "dali_vit", "doctor"]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=50, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,34 @@ def test_quarantine_takes_links_and_odd_names(tmp_path):
         ("link.jpg", "not an image"),
     ]
     assert not list(folder.glob("*.jpg"))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_dead_link_in_the_quarantine_is_neither_lost_nor_written_through(linked, tmp_path):
+    """verify itself puts dead links there."""
+    root, aside, outside = tmp_path / "set", tmp_path / "aside", tmp_path / "outside"
+    write_source("folder", root)
+    name = f"train/{WNIDS[0]}/x.jpg"
+    (root / name).symlink_to(outside)
+    assert verify(VerifyArguments(root, quarantine=aside)).exit_code == 0
+    if linked:
+        (root / name).symlink_to("elsewhere")
+    else:
+        (root / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"--quarantine {aside} holds {name} already: give a new one"):
+        verify(VerifyArguments(root, quarantine=aside))
+    assert os.readlink(aside / name) == str(outside)
+    assert os.path.lexists(root / name)
+    assert not outside.exists()
+
+
+def test_the_set_itself_is_no_quarantine(tmp_path):
+    root = tmp_path / "set"
+    write_source("folder", root)
+    with pytest.raises(UserError, match="is the set itself: choose a folder outside of it"):
+        verify(VerifyArguments(root, quarantine=root))
+    assert sorted(os.listdir(root)) == ["train", "val"]
 
 
 @pytest.mark.timeout(60)

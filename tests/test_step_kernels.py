@@ -213,6 +213,8 @@ def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(tmp_path,
     [
         (["--model", "Zz/16"], "measure_step.py: --model Zz/16: no such model"),
         (["--json", "/nowhere/step.json"], "measure_step.py: --json /nowhere/step.json: cannot be written"),
+        (["--json", f"{__file__}/x.json"], f"measure_step.py: --json {__file__}/x.json: cannot be written"),
+        (["--inductor", "triton=1"], f"measure_step.py: --inductor triton=1: torch {torch.__version__} has no setting"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
@@ -241,7 +243,7 @@ def test_the_cpu_s_part_of_the_input_is_measured(image_folder, tmp_path, monkeyp
     ("flags", "message"),
     [
         (["--data", "/nowhere"], "measure_input.py: /nowhere: no such folder"),
-        (["--data", "demo", "--threads", "0"], "measure_input.py: --threads 0: must be at least 1"),
+        (["--data", "demo", "--threads", "0"], "measure_input.py: --threads 0: must be from 1 to 1,024"),
     ],
 )
 def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, monkeypatch, capsys):

@@ -24,6 +24,9 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
+from dali_vit.files import replacing
+from dali_vit.process import end_with_parent
+
 __all__ = ["draw_image", "main", "make_jpegs"]
 
 _SETTINGS = "make_jpegs.json"
@@ -142,6 +145,8 @@ _seed: int  # of this worker process
 def _start_worker(seed: int) -> None:
     global _seed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
     _seed = seed
 
 
@@ -185,13 +190,17 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if note.exists():
-            found = json.loads(note.read_text())
+            try:
+                found = json.loads(note.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{note} cannot be read ({error}): choose another --out folder") from error
             if found != settings:
                 raise ValueError(f"--out {out} holds images of {found}, not {settings}: choose another folder")
         elif any(out.iterdir()):
             raise ValueError(f"--out {out} holds something else: choose a new or empty folder")
         else:
-            note.write_text(json.dumps(settings))
+            with replacing(note) as temporary:
+                temporary.write_text(json.dumps(settings), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
 
@@ -239,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     counts = {"train": args.count, "val": args.val_count}
     start = time.perf_counter()
+    # Otherwise SIGTERM would end this process alone, in the middle of its work.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         written = make_jpegs(args.out, counts, classes=args.classes, workers=args.workers, seed=args.seed)
     except ValueError as error:
@@ -253,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("make_jpegs.py: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     seconds = time.perf_counter() - start
     new = sum(w.is_new for w in written)
     width, height, kilobytes = (

@@ -29,6 +29,7 @@ from benchmark import goals
 from dali_vit import distributed
 from dali_vit.config import UserError
 from dali_vit.files import replacing
+from dali_vit.process import end_with_parent
 
 TOOLS = Path(__file__).parent
 RECORDS = "measured.json"
@@ -123,7 +124,7 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
             stdout=printed,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=distributed.end_with_parent,  # left behind, it would slow down the next measurements
+            preexec_fn=end_with_parent,  # left behind, it would slow down the next measurements
         )
         try:
             code: int | None = process.wait(seconds)

@@ -10,10 +10,10 @@ removed afterwards. Times are with a warm page cache. Each measurement is made i
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +24,7 @@ import numpy as np
 from benchmark import report
 from PIL import Image
 
+from dali_vit import process
 from dali_vit.config import UserError
 from dali_vit.validation import check_range
 
@@ -74,7 +75,7 @@ def main() -> None:
             print(f"{name:<34} {value:>14,}" if isinstance(value, int) else f"{name:<34} {value:>14.2f}")
         print(flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        report.write_json(arguments.json, results)
 
 
 def _link(root: Path, images: int, classes: int) -> None:
@@ -138,4 +139,5 @@ def _resident() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the files are removed
+    process.run(main)

@@ -28,6 +28,7 @@ from dali_vit import data as datasets
 from dali_vit.config import UserError
 from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.loaders import allow_open_files
+from dali_vit.validation import MAX_THREADS, check_range
 from pipelines import crop
 from pipelines.order import TrainOrder
 from pipelines.readers import NUM_LAST_BYTES, TrainSource
@@ -55,9 +56,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     try:
-        for flag, value in (("--batch-size", arguments.batch_size), ("--threads", arguments.threads)):
-            if value < 1:
-                raise UserError(f"{flag} {value}: must be at least 1")
+        check_range("--batch-size", arguments.batch_size, 1)
+        check_range("--threads", arguments.threads, 1, MAX_THREADS)
         report.check_seconds(arguments.seconds)
         report.check_json(arguments.json)
         samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")

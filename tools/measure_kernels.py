@@ -26,6 +26,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
+from dali_vit import process
 from pipelines import compiled
 from pipelines.compiled_gpu import RandAugment
 from pipelines.randaugment import (
@@ -167,4 +168,4 @@ def run(pipeline: Pipeline, times: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

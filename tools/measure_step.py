@@ -113,9 +113,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """The name and value of a setting of torch._inductor.config, from NAME=VALUE with a Python literal as VALUE."""
     name, _, value = text.partition("=")
     try:
-        getattr(inductor_config, name)
+        inductor_config.get_config_copy()[name]
         return name, ast.literal_eval(value)
-    except AttributeError:
+    except KeyError:
         raise UserError(f"--inductor {text}: torch {torch.__version__} has no setting {name!r}") from None
     except (ValueError, SyntaxError):
         raise UserError(f"--inductor {text}: give NAME=VALUE, such as combo_kernels=True") from None

@@ -24,6 +24,7 @@ import torch
 from benchmark import modes, report
 from torch import Tensor, nn
 
+from dali_vit import process
 from dali_vit.blocks import use_packed_attention
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.environment import describe_environment
@@ -224,4 +225,4 @@ def pretended_driver() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

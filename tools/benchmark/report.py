@@ -112,7 +112,7 @@ def sweep_table(trials: list[Trial], best: Trial) -> str:
 
 def check_json(path: Path | None) -> None:
     """UserError, before anything is measured, if a file of results could not be written."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
@@ -132,7 +132,7 @@ def check_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: cannot be written to; choose another folder")
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
+def write_json(path: Path, result: Mapping[str, Any] | list[Any]) -> None:
     """Writes the file as a whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
