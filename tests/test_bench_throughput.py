@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from benchmark import compare, kernels, report, windows
 
 from dali_vit import accumulation, recipes
 from dali_vit import data as datasets
+from dali_vit.config import UserError
 from pipelines.order import TrainOrder
 from tests.conftest import TINY_MODEL
 from tests.processes import run_ranks
@@ -224,3 +226,23 @@ def test_compare_names_shared_memory_that_is_too_small(image_folder, monkeypatch
     disk.free = needed
     with pytest.raises(pytest.fail.Exception, match="begun"):
         run(*flags(image_folder), *QUICK, "--mode", "loader", "--compare", capsys=capsys)
+
+
+def test_compare_names_an_image_that_the_other_loaders_cannot_decode(image_folder, tmp_path, capsys, short_windows):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    for bad in (paths := sorted(data.glob("train/*/*"))):  # all, as a short round does not get to each
+        bad.write_bytes(bad.read_bytes()[:300])
+    code, _, err = run(*flags(data), *QUICK, "--mode", "loader", "--compare", capsys=capsys)
+    assert code == 2
+    (line,) = (line for line in err.splitlines() if line.startswith("bench_throughput.py: "))
+    start, _, rest = line.partition("cannot be decoded: ")
+    assert start == "bench_throughput.py: --compare: the other loaders do without no image, and this one "
+    assert rest.partition(": ")[0] in map(str, paths)
+    assert rest.endswith("; move it away (dali-vit verify --quarantine does)")
+
+
+def test_a_cost_of_randaugment_needs_randaugment():
+    with pytest.raises(UserError, match=r"^--randaug-cost: without RandAugment there is nothing to measure"):
+        bench_throughput.parse(["--data", "x", "--randaug-cost", "--randaug-layers", "0"])
+    assert bench_throughput.parse(["--data", "x", "--randaug-cost"])[0].randaug_cost

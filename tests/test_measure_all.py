@@ -117,10 +117,13 @@ def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(t
     assert "- first: `tools/bad.py` (failed with exit code 1" in summary
     assert f"- second: `tools/good.py {lines}` (" in summary
 
+    (out / "second.txt").unlink()
+    assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
+    assert lines.read_text() == "x\nx\n"
     changed = [measure_all.Measurement("second", ("good.py", str(lines), "another flag"), 1)]
     (out / "second.json").write_text('{"earlier": {}}')
     assert measure_all._measure(changed, out, time.monotonic() + 60) == 0
-    assert lines.read_text() == "x\nx\n"
+    assert lines.read_text() == "x\nx\nx\n"
     assert not (out / "second.json").exists()
     assert json.loads((out / "second.before.json").read_text()) == {"earlier": {}}
 
@@ -268,21 +271,29 @@ def test_goals_are_met_or_missed_by_what_was_measured():
         (["--out", "{folder}", "--minutes", "nan"], "--minutes nan: must be above 0"),
         (["--out", "{folder}", "--gpus", "99"], "--gpus 99: 0 visible on this machine"),
         (["--out", "{damaged}"], "{damaged}/measured.json: cannot be read"),
+        (["--out", "{list}"], "{list}/measured.json: cannot be read ('list' object has no attribute 'values'); remove"),
+        (
+            ["--out", "{short}"],
+            "{short}/measured.json: cannot be read (an entry lacks one of command, ended, exit_code,",
+        ),
+        (["--nothing"], "unrecognized arguments: --nothing (--help lists the flags)"),
     ],
 )
 def test_a_mistake_is_said_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    places = {"file": tmp_path / "file", "folder": tmp_path / "folder", "damaged": tmp_path / "damaged"}
+    records = {"damaged": "{", "list": "[]", "short": '{"input": {"exit_code": 0}}'}
+    places = {name: tmp_path / name for name in ("file", "folder", *records)}
     places["file"].touch()
-    places["damaged"].mkdir()
-    (places["damaged"] / "measured.json").write_text("{")
+    for name, text in records.items():
+        places[name].mkdir()
+        (places[name] / "measured.json").write_text(text)
     monkeypatch.setattr(sys, "argv", ["measure_all.py", *(flag.format(**places) for flag in flags)])
     with pytest.raises(SystemExit) as stopped:
         measure_all.main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"measure_all.py: {message.format(**places)}")
-    assert sorted(os.listdir(tmp_path)) == ["damaged", "file"]
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "file", "list", "short"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_in_one_line(tmp_path, monkeypatch, capsys):

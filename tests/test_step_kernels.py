@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_the_cpu_s_part_of_the_input_is_measured(image_folder, tmp_path, monkeyp
     [
         (["--data", "/nowhere"], "measure_input.py: /nowhere: no such folder"),
         (["--data", "demo", "--threads", "0"], "measure_input.py: --threads 0: must be from 1 to 1,024"),
+        ([], "measure_input.py: the following arguments are required: --data (--help lists the flags)"),
     ],
 )
 def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, monkeypatch, capsys):
@@ -253,6 +255,20 @@ def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, mo
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
+
+
+def test_images_without_a_size_are_told_of_where_the_input_is_measured(image_folder, tmp_path, monkeypatch, capfd):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    for path in data.glob("train/*/*"):
+        path.write_bytes(path.read_bytes()[:20])
+    monkeypatch.setattr(sys, "argv", ["measure_input.py", "--data", str(data), "--batch-size", "8", "--threads", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        measure_input.main()
+    assert stopped.value.code == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("measure_input.py: "))
+    assert line.startswith(f"measure_input.py: --data {data}: cannot be loaded (Critical error in pipeline")
+    assert line.endswith(f"); if an image is at fault, `dali-vit verify {data}` names it")
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
         raise UserError(f"{message} (--help lists the flags)") from None
     options = arguments.bench
     report.check_seconds(options.seconds)
+    if options.randaug_cost and arguments.data.randaug_layers == 0:
+        raise UserError("--randaug-cost: without RandAugment there is nothing to measure; leave --randaug-layers 0 out")
     if options.profile < 0:
         raise UserError(f"--profile {options.profile}: must not be negative")
     report.check_json(options.json)

@@ -19,9 +19,10 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
+from benchmark import flags
 from PIL import Image, ImageChops, ImageDraw
 
 from dali_vit.files import replacing
@@ -214,13 +215,8 @@ def _with_progress(results: Iterable[Written], total: int) -> Iterable[Written]:
             print(f"{done:,} of {total:,} ({done / (last - start) * 60:,.0f} a minute)", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="make_jpegs.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write to")
     add("--count", type=int, default=50_000, help="training images")

@@ -11,7 +11,6 @@ NAME.json, their figures, and summary.md, which is written anew after each measu
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark import goals
+from benchmark import flags, goals
 
 from dali_vit import distributed
 from dali_vit.config import UserError
@@ -34,6 +33,7 @@ from dali_vit.process import end_with_parent
 TOOLS = Path(__file__).parent
 RECORDS = "measured.json"
 IMAGES_ON_GPU, IMAGES_ON_CPU = 20_000, 594
+_KEYS = {"command", "exit_code", "seconds", "ended"}  # of an entry of RECORDS
 _GRACE = 15.0  # seconds that a measurement has to end in, once asked to
 
 
@@ -46,6 +46,10 @@ class Measurement:
     """A tool in this file's folder, and its arguments."""
     minutes: float
     """Time limit, after which the command is ended."""
+
+    def files(self) -> list[str]:
+        """What it leaves in the folder of the results."""
+        return [f"{self.name}.txt", *([f"{self.name}.json"] if "--json" in self.command else [])]
 
     def shown(self) -> str:
         return shlex.join(("tools/" + self.command[0], *self.command[1:]))
@@ -150,10 +154,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def read_records(out: Path) -> dict[str, dict[str, Any]]:
     try:
-        return json.loads((out / RECORDS).read_text(encoding="utf-8"))
+        records = json.loads((out / RECORDS).read_text(encoding="utf-8"))
+        if not all(record.keys() >= _KEYS for record in records.values()):
+            raise ValueError(f"an entry lacks one of {', '.join(sorted(_KEYS))}")
+        return records
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # AttributeError: of what is no dictionary
         raise UserError(f"{out / RECORDS}: cannot be read ({error}); remove it to measure all again") from error
 
 
@@ -197,7 +204,7 @@ def main() -> None:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for what is measured; default: results"
     )
@@ -236,7 +243,8 @@ def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int
     for measurement in measurements:
         name, before = measurement.name, records.get(measurement.name, {})
         # make_jpegs.py goes on where it stopped, and finds out by itself that nothing is left to do.
-        if name != "jpegs" and before.get("exit_code") == 0 and before["command"] == measurement.shown():
+        done = before.get("exit_code") == 0 and before["command"] == measurement.shown()
+        if name != "jpegs" and done and all((out / file).exists() for file in measurement.files()):
             print(f"{name:<20} there already", flush=True)
             continue
         seconds = min(60 * measurement.minutes, deadline - time.monotonic())

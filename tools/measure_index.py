@@ -9,7 +9,6 @@ removed afterwards. Times are with a warm page cache. Each measurement is made i
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark import report
+from benchmark import flags, report
 from PIL import Image
 
 from dali_vit import process
@@ -32,7 +31,7 @@ _SOURCES = 40  # JPEGs to link to, as ext4 allows a file 65,000 links
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files; default: %(default)s"
     )

@@ -10,7 +10,6 @@ decoder would read the rest: the rates of shards and of files are not to be comp
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from dali_vit import process  # before torch, for which it sets how OpenMP waits
 # isort: split
 
 import numpy as np
-from benchmark import report
+from benchmark import flags, report
 from nvidia.dali import Pipeline, pipeline_def
 
 from dali_vit import data as datasets
@@ -48,7 +47,7 @@ def _graph(source: TrainSource, augment: Augment) -> Any:
 
 def main() -> None:
     """Exits with 2 for what the user can mend, one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--data", required=True, help="as for dali-vit train")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="DALI's; default: the machine's cores")
@@ -68,10 +67,19 @@ def main() -> None:
     augment = Augment()
     source = TrainSource(samples, TrainOrder(len(samples), arguments.batch_size, 0, 1, seed=0), numbers_drawn(augment))
     pipeline = _graph(source, augment, batch_size=arguments.batch_size, num_threads=arguments.threads, device_id=None)
+    try:
+        measured = measure(pipeline, arguments.batch_size, arguments.seconds)
+    except RuntimeError as error:  # of DALI, most likely at an image's size
+        print(
+            f"measure_input.py: --data {arguments.data}: cannot be loaded ({' '.join(str(error).split())[:200]});"
+            f" if an image is at fault, `dali-vit verify {arguments.data}` names it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     result = {
         "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
         "threads": arguments.threads,
-        **measure(pipeline, arguments.batch_size, arguments.seconds),
+        **measured,
     }
     print(
         f"{result['images_per_sec']:,.0f} images/s; {result['cpu_us']:.1f} us of CPU time an image,"

@@ -13,7 +13,6 @@ run behind a pipeline, are timed by themselves.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
@@ -23,10 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark import flags
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
 from dali_vit import process
+from dali_vit.config import UserError
+from dali_vit.validation import check_range
 from pipelines import compiled
 from pipelines.compiled_gpu import RandAugment
 from pipelines.randaugment import (
@@ -46,22 +48,22 @@ AHEAD = 2  # batches begun before the first is waited for
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, by the clock; default: the CPU, by its own time")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels; default: %(default)s")
     parser.add_argument("--magnitude", type=float, default=10, help="of RandAugment, 0 to 10; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=8, help="runs of which the least counts; default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.gpu and not torch.cuda.is_available():
-        print("measure_kernels.py: --gpu: no GPU is visible here; leave it out for the CPU", file=sys.stderr)
-        sys.exit(2)
-    for flag in ("size", "batch_size", "repeats"):
-        if (value := getattr(arguments, flag)) < 1:
-            print(f"measure_kernels.py: --{flag.replace('_', '-')} {value}: must be at least 1", file=sys.stderr)
-            sys.exit(2)
-    if not 0 <= arguments.magnitude <= MAX_MAGNITUDE:
-        print(f"measure_kernels.py: --magnitude {arguments.magnitude:g}: must be from 0 to 10", file=sys.stderr)
+    try:
+        if arguments.gpu and not torch.cuda.is_available():
+            raise UserError("--gpu: no GPU is visible here; leave it out for the CPU")
+        for flag in ("size", "batch_size", "repeats"):
+            check_range(f"--{flag.replace('_', '-')}", getattr(arguments, flag), 1)
+        if not 0 <= arguments.magnitude <= MAX_MAGNITUDE:
+            raise UserError(f"--magnitude {arguments.magnitude:g}: must be from 0 to 10")
+    except UserError as error:
+        print(f"measure_kernels.py: {error}", file=sys.stderr)
         sys.exit(2)
     rng = np.random.default_rng(0)
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]

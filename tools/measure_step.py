@@ -11,7 +11,6 @@ sets torch._inductor.config, for instance --inductor combo_kernels=True.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import gc
 import os
@@ -27,7 +26,7 @@ from dali_vit import process  # before torch, for which it sets how OpenMP waits
 # isort: split
 
 import torch
-from benchmark import kernels, modes, report
+from benchmark import flags, kernels, modes, report
 from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument(

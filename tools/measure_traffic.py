@@ -11,7 +11,6 @@ with the latter and the attention of dali_vit/packed_attention.py. It relies on 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmark import modes, report
+from benchmark import flags, modes, report
 from torch import Tensor, nn
 
 from dali_vit import process
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument("--depth", type=int, help="blocks of the model; default: the model's own")
     parser.add_argument(

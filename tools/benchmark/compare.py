@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dali_vit import data as datasets
 from dali_vit import loaders
-from dali_vit.config import Config, DataConfig, UserError
+from dali_vit.config import Config, DataConfig, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.loaders import LoaderSettings
 from pipelines.loader import TrainLoader
@@ -38,6 +38,10 @@ _PREFETCH = 2  # batches a worker works ahead, the DataLoader's default
 SHARED_MEMORY = "/dev/shm"  # where torch's workers put their tensors
 
 Batch = tuple[Tensor, Tensor]
+
+
+class Undecodable(Exception):
+    """An image that another loader cannot decode: its path, and why."""
 
 
 class Contestant(Protocol):
@@ -70,7 +74,12 @@ class _Files(Dataset[tuple[Any, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.load(self.files.path(index))), int(self.files.labels[index])
+        path = self.files.path(index)
+        try:
+            image = self.load(path)
+        except Exception as error:  # Pillow has many: OSError, SyntaxError, DecompressionBombError
+            raise Undecodable(f"{path}: {' '.join(str(error).split())}") from error
+        return self.transform(image), int(self.files.labels[index])
 
 
 class _Order(Sampler[list[int]]):
@@ -114,13 +123,21 @@ class _Workers:
     def batches(self) -> Iterator[Iterator[Batch]]:
         self._order.stopped = False
         iterator = iter(self._loader)
-        yield (
-            (images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True))
-            for images, labels in iterator
-        )
+        yield self._on_device(iterator)
         self._order.stopped = True
         for _ in iterator:  # until the workers have nothing left to do
             pass
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            for images, labels in batches:
+                yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        except Undecodable as error:
+            what = str(error).rstrip().rsplit(f"{Undecodable.__name__}: ", 1)[-1]  # follows the worker's traceback
+            raise LocalUserError(
+                f"--compare: the other loaders do without no image, and this one cannot be decoded: {what}; move it"
+                " away (dali-vit verify --quarantine does)"
+            ) from error
 
 
 def compare(
