@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -275,3 +276,29 @@ def test_a_full_disk_under_what_a_command_says_is_told_in_one_line(arguments: li
         process = end(f"sys.argv[1:] = {arguments}", stdout=full.fileno(), unbuffered=unbuffered)
     assert process.returncode == 2
     assert process.stderr == "dali-vit: stdout: No space left on device; make room\n"
+
+
+def tool(name: str, *arguments: str | Path, stdout: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, Path(__file__).parents[1] / "tools" / f"{name}.py", *arguments]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment(), timeout=50, check=False
+    )
+
+
+def test_a_measurement_outlives_the_reader_of_what_it_prints(image_folder: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = tmp_path / "out.json"
+    flags = ["--data", image_folder, "--batch-size", "8", "--threads", "1", "--seconds", "1", "--json", out]
+    measured = tool("measure_input", *flags, stdout=writing)
+    os.close(writing)
+    assert (measured.returncode, measured.stderr) == (0, "")
+    assert json.loads(out.read_text())["images_per_sec"] > 0
+
+
+def test_a_full_disk_under_what_a_tool_prints_is_told_when_its_work_is_done(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        drawn = tool("make_jpegs", "--out", tmp_path / "jpegs", "--count", "2", "--classes", "1", stdout=full.fileno())
+    assert drawn.returncode == 2
+    assert drawn.stderr == "make_jpegs.py: stdout: No space left on device; what was printed is incomplete\n"
+    assert len(list((tmp_path / "jpegs").glob("train/*/*.JPEG"))) == 2

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dali_vit import process  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # before torch, for which it sets how OpenMP waits
 
 # isort: split
 
@@ -287,4 +287,4 @@ def set_step_stream(name: str, group: distributed.Group) -> None:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)

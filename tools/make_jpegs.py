@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from benchmark import flags
+from benchmark import command
 from PIL import Image, ImageChops, ImageDraw
 
 from dali_vit.files import replacing
@@ -216,7 +216,7 @@ def _with_progress(results: Iterable[Written], total: int) -> Iterable[Written]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flags.Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
+    parser = command.Parser(__doc__, argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write to")
     add("--count", type=int, default=50_000, help="training images")
@@ -277,4 +277,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(lambda: sys.exit(main()))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark import flags, goals
+from benchmark import command, goals
 
 from dali_vit import distributed
 from dali_vit.config import UserError
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def _main() -> int:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for what is measured; default: results"
     )
@@ -263,4 +263,4 @@ def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -24,7 +24,7 @@ from dali_vit import process  # before torch, for which it sets how OpenMP waits
 # isort: split
 
 import torch
-from benchmark import flags, report
+from benchmark import command, report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--gpus", type=int, help="0: the CPU; default: a GPU for each process")
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
@@ -149,4 +149,4 @@ def now(group: Group) -> float:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark import flags, report
+from benchmark import command, report
 from PIL import Image
 
-from dali_vit import process
 from dali_vit.config import UserError
 from dali_vit.validation import check_range
 
@@ -31,7 +30,7 @@ _SOURCES = 40  # JPEGs to link to, as ext4 allows a file 65,000 links
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make the files; default: %(default)s"
     )
@@ -139,4 +138,4 @@ def _resident() -> float:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the files are removed
-    process.run(main)
+    command.run(main)

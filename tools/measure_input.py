@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dali_vit import process  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # before torch, for which it sets how OpenMP waits
 
 # isort: split
 
 import numpy as np
-from benchmark import flags, report
+from benchmark import report
 from nvidia.dali import Pipeline, pipeline_def
 
 from dali_vit import data as datasets
@@ -47,7 +47,7 @@ def _graph(source: TrainSource, augment: Augment) -> Any:
 
 def main() -> None:
     """Exits with 2 for what the user can mend, one line on stderr."""
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("--data", required=True, help="as for dali-vit train")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="DALI's; default: the machine's cores")
@@ -104,4 +104,4 @@ def measure(pipeline: Pipeline, batch_size: int, seconds: float) -> dict[str, fl
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)

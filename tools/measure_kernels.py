@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import flags
+from benchmark import command
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
-from dali_vit import process
 from dali_vit.config import UserError
 from dali_vit.validation import check_range
 from pipelines import compiled
@@ -48,7 +47,7 @@ AHEAD = 2  # batches begun before the first is waited for
 
 
 def main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, by the clock; default: the CPU, by its own time")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels; default: %(default)s")
@@ -170,4 +169,4 @@ def run(pipeline: Pipeline, times: int) -> None:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)

@@ -21,12 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dali_vit import process  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # before torch, for which it sets how OpenMP waits
 
 # isort: split
 
 import torch
-from benchmark import flags, kernels, modes, report
+from benchmark import kernels, modes, report
 from benchmark.windows import measure
 from torch._inductor import config as inductor_config
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _main() -> int:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument(
@@ -163,4 +163,4 @@ def free(group: distributed.Group) -> None:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)

@@ -20,10 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmark import flags, modes, report
+from benchmark import command, modes, report
 from torch import Tensor, nn
 
-from dali_vit import process
 from dali_vit.blocks import use_packed_attention
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.environment import describe_environment
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    parser = flags.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument("--depth", type=int, help="blocks of the model; default: the model's own")
     parser.add_argument(
@@ -224,4 +223,4 @@ def pretended_driver() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    process.run(main)
+    command.run(main)
