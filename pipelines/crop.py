@@ -117,8 +117,13 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
 
 
 def start_unless_too_large(start: DataNode, size: DataNode) -> DataNode:
-    """The start of a window; in an image of more than MAX_PIXELS, a start outside it, which the decoder refuses."""
-    return start + (size[0] * size[1] > MAX_PIXELS) * 1e9
+    """The start of a window, float32 [2], unchanged; an image of more than MAX_PIXELS makes the pipeline fail here.
+
+    A start outside of the image would do, too, but where DALI 2.4's decoder refuses a window the process often crashes
+    as the pipeline is shut down.
+    """
+    too_large = size[0] * size[1] > MAX_PIXELS
+    return fn.slice(start, start=[0], shape=fn.stack(2 * (too_large + 1)), axes=[0], out_of_bounds_policy="error")
 
 
 def width_to_resize_to(mirror: DataNode | None, size: int) -> DataNode | int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.loader import DecodeError, EvalLoader
 from pipelines.readers import FileList
 from tests.bad_images import BAD, encoded, jpeg_411, loader, png, take, with_bad, write
+from tests.conftest import environment
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -60,6 +63,26 @@ def test_more_pixels_than_allowed_are_refused_before_decoding(
     monkeypatch.setattr(crop, "MAX_PIXELS", 599)
     with pytest.raises(RuntimeError):
         graph().run()
+
+
+def test_bombs_among_good_images_crash_no_process(tmp_path: Path) -> None:
+    """Refused by the decoder of windows, as many as these crashed nearly every process."""
+    files = write(tmp_path / "images", [encoded((160, 60 if i < 31 else 40)) for i in range(32)])
+    paths = [files.path(i) for i in range(32)]
+    program = f"""
+from pipelines import crop
+from tests.bad_images import loader
+from pipelines.readers import FileList
+crop.MAX_PIXELS = 8000
+for seed in range(24):
+    train = loader(FileList.from_paths({paths}, range(32)), seed=seed, batch_size=32, num_threads=1, max_bad_share=1)
+    labels = next(train)[1]
+    assert set(labels[labels >= 0].tolist()) == {{31}}, labels
+    train.close()
+"""
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
