@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dali_vit import data as datasets
+from dali_vit import left_out
 from dali_vit.config import Config
 from dali_vit.distributed import Group, share_buffers, sum_over_ranks
 from dali_vit.loaders import EvalLoader, eval_loader, num_threads
@@ -78,7 +79,7 @@ def evaluate_splits(
 
     loaders: empty at first, kept from one call to the next: they take time to make, most of all on a GPU, and remember
     which images cannot be decoded. `progress` is called before each batch is fetched and after the last, equally often
-    on every rank, and may end the evaluation by an exception.
+    on every rank, and may end the evaluation by an exception. UserError where --max-bad-share is exceeded.
     """
 
     def announced(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -106,6 +107,7 @@ def evaluate_splits(
             )
         result = evaluate(model, announced(loaders[name]), group.device)
         bad = len(files) - int(result.pop("count"))
+        left_out.check_share(bad, len(files), name, config)  # each rank has counted its own alone
         if bad:
             result["bad_samples"] = bad
         metrics |= {f"{name}/{key}": value for key, value in result.items()}

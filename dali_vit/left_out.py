@@ -52,12 +52,12 @@ def still_bad(
     return still
 
 
-def check_share(bad_samples: list[int], dataset: datasets.Dataset, config: Config) -> None:
-    """UserError, on every rank alike, if the ranks together have found more bad samples than the allowed share."""
-    count = len(dataset.split("train"))
-    if len(bad_samples) > most_allowed(config.data.max_bad_share, count):
+def check_share(bad: int, count: int, split: str, config: Config) -> None:
+    """UserError, on every rank alike, if the ranks together have found more bad images of a split's than the allowed
+    share."""
+    if bad > most_allowed(config.data.max_bad_share, count):
         raise UserError(
-            f"{len(bad_samples)} of {count} training images cannot be decoded (--max-bad-share"
+            f"{bad} of {count} images of {split} cannot be decoded (--max-bad-share"
             f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
             " lists all), or go on with a higher share"
         )

@@ -42,7 +42,9 @@ class Progress:
         self._dataset, self._total = planned.dataset, planned.total_steps
         self._train_flops = 3 * forward_flops  # the backward pass costs twice the forward
         self._bad_samples = bad_samples
-        self._starving = report.StarvationWarning(in_shards=isinstance(self._dataset.split("train"), ShardList))
+        self._starving = report.StarvationWarning(
+            steps=config.run.log_every, in_shards=isinstance(self._dataset.split("train"), ShardList)
+        )
         self.timer, self.window = StepTimer(group.device), Window(group)
         self._time_left = report.TimeLeft(self._total, loader.step)
 
@@ -56,7 +58,7 @@ class Progress:
         self._check_skipped(range(done - count, done))
         if self.window.more_bad_samples:
             self._bad_samples = left_out.of_all_ranks(gather_objects(self._loader.state_dict()))
-            left_out.check_share(self._bad_samples, self._dataset, self._config)
+            left_out.check_share(len(self._bad_samples), len(self._dataset.split("train")), "train", self._config)
         if self._writer is None:
             return
         batch_size = self._config.optim.batch_size
@@ -69,7 +71,7 @@ class Progress:
         epoch_steps = len(self._dataset.split("train")) / batch_size
         left = self._time_left.after(done)
         log.info("%s", report.progress_line(done, self._total, done / epoch_steps, scalars, left))
-        self._starving.check(scalars["perf/data_wait_pct"])
+        self._starving.check(count, seconds, waited)
 
     def _check_skipped(self, steps: range) -> None:
         """UserError, on every rank alike, once more steps were left out than allowed, or where a whole run was."""

@@ -136,18 +136,32 @@ def summary(
 
 
 class StarvationWarning:
-    """Warns once, from the second window on, that training waits for data, and says what helps."""
+    """Warns once that training waits for data, and says what helps.
+
+    Steps are judged as many together as a log line usually has, `steps`: log lines at checkpoints may have a single
+    one. The first log line's are not judged, as queues are filled in them.
+    """
 
     LIMIT = 10.0  # percent of wall time
 
-    def __init__(self, *, in_shards: bool) -> None:
-        self._windows, self._said = 0, False
+    def __init__(self, *, steps: int, in_shards: bool) -> None:
+        self._steps, self._first, self._said = steps, True, False
+        self._count, self._seconds, self._waited = 0, 0.0, 0.0
         self._shards = "" if in_shards else " shards on a local disk (`dali-vit prepare`),"
 
-    def check(self, data_wait_pct: float) -> None:
-        """Takes the share of wall time, in percent, that the steps since the last call waited for data."""
-        self._windows += 1
-        if self._windows > 1 and data_wait_pct > self.LIMIT and not self._said:
+    def check(self, count: int, seconds: float, waited: float) -> None:
+        """Takes how many steps there were since the last call, how long they took and how long they waited for data."""
+        if self._first:
+            self._first = False
+            return
+        self._count += count
+        self._seconds += seconds
+        self._waited += waited
+        if self._count < self._steps:
+            return
+        data_wait_pct = 100.0 * self._waited / self._seconds
+        self._count, self._seconds, self._waited = 0, 0.0, 0.0
+        if data_wait_pct > self.LIMIT and not self._said:
             self._said = True
             log.warning(
                 "training waits for data %.0f %% of the time: more --threads (a machine with more cores),%s GPUs that"

@@ -130,9 +130,9 @@ class BadSamples:
         if len(bad) > self._max:
             names = [self._samples.path(i) for i in bad]
             raise DecodeError(
-                f"{len(bad)} of {len(self._samples)} samples cannot be read or decoded, more than the {self._max}"
-                f" that are passed over (--max-bad-share): {_some(names)}; put good ones under the same names"
-                " (`dali-vit verify DATA` lists all), or go on with a higher share",
+                f"{len(bad)} of {len(self._samples)} samples cannot be read, decoded or cropped, more than"
+                f" the {self._max} that are passed over (--max-bad-share): {_some(names)}; put good ones under the"
+                " same names (`dali-vit verify DATA` lists all), or go on with a higher share",
                 names,
             )
 

@@ -177,7 +177,9 @@ def test_samples_that_are_all_bad_are_to_blame(tmp_path: Path) -> None:
     """As an image that is good still decodes, and they can be read."""
     for count, named in (2, "2 of 2"), (40, "16 of 40"):
         files = write(tmp_path / str(count), with_bad(count, dict.fromkeys(range(count), BAD["half"])))
-        with pytest.raises(DecodeError, match=f"{named} samples cannot be read or decoded, more than the 1 that"):
+        with pytest.raises(
+            DecodeError, match=f"{named} samples cannot be read, decoded or cropped, more than the 1 that"
+        ):
             next(loader(files, batch_size=2, max_bad_share=0.01))
     options: dict[str, Any] = {"batch_size": 8, "image_size": 32, "rank": 0, "world_size": 1, "device": "cpu"}
     evaluation = EvalLoader(files, num_threads=1, max_bad_share=1.0, **options)

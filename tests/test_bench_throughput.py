@@ -21,7 +21,8 @@ from benchmark import compare, kernels, report, windows
 
 from dali_vit import accumulation, recipes
 from dali_vit import data as datasets
-from dali_vit.config import UserError
+from dali_vit.config import LocalUserError, UserError
+from pipelines.bad_samples import DecodeError
 from pipelines.order import TrainOrder
 from tests.conftest import TINY_MODEL
 from tests.processes import run_ranks
@@ -246,3 +247,16 @@ def test_a_cost_of_randaugment_needs_randaugment():
     with pytest.raises(UserError, match=r"^--randaug-cost: without RandAugment there is nothing to measure"):
         bench_throughput.parse(["--data", "x", "--randaug-cost", "--randaug-layers", "0"])
     assert bench_throughput.parse(["--data", "x", "--randaug-cost"])[0].randaug_cost
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(DecodeError("x.jpg", []), True), (LocalUserError("x.jpg"), True), (UserError("x.jpg"), False)]
+)
+def test_an_error_of_one_rank_alone_is_told_by_it(error, told, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(bench_throughput, "_main", fail)
+    code, _, err = run(capsys=capsys)
+    assert (code, err) == (2, "bench_throughput.py: x.jpg\n" * told)

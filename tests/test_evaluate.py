@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dali_vit.evaluate
 from dali_vit import data as datasets
+from dali_vit.config import UserError
 from dali_vit.evaluate import evaluate, evaluate_splits
 from dali_vit.model import create_model
 from tests.conftest import write_image_folder
@@ -115,3 +117,18 @@ def test_loaders_are_kept_between_evaluations(tiny_config, cpu, tmp_path, caplog
     assert first["val/bad_samples"] == 1
     assert "minival/bad_samples" not in first
     assert sum("val/bee/003.jpg" in message for message in caplog.messages) == 1
+
+
+def test_ranks_that_leave_out_too_many_images_together_end_a_run(tiny_config, cpu, monkeypatch):
+    """Each of two has found one bad image, which alone is allowed; `evaluate` sums over ranks."""
+    dataset = replace(datasets.load_dataset(tiny_config.data.data, minival=0.1), val=None)
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    left_out = 1
+    monkeypatch.setattr(
+        dali_vit.evaluate, "evaluate", lambda *_: {"top1": 1.0, "count": len(dataset.minival) - left_out}
+    )
+    assert evaluate_splits(model, dataset, tiny_config, cpu, {})["minival/bad_samples"] == 1
+    left_out = 2
+    of = f"2 of {len(dataset.minival)} images of minival cannot be decoded"
+    with pytest.raises(UserError, match=rf"^{of} \(--max-bad-share 0.01\): put good ones"):
+        evaluate_splits(model, dataset, tiny_config, cpu, {})

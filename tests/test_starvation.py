@@ -52,11 +52,21 @@ def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp
 
 def test_shards_are_no_remedy_for_shards(caplog):
     for in_shards in (True, False):
-        warning = StarvationWarning(in_shards=in_shards)
+        warning = StarvationWarning(steps=1, in_shards=in_shards)
         for _ in range(3):
-            warning.check(20.0)
+            warning.check(1, seconds=10.0, waited=2.0)
     assert ["prepare" in record.getMessage() for record in caplog.records] == [False, True]
     assert "(a machine with more cores), GPUs that decode" in caplog.text
+
+
+def test_a_few_steps_after_a_checkpoint_are_no_reason_to_warn(caplog):
+    """Log lines after 1 step and 49 others, in turn; of 50 steps the wait is 8 %, and the second time 12 %."""
+    warning = StarvationWarning(steps=50, in_shards=True)
+    warning.check(50, seconds=50.0, waited=50.0)  # the first line, in which queues are filled
+    for count, waited in ((1, 0.5), (49, 3.5), (1, 0.5), (49, 5.5)):
+        assert caplog.text == ""
+        warning.check(count, seconds=float(count), waited=waited)
+    assert "training waits for data 12 % of the time" in caplog.text
 
 
 @pytest.mark.timeout(120)

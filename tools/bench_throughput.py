@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = _main(argv)
     except (UserError, DecodeError) as error:
-        if os.environ.get("RANK", "0") in ("", "0") or isinstance(error, LocalUserError):
+        of_one_rank = isinstance(error, (LocalUserError, DecodeError))  # every rank raises any other
+        if os.environ.get("RANK", "0") in ("", "0") or of_one_rank:
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except OSError as error:
