@@ -49,6 +49,7 @@ def build_update(config: Any, model: Any, optimizer: Any, group: Any) -> Any:
         for parameter in model.parameters():
             weights.update(parameter.detach().numpy().tobytes())
         line = {"samples": samples, "lam": lam, "weights": weights.hexdigest(), "left_out": bool(norm.isnan())}
+        line["seed"] = torch.initial_seed()
         line["graphs"] = counters["aot_autograd"]["total"]
         file.write(json.dumps(line) + "\n")
         file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import torch
 
 from dali_vit import agreement, checkpoint
 from dali_vit.agreement import check_same_evaluation, check_same_run
-from dali_vit.config import Config, DataConfig, UserError
+from dali_vit.config import GROUPS, Config, DataConfig, UserError
 from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
 from dali_vit.names import fingerprint
 from tests.conftest import write_image_folder
@@ -117,6 +118,19 @@ def test_another_setting_is_named(ranks: Ranks, tiny_config: Config, image_folde
     ):
         with pytest.raises(UserError, match=f"{flag}; give all processes the same"):
             train(ranks, changed, dataset)
+        ranks.forgive()
+
+
+def test_every_setting_but_those_of_a_machine_is_compared(
+    ranks: Ranks, tiny_config: Config, image_folder: Path
+) -> None:
+    dataset = load_dataset(image_folder)
+    train(ranks, tiny_config, dataset)
+    names = {(group, field.name) for group, kind in GROUPS.items() for field in dataclasses.fields(kind)}
+    for group, name in names - {("data", "data"), ("run", "runs_dir"), ("run", "gpus"), ("run", "threads")}:
+        changed = replace(getattr(tiny_config, group), **{name: "another"})
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: rank 0 was given .* rank .* another"):
+            train(ranks, replace(tiny_config, **{group: changed}), dataset)
         ranks.forgive()
 
 

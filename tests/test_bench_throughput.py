@@ -21,7 +21,8 @@ from benchmark import compare, kernels, report, windows
 
 from dali_vit import accumulation, recipes
 from dali_vit import data as datasets
-from dali_vit.config import LocalUserError, UserError
+from dali_vit.config import LocalUserError, ModelConfig, UserError
+from dali_vit.model import create_model, flops_per_image
 from pipelines.bad_samples import DecodeError
 from pipelines.order import TrainOrder
 from tests.conftest import TINY_MODEL
@@ -52,7 +53,8 @@ def short_windows(monkeypatch):
     monkeypatch.setattr(windows, "WINDOW_SECONDS", 0.1)
 
 
-def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
+def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows, monkeypatch):
+    monkeypatch.setattr(bench_throughput, "peak_flops", lambda device: 1e9)
     out, traces = tmp_path / "out.json", tmp_path / "traces"
     profile = ["--profile", "3", "--profile-dir", str(traces)]
     code, printed, err = run(*flags(image_folder), "--json", str(out), *profile, "--randaug-cost", capsys=capsys)
@@ -77,7 +79,8 @@ def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows):
     rates = [result[mode]["images_per_sec"] for mode in ("loader", "model", "joint")]
     assert result["joint_to_model"] == rates[2] / rates[1]
     assert 0 < result["stall_fraction"] < 1
-    assert result["mfu"] is None
+    model = create_model(ModelConfig("Ti/8", width=32, depth=1, num_heads=2, mlp_dim=64), num_classes=4, resolution=32)
+    assert result["mfu"] == pytest.approx(3 * flops_per_image(model, 32) * rates[2] / 1e9)
     assert result["config"]["model"]["width"] == 32
     assert result["config"]["optim"]["batch_size"] == 8
     assert result["config"]["benchmark"]["seconds"] == 0.2

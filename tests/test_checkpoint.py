@@ -81,6 +81,29 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path).step == 5
 
 
+def test_of_two_that_are_as_good_the_later_is_the_best(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, {"val/top1": 5.0})
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step_000000002"
+
+
+def test_one_that_is_written_again_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    folder = save(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace = os.replace
+
+    def crash(source, target):
+        if target == folder:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 1)
+    (aside,) = folder.parent.glob(".tmp-old-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+
+
 def test_what_is_called_best_and_is_no_link_of_ours_is_left_alone(tmp_path):
     best = tmp_path / "checkpoints" / "best"
     best.mkdir(parents=True)

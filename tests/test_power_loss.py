@@ -18,6 +18,7 @@ from dali_vit import checkpoint, files, runfolder, step_folders
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
+from dali_vit.manifest import MANIFEST, Manifest, write_manifest
 from dali_vit.metric_log import MetricLog
 from dali_vit.plan import plan
 from dali_vit.prepare import prepare
@@ -96,6 +97,38 @@ def test_the_first_checkpoint_is_on_the_disk_with_the_folder_that_it_makes(
     assert [path for path, _ in flushed].count(tiny_config.run_dir) == 1
 
 
+def test_an_evaluation_is_on_the_disk_with_the_checkpoint_of_its_weights(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: dict[str, Any] = {"model_state": {}, "trainer_state": {}, "loader_state": {}}
+    folder = checkpoint.save(tiny_config.run_dir, step=1, config=tiny_config, classes=("a",), **state)
+    flushed: list[tuple[Path, Any]] = []
+
+    def metrics() -> Any:
+        return json.loads((folder / "checkpoint.json").read_text())["metrics"]
+
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append((path, metrics())))
+    checkpoint.add_metrics(tiny_config.run_dir, step=1, metrics={"val/top1": 1.0}, keep=1)
+    assert flushed == [(folder, {"val/top1": 1.0})]  # the file itself is `replacing`'s care
+
+
+def test_a_manifest_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, os.listdir(tmp_path))))
+    write_manifest(tmp_path, Manifest("shards", ("a",), {}, "plan"))
+    assert synced == [((tmp_path / MANIFEST).stat().st_size, [f".{MANIFEST}.tmp"])]
+
+
+@pytest.mark.timeout(120)
+def test_a_set_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "set"
+    seen: list[tuple[bool, bool]] = []
+    made = tmp_path / "set.partial/.set" / MANIFEST
+    monkeypatch.setattr(os, "sync", lambda: seen.append((made.exists(), target.exists())))
+    prepare(dataclasses.replace(write_source("folder", tmp_path / "source"), target=target))
+    assert seen[-1] == (True, False)
+
+
 @pytest.mark.timeout(120)
 def test_an_evaluation_that_is_made_up_for_stands_in_the_log_once(evaluated: Config, cpu: Group) -> None:
     """As after a kill between its line in the log and the note of it in the checkpoint."""
@@ -114,6 +147,7 @@ def test_an_evaluation_that_is_made_up_for_stands_in_the_log_once(evaluated: Con
         [{n: v for n, v in m.items() if not n.startswith(of_evaluation)} for m in lines] for lines in (before, after)
     ]
     assert [m for m in rest[1] if len(m) > 1] == [m for m in rest[0] if len(m) > 1]
+    assert not [m for m in after if m["step"] == 12 and "perf/evaluation_s" in m]  # of the one that was lost
 
 
 def test_a_line_that_loses_all_goes_and_a_log_that_loses_nothing_is_not_written(tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ def test_the_table_names_the_colour(data, tmp_path, capsys):
     lines = predict(*pictures, "--checkpoint", model, "--top", "1", capsys=capsys).splitlines()
     assert [line.split()[-1] for line in lines] == [pictures[0], "sapphire", pictures[1], "ruby"]
     assert [line.split("%")[-1] for line in lines[1::2]] == ["  sapphire", "  ruby"]
+    told = json.loads(predict(*pictures, "--checkpoint", model, "--top", "1", "--json", capsys=capsys))
+    probabilities = [one["predictions"][0]["probability"] for one in told]
+    assert [float(line.split("%")[0]) for line in lines[1::2]] == [round(100 * p, 2) for p in probabilities]
 
 
 @pytest.mark.timeout(60)

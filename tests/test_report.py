@@ -136,6 +136,7 @@ def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.Mo
     group = Group(0, 2, 0, 2, torch.device("cpu"))
     scalars = metrics.speed(3, 2.0, 0.0, batch_size=8, train_flops=50.0, group=group)
     assert (scalars["perf/images_per_sec"], scalars["perf/images_per_sec_per_gpu"]) == (12, 6)
+    assert scalars["perf/step_ms"] == pytest.approx(1e3 * 2 / 3)
     assert scalars["perf/mfu_pct"] == pytest.approx(100 * 12 * 50 / 2000)
 
 

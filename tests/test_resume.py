@@ -5,11 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dali_vit import checkpoint
+from dali_vit.config import OptimConfig
+from dali_vit.distributed import Group
+from dali_vit.optim import create_optimizer
+from dali_vit.saving import restore
 from tests.conftest import TINY, read_metrics
 from tests.processes import dali_vit, logged_steps, running, wait_for
 
@@ -75,3 +81,18 @@ def test_a_finished_run_is_left_as_it_is(image_folder, tmp_path):
     assert again.returncode == 0
     assert "is finished" in again.stdout
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_each_rank_gets_its_own_random_state_back():
+    states = [{"cpu": torch.Generator().manual_seed(seed).get_state()} for seed in (1, 2)]
+    model = torch.nn.Linear(2, 2)
+    optimizer = create_optimizer(model, OptimConfig())
+    saved: Any = SimpleNamespace(
+        model_state=model.state_dict,
+        trainer_state=lambda: {"optimizer": optimizer.state_dict(), "rng": states},
+    )
+    for rank, world_size, expected in ((0, 2, states[0]["cpu"]), (1, 2, states[1]["cpu"]), (1, 3, None)):
+        torch.manual_seed(7)
+        anew = torch.get_rng_state()
+        restore(saved, model, optimizer, Group(rank, world_size, rank, world_size, torch.device("cpu")))
+        assert torch.equal(torch.get_rng_state(), anew if expected is None else expected)

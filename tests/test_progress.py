@@ -1,0 +1,88 @@
+"""What a run's log lines and scalars say is what happened: times, rates, MFU, epochs, and the time left."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import dali_vit.train
+from dali_vit import metrics, progress, report
+from dali_vit.config import Config
+from dali_vit.distributed import Group
+from dali_vit.model import flops_per_image
+from dali_vit.plan import plan
+from dali_vit.progress import Progress
+from dali_vit.saving import Saver
+from dali_vit.train import train
+from tests.conftest import read_metrics
+
+SLOW = 3.0  # seconds that the first checkpoint and the first evaluation take
+
+
+@pytest.mark.timeout(120)
+def test_what_a_run_says_of_its_steps(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint after 5 steps, an evaluation after 7: an epoch is 6.75 steps."""
+    run = dataclasses.replace(tiny_config.run, log_every=1, eval_every=1)
+    config = dataclasses.replace(tiny_config, run=run)
+    slow = {"save": SLOW, "evaluation": SLOW}
+    save = Saver.save
+
+    def slow_save(*arguments: Any, **options: Any) -> None:
+        time.sleep(slow.pop("save", 0.0))
+        save(*arguments, **options)
+
+    def slow_evaluation(*_: Any) -> dict[str, float]:
+        time.sleep(slow.pop("evaluation", 0.0))
+        return {"val/top1": 1.0, "val/top5": 2.0, "val/loss": 3.0}
+
+    monkeypatch.setattr(Saver, "save", slow_save)
+    monkeypatch.setattr(dali_vit.train, "evaluate_splits", slow_evaluation)
+    monkeypatch.setattr(metrics, "peak_flops", lambda _: 1e9)
+    planned = plan(config, 1)
+    flops = 3 * flops_per_image(planned.model, 32)  # the backward pass takes twice the forward pass's
+    with caplog.at_level(logging.INFO):
+        train(config, cpu, planned)
+
+    lines = [line for line in read_metrics(config.run_dir) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for line in lines:
+        rate = line["perf/images_per_sec"]
+        assert line["perf/step_ms"] == pytest.approx(1e3 * 8 / rate)
+        assert line["perf/mfu_pct"] == pytest.approx(100 * rate * flops / 1e9)
+    # Neither counts among the steps: they would make them slower.
+    assert max(line["perf/step_ms"] for line in lines[1:]) < 1e3 * SLOW * 0.8
+
+    rest = {line["step"]: line for line in read_metrics(config.run_dir) if "perf/checkpoint_stall_ms" in line}
+    assert list(rest) == [5, 7, 10, 12]
+    assert 1e3 * SLOW <= rest[5]["perf/checkpoint_stall_ms"] < 1e3 * 10 * SLOW
+    assert SLOW <= rest[7]["perf/evaluation_s"] < 10 * SLOW
+
+    said = re.findall(r"step +(\d+)/12 \| epoch (\S+) \|", caplog.text)
+    assert said == [(str(step), f"{step / 6.75:.2f}") for step in range(1, 13)]
+
+
+def test_the_time_left_of_a_run_that_goes_on_is_of_the_steps_it_took(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would seem near its end if the steps before counted, which took this process no time."""
+    made: list[tuple[int, int]] = []
+    monkeypatch.setattr(progress.report, "TimeLeft", lambda *given: made.append(given))
+    loader: Any = SimpleNamespace(step=5)
+    saver: Any = None
+    Progress(tiny_config, cpu, plan(tiny_config, 1), loader, saver, None, forward_flops=1.0, bad_samples=[])
+    assert made == [(12, 5)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (36_000, "10:00:00")]
+)
+def test_a_duration_is_in_hours_minutes_and_seconds(seconds: float, said: str) -> None:
+    assert report.duration(seconds) == said
