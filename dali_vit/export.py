@@ -44,7 +44,7 @@ _CLASSIFIER = "head/classifier.safetensors"
 
 
 def export(source: Path, target: Path, resolution: int | None = None) -> str:
-    """Writes a checkpoint as a folder for timm; returns one to three lines to print about it.
+    """Writes a checkpoint as a folder for timm; returns one or two lines to print about it.
 
     `resolution` resamples the position embeddings. A model with an MLP head becomes one without a classifier, and
     the head lies beside it: logits = head(tanh(pre_logits(features))). Raises UserError for a target that exists,
@@ -89,8 +89,8 @@ def export(source: Path, target: Path, resolution: int | None = None) -> str:
         lines.append(
             f"timm's ViT has no MLP head: logits = head(tanh(pre_logits(features))) with {target / _CLASSIFIER}"
         )
-    if not isinstance(opened.model, PlainViT):
-        mean, std = (config["pretrained_cfg"][key] for key in ("mean", "std"))
+    mean, std = (config["pretrained_cfg"][key] for key in ("mean", "std"))
+    if mean != [0.5] * 3 or std != [0.5] * 3:
         lines.append(f"it takes (value / 255 - mean) / std with mean {mean} and std {std}, not [-1, 1]")
     return "\n".join(lines)
 

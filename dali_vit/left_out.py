@@ -1,4 +1,4 @@
-"""Training images that a run leaves out because they cannot be read or decoded."""
+"""Images that a run leaves out because they cannot be read, decoded or cropped."""
 
 from __future__ import annotations
 
@@ -53,11 +53,14 @@ def still_bad(
 
 
 def check_share(bad: int, count: int, split: str, config: Config) -> None:
-    """UserError, on every rank alike, if the ranks together have found more bad images of a split's than the allowed
-    share."""
+    """UserError, on every rank alike, if the ranks together have found more bad images in a split than the allowed
+    share.
+
+    bad: how many they have found among the split's `count` images.
+    """
     if bad > most_allowed(config.data.max_bad_share, count):
         raise UserError(
-            f"{bad} of {count} images of {split} cannot be decoded (--max-bad-share"
+            f"{bad} of {count} images of {split} cannot be read, decoded or cropped (--max-bad-share"
             f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
             " lists all), or go on with a higher share"
         )

@@ -159,7 +159,7 @@ class StarvationWarning:
         self._waited += waited
         if self._count < self._steps:
             return
-        data_wait_pct = 100.0 * self._waited / self._seconds
+        data_wait_pct = 100.0 * min(self._waited / self._seconds, 1.0)  # ranks do not read the clock at the same time
         self._count, self._seconds, self._waited = 0, 0.0, 0.0
         if data_wait_pct > self.LIMIT and not self._said:
             self._said = True

@@ -240,10 +240,10 @@ def test_compare_names_an_image_that_the_other_loaders_cannot_decode(image_folde
     code, _, err = run(*flags(data), *QUICK, "--mode", "loader", "--compare", capsys=capsys)
     assert code == 2
     (line,) = (line for line in err.splitlines() if line.startswith("bench_throughput.py: "))
-    start, _, rest = line.partition("cannot be decoded: ")
-    assert start == "bench_throughput.py: --compare: the other loaders do without no image, and this one "
+    start, _, rest = line.partition(" cannot read ")
+    assert start == "bench_throughput.py: --compare: one of the other loaders, which need every image,"
     assert rest.partition(": ")[0] in map(str, paths)
-    assert rest.endswith("; move it away (dali-vit verify --quarantine does)")
+    assert "truncated" in rest.partition("; ")[0].lower()
 
 
 def test_a_cost_of_randaugment_needs_randaugment():

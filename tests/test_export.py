@@ -111,12 +111,26 @@ def test_timm_resizes_to_the_side_that_our_evaluation_does():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("model", "resolution"), [("timm:test_resnet", 64), ("timm:test_vit", 96)])
-def test_comparators_keep_timms_name_and_statistics(model, resolution, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "resolution", "said"),
+    [
+        ("timm:test_resnet", 64, []),
+        ("timm:test_vit", 96, []),
+        (
+            "timm:resnet10t",
+            64,
+            [
+                "it takes (value / 255 - mean) / std with mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225],"
+                " not [-1, 1]"
+            ],
+        ),
+    ],
+)
+def test_comparators_keep_timms_name_and_statistics(model, resolution, said, tmp_path, capsys):
     source = save(tmp_path / "a.safetensors", ModelConfig(model=model), resolution)
     code, out, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 0, err
-    assert out.splitlines()[1].startswith("it takes (value / 255 - mean) / std with mean [0.")
+    assert out.splitlines()[1:] == said
     stock = loaded(tmp_path / "out")
     data = timm.data.resolve_data_config(model=stock)
     mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))

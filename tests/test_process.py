@@ -302,3 +302,43 @@ def test_a_full_disk_under_what_a_tool_prints_is_told_when_its_work_is_done(tmp_
     assert drawn.returncode == 2
     assert drawn.stderr == "make_jpegs.py: stdout: No space left on device; what was printed is incomplete\n"
     assert len(list((tmp_path / "jpegs").glob("train/*/*.JPEG"))) == 2
+
+
+@pytest.mark.parametrize(("what", "code"), [("sys.exit(1)", 1), ("1 / 0", 1), ("raise KeyboardInterrupt", 130)])
+def test_a_full_disk_hides_nothing_that_a_tool_ends_with(what: str, code: int, tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "tools")!r})
+from benchmark import command
+def main():
+    print("text")
+    {what}
+command.run(main)"""
+    arguments = [sys.executable, "-c", program]
+    with open("/dev/full", "w") as full:
+        for stderr in (subprocess.PIPE, full):  # both on the same disk, as in `> file 2>&1`
+            ended = subprocess.run(
+                arguments, stdout=full, stderr=stderr, text=True, env=environment(), timeout=50, check=False
+            )
+            assert ended.returncode == code
+            assert ended.stderr is None or ("ZeroDivisionError" in ended.stderr) == ("1 / 0" in what)
+
+
+def test_a_tool_goes_on_when_nobody_reads_its_errors_either(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "tools")!r})
+from benchmark import command
+def main():
+    print("text")
+    print("told", file=sys.stderr)
+    open({str(tmp_path / "done")!r}, "w").close()
+command.run(main)"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=writing, env=environment(), timeout=50, check=False
+    )
+    os.close(writing)
+    assert ended.returncode == 0
+    assert (tmp_path / "done").exists()

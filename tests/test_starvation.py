@@ -67,6 +67,10 @@ def test_a_few_steps_after_a_checkpoint_are_no_reason_to_warn(caplog):
         assert caplog.text == ""
         warning.check(count, seconds=float(count), waited=waited)
     assert "training waits for data 12 % of the time" in caplog.text
+    warning = StarvationWarning(steps=1, in_shards=True)
+    for _ in range(2):
+        warning.check(1, seconds=1.0, waited=1.02)  # by the clock of another rank
+    assert "training waits for data 100 % of the time" in caplog.text
 
 
 @pytest.mark.timeout(120)

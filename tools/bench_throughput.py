@@ -150,7 +150,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
     options = arguments.bench
     report.check_seconds(options.seconds)
     if options.randaug_cost and arguments.data.randaug_layers == 0:
-        raise UserError("--randaug-cost: without RandAugment there is nothing to measure; leave --randaug-layers 0 out")
+        raise UserError("--randaug-cost: without RandAugment there is nothing to measure; give --randaug-layers 2")
     if options.profile < 0:
         raise UserError(f"--profile {options.profile}: must not be negative")
     report.check_json(options.json)

@@ -121,10 +121,10 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
     if result.exists():  # from another command, or from one that was given up
         result.replace(out / f"{measurement.name}.before.json")
     began = time.monotonic()
-    command = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
+    argv = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
     with (out / f"{measurement.name}.txt").open("wb") as printed:
         process = subprocess.Popen(
-            command,
+            argv,
             stdout=printed,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -70,9 +70,10 @@ def main() -> None:
     try:
         measured = measure(pipeline, arguments.batch_size, arguments.seconds)
     except RuntimeError as error:  # of DALI, most likely at an image's size
+        reason = " ".join(str(error).rpartition("encountered:")[2].split())[:200]
         print(
-            f"measure_input.py: --data {arguments.data}: cannot be loaded ({' '.join(str(error).split())[:200]});"
-            f" if an image is at fault, `dali-vit verify {arguments.data}` names it",
+            f"measure_input.py: --data {arguments.data}: cannot be loaded ({reason}); if an image is at fault,"
+            f" `dali-vit verify {arguments.data}` names it",
             file=sys.stderr,
         )
         sys.exit(2)

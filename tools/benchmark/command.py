@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-class _Stdout(io.FileIO):
+class _Stream(io.FileIO):
     """Drops what cannot be written, and remembers why: a measurement of minutes is not to end with it."""
 
     lost: OSError | None = None
@@ -35,27 +35,37 @@ class _Stdout(io.FileIO):
             return len(data)
 
 
-def run(main: Callable[[], object]) -> NoReturn:
-    """Runs a tool as `process.run` does, to its end even where stdout is a pipe that nobody reads, or a full disk.
+def _dropping(given: io.TextIOWrapper) -> tuple[io.TextIOWrapper, _Stream]:
+    stream = _Stream(given.fileno(), "w", closefd=False)
+    options: dict[str, Any] = {"encoding": given.encoding, "errors": given.errors}
+    return io.TextIOWrapper(io.BufferedWriter(stream), line_buffering=True, write_through=True, **options), stream
 
-    For the full disk the exit code is then 2, after one line on stderr.
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Runs a tool as `process.run` does, to its end even where stdout or stderr can no longer be written.
+
+    What was to go to a pipe that nobody reads any more is dropped. A full disk under stdout is told of at the end, in
+    one line on stderr, and makes of exit code 0 a 2.
     """
-    stdout: _Stdout | None = None
-    if isinstance(given := sys.stdout, io.TextIOWrapper):  # None where it was closed from the start
-        stdout = _Stdout(given.fileno(), "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(stdout), given.encoding, given.errors, line_buffering=True, write_through=True
-        )
+    stdout: _Stream | None = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it was closed from the start
+        sys.stdout, stdout = _dropping(sys.stdout)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr, _ = _dropping(sys.stderr)
 
     def to_its_end() -> None:
+        code: object = 0
         try:
             main()
-        finally:
+        except SystemExit as request:
+            code = request.code
+        finally:  # any other error goes on
             sys.stdout.flush()
             if stdout is not None and stdout.lost and stdout.lost.errno not in process.NOBODY_READS:
                 name = Path(sys.argv[0]).name
                 print(f"{name}: stdout: {stdout.lost.strerror}; what was printed is incomplete", file=sys.stderr)
-                sys.exit(2)
+                code = code or 2
+        sys.exit(code)  # type: ignore[arg-type]
 
     process.run(to_its_end)
 

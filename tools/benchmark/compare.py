@@ -40,8 +40,8 @@ SHARED_MEMORY = "/dev/shm"  # where torch's workers put their tensors
 Batch = tuple[Tensor, Tensor]
 
 
-class Undecodable(Exception):
-    """An image that another loader cannot decode: its path, and why."""
+class Unreadable(Exception):
+    """An image that another loader cannot read: its path, and why."""
 
 
 class Contestant(Protocol):
@@ -77,8 +77,10 @@ class _Files(Dataset[tuple[Any, int]]):
         path = self.files.path(index)
         try:
             image = self.load(path)
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # Pillow has many: OSError, SyntaxError, DecompressionBombError
-            raise Undecodable(f"{path}: {' '.join(str(error).split())}") from error
+            raise Unreadable(f"{path}: {' '.join(str(error).split())}") from error
         return self.transform(image), int(self.files.labels[index])
 
 
@@ -132,11 +134,12 @@ class _Workers:
         try:
             for images, labels in batches:
                 yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-        except Undecodable as error:
-            what = str(error).rstrip().rsplit(f"{Undecodable.__name__}: ", 1)[-1]  # follows the worker's traceback
+        except Unreadable as error:
+            what = str(error).rstrip().rsplit(f"{Unreadable.__name__}: ", 1)[-1]  # follows the worker's traceback
             raise LocalUserError(
-                f"--compare: the other loaders do without no image, and this one cannot be decoded: {what}; move it"
-                " away (dali-vit verify --quarantine does)"
+                f"--compare: one of the other loaders, which need every image, cannot read {what}; `dali-vit verify"
+                " --quarantine` moves images that are damaged, and those of a format that it does not know are to be"
+                " converted"
             ) from error
 
 
