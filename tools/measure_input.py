@@ -70,7 +70,8 @@ def main() -> None:
     try:
         measured = measure(pipeline, arguments.batch_size, arguments.seconds)
     except RuntimeError as error:  # of DALI, most likely at an image's size
-        reason = " ".join(str(error).rpartition("encountered:")[2].split())[:200]
+        cause = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+        reason = " ".join(cause.split())[:200]
         print(
             f"measure_input.py: --data {arguments.data}: cannot be loaded ({reason}); if an image is at fault,"
             f" `dali-vit verify {arguments.data}` names it",
