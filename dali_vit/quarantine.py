@@ -102,7 +102,7 @@ def _lower_counts(root: Path, moved: dict[str, Problem], sizes: Counter[str]) ->
     """Subtracts images that are gone from the counts in a prepared folder's manifest."""
     manifest = read_manifest(root)
     if manifest is not None:
-        gone = Counter(problem.split for path, problem in moved.items() if not os.path.exists(path))
+        gone = Counter(problem.split for path, problem in moved.items() if not os.path.lexists(path))
         splits = {
             name: replace(split, count=split.count - gone[name], bytes=split.bytes - sizes[name])
             for name, split in manifest.splits.items()

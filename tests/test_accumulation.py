@@ -256,3 +256,16 @@ def test_a_run_may_go_on_with_another_number_of_parts(tiny_config):
     from dali_vit.config import differences
 
     assert differences(tiny_config, with_parts(tiny_config, 4)) == []
+
+
+def test_memory_is_that_of_all_processes_of_a_machine_and_of_a_part_of_a_batch(tiny_config, cpu, monkeypatch, caplog):
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    image = kept_bytes_per_image(model, 32)
+    two = dataclasses.replace(cpu, world_size=2, local_world_size=2)
+    monkeypatch.setattr(accumulation, "available_memory", lambda: 7 * image)
+    accumulation.warn_of_memory(model, tiny_config, two)  # 4 images each
+    assert "a step of 8 images takes about" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(accumulation, "available_memory", lambda: 2 * image)
+    accumulation.warn_of_memory(model, with_parts(tiny_config, 2), cpu)  # 4 at a time
+    assert "give --grad-accum-steps 4 or" in caplog.text

@@ -264,3 +264,52 @@ def test_a_jpeg_engine_that_cannot_be_used_is_said_before_anything_is_loaded(
         monkeypatch.setattr(autotune.environment, "jpeg_engine", lambda device, engine=engine: engine)
         autotune.loader_settings(dataset, off, CUDA, MODEL)
         assert [message[-len(said[0]) :] if said else message for message in caplog.messages] == said
+
+
+@pytest.mark.parametrize(
+    ("group", "change"),
+    [
+        ("data", {"crop": "torchvision"}),
+        ("data", {"antialias": False}),
+        ("data", {"randaug_layers": 1}),
+        ("data", {"resolution": 64}),
+        ("optim", {"batch_size": 2}),
+        ("run", {"threads": 3}),
+        ("model", {"depth": 2}),
+    ],
+)
+def test_what_is_found_is_for_the_work_it_was_found_for(group, change, dataset, config) -> None:
+    other = replace(config, **{group: replace(getattr(config, group), **change)})
+    assert autotune._conditions(dataset, other, CPU) != autotune._conditions(dataset, config, CPU)
+
+
+def test_the_pace_is_that_of_the_slowest_rank(dataset, config, monkeypatch) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.02)
+    monkeypatch.setattr(autotune, "gather_objects", lambda own: [own, 100.0])
+    rate = autotune._rate(dataset, config, CPU, LoaderSettings(1), set(), lambda _: None)
+    assert rate == config.optim.batch_size / 100
+
+
+def test_what_was_loaded_ahead_is_not_measured(dataset, config, monkeypatch) -> None:
+    class Counting:
+        bad_samples = ()
+        given = 0
+
+        def __next__(self):
+            self.given += 1
+            return torch.zeros(1), None
+
+        def close(self):
+            pass
+
+    loader, begun, now = Counting(), [], autotune._now
+
+    def noting(group):
+        begun.append(loader.given)
+        return now(group)
+
+    monkeypatch.setattr(autotune.loaders, "train_loader", lambda *_, **__: loader)
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.01)
+    monkeypatch.setattr(autotune, "_now", noting)
+    autotune._rate(dataset, config, CPU, LoaderSettings(1, prefetch=3), set(), lambda _: None)
+    assert begun[0] >= 2 * 3 + 2

@@ -245,3 +245,23 @@ def test_no_step_of_a_benchmark_is_left_out_for_the_loss_of_a_batch_unlike_the_o
     train_on(images, torch.ones(8, dtype=torch.int64))
     assert not any(map(math.isnan, norms[:200]))
     assert math.isnan(norms[200]) == left_out
+
+
+def test_batches_that_the_other_loaders_made_ahead_do_not_count() -> None:
+    """Of three workers: two batches ahead and one at work each."""
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        while True:
+            taken += 1
+            time.sleep(0 if taken <= 9 else 0.01)
+            yield torch.zeros(4), None
+
+    assert compare._rate(batches(), 3, 0.1, CPU) <= 4 / 0.01
+
+
+def test_the_step_is_that_of_training_not_of_evaluation(tiny_config, cpu) -> None:
+    model = create_model(tiny_config.model, num_classes=4, resolution=32).eval()
+    modes.training_step(tiny_config, model, 10, cpu)
+    assert model.training

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dali_vit import environment, files, process
+from dali_vit import doctor, environment, files, process
 
 V1 = "9:name=systemd:/init\n4:memory:/m\n1:{controllers}:{path}\n0::/"
 
@@ -220,3 +221,25 @@ def test_where_nothing_can_be_written_there_is_still_a_name(tmp_path: Path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     assert files.cache_folder() == tmp_path / "dali-vit"
+
+
+def test_doctor_says_how_many_threads_a_process_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "cpu_count", lambda: 12)
+    monkeypatch.setattr(doctor, "_input_fault", lambda _: None)
+    monkeypatch.setattr(doctor, "compile_fault", lambda _: None)
+    assert "on the CPU, 12 threads a process: works" in doctor.report()
+    monkeypatch.setattr(environment, "gpu_names", lambda: ["H200"] * 5)
+    monkeypatch.setattr(doctor, "peak_flops", lambda _: None)
+    monkeypatch.setattr(doctor.windows, "fault", lambda: None)
+    monkeypatch.setattr(environment, "jpeg_engine", lambda _: "usable")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert "on the GPU, 2 threads a process: works" in doctor.report()
+
+
+@pytest.mark.parametrize(("status", "expected"), [("", "abc"), (" M a.py\n", "abc (changed)")])
+def test_a_commit_says_whether_the_code_was_changed(
+    status: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"ls-files": "", "rev-parse": "abc\n", "status": status}
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: SimpleNamespace(stdout=said[command[3]]))
+    assert environment.git_commit() == expected

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_vit import checkpoint, distributed
+from dali_vit import checkpoint, distributed, stopping
 from tests.conftest import environment, read_metrics, write_image_folder
 from tests.processes import (
     LAUNCH,
@@ -264,3 +264,29 @@ def test_a_long_run_keeps_its_memory_descriptors_and_threads(image_folder, tmp_p
         early_least = min(sample[kind] for sample in samples[3 : len(samples) // 2])
         late_least = min(sample[kind] for sample in samples[len(samples) // 2 :])
         assert late_least <= early_least
+
+
+def test_what_stops_one_rank_stops_all(cpu, monkeypatch):
+    stop = stopping.Stop(cpu, None, 0)
+    stop._gloo = object()
+    combine = {torch.distributed.ReduceOp.MAX: max, torch.distributed.ReduceOp.MIN: min}
+    reasons = []
+    for theirs in (0, 1, 2):
+        monkeypatch.setattr(
+            torch.distributed,
+            "all_reduce",
+            lambda own, op, group, theirs=theirs: own.fill_(combine[op](int(own), theirs)),
+        )
+        reasons.append(stop.reason())
+    assert reasons == [None, "--max-hours are over", "stopped by a signal to another rank"]
+
+
+def test_hours_are_hours(cpu, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    stop = stopping.Stop(cpu, 2.0, 0)
+    stop.start_clock()
+    now += 7199
+    assert stop.reason() is None
+    now += 1
+    assert stop.reason() == "--max-hours are over"

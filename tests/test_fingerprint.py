@@ -7,10 +7,11 @@ import pytest
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.names import fingerprint
+from dali_vit.names import chunks_of_names, fingerprint
 from dali_vit.plan import plan, up_to_date
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.train import train
+from pipelines.readers import FileList
 from tests.conftest import write_image_folder
 
 
@@ -95,3 +96,11 @@ def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config,
     assert load_dataset(again).resized == load_dataset(small).resized is not None
     shards = prepare(PrepareArguments(folder, tmp_path / "shards"))
     assert plan(with_data(shards), 1).checkpoint.step == 12
+
+
+def test_names_of_many_lengths_are_taken_apart_in_chunks(monkeypatch):
+    names = [f"c{i}/{'x' * (i % 13)}.jpg" for i in range(50)]
+    files = FileList.from_paths([f"/data/{name}" for name in names], [0] * 50)
+    monkeypatch.setattr("dali_vit.names._CHUNK", 7)
+    chunks = list(chunks_of_names(files, Path("/data")))
+    assert [name.decode() for chunk in chunks for name in chunk] == names

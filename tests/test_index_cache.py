@@ -244,3 +244,25 @@ def test_processes_that_start_at_once(folder: Path, tmp_path: Path) -> None:
             _, errors = process.communicate(timeout=100)
             assert process.returncode == 0, errors
     assert [path.name for path in (folder / "train").iterdir() if path.is_file()] == [INDEX]
+
+
+def test_a_file_that_comes_while_its_folder_is_listed_is_found_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_cache, "_SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(index_cache, "_MIN_IMAGES", 1)
+    folder = tmp_path / "set/train/ant"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"x")
+    scan = listing.scan
+
+    def slow(path, *, folders):
+        found = scan(path, folders=folders)
+        if not folders:
+            (folder / "b.jpg").write_bytes(b"x")
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(listing, "scan", slow)
+        assert load_dataset(tmp_path / "set", minival=0).counts["train"] == 1
+    assert load_dataset(tmp_path / "set", minival=0).counts["train"] == 2

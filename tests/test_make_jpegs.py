@@ -201,3 +201,16 @@ def test_runs_as_a_script_from_any_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "0 written in" in result.stdout
     assert load_dataset(tmp_path / "out", minival=0).counts == {"train": 4, "val": 2}
+
+
+def test_rates_are_told_by_the_minute(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 5.0, 12.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr(make_jpegs.time, "perf_counter", lambda: next(clock))
+    assert list(make_jpegs._with_progress(iter("abcd"), 4)) == list("abcd")
+    assert capsys.readouterr().err == "2 of 4 (10 a minute)\n"
+
+    written = [make_jpegs.Written(i < 20, 1000, 10, 10) for i in range(30)]
+    monkeypatch.setattr(make_jpegs, "make_jpegs", lambda *_, **__: written)
+    clock = iter([0.0, 10.0])
+    assert make_jpegs.main(["--out", str(tmp_path / "x"), "--count", "30", "--classes", "3", "--workers", "2"]) == 0
+    assert "20 written in 10.0 s by 2 workers, 120 a minute" in capsys.readouterr().out

@@ -289,3 +289,22 @@ def test_prepare_goes_on_without_a_receipt_that_was_lost(
         (tmp_path / "set.partial/.set/train/shard-000009.tar").touch()  # as another plan may have had it
     prepare(dataclasses.replace(arguments, target=tmp_path / "set"))
     assert tree(tmp_path / "set") == tree(whole)
+
+
+def test_an_older_attempt_set_aside_is_not_written_over(tmp_path: Path) -> None:
+    names = ("config.yaml", "env.txt", "metrics.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("second")
+    (tmp_path / "config.yaml.1").write_text("first")
+    runfolder._set_aside(tmp_path)
+    assert (tmp_path / "config.yaml.1").read_text() == "first"
+    assert [(tmp_path / f"{name}.2").read_text() for name in names] == ["second"] * 3
+
+
+def test_the_events_of_this_start_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("events.out.tfevents.1", "events.out.tfevents.2", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    flushed: list[Path] = []
+    monkeypatch.setattr(runfolder, "flush", flushed.append)
+    runfolder.flush_logs(tmp_path)
+    assert flushed == [tmp_path / "metrics.jsonl", tmp_path / "events.out.tfevents.2", tmp_path]

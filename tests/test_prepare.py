@@ -299,3 +299,29 @@ def test_a_tar_beside_images_in_folders_does_not_matter(tmp_path):
     (source / "train" / "ILSVRC2012_img_train.tar").touch()  # moved there to be unpacked
     expected = load_dataset(source, minival=0).counts
     assert load_dataset(prepare(PrepareArguments(source, tmp_path / "set")), minival=0).counts == expected
+
+
+def test_what_was_resized_is_not_said_to_be_larger(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    small = prepare(replace(arguments, target=tmp_path / "small", shorter_side=24))
+    for side in (24, 48):
+        given = PrepareArguments(small, tmp_path / "set", shorter_side=side)
+        prepare_fails(given, f"--shorter-side {side}: {small} was resized to 24 already; leave it out")
+    assert not (tmp_path / "set.partial").exists()
+    smaller = prepare(PrepareArguments(small, tmp_path / "set", shorter_side=16))
+    assert load_dataset(smaller, minival=0).resized == {"shorter_side": 16, "quality": 92}
+
+
+@pytest.mark.parametrize("word", ["val", "valid", "validation"])
+def test_val_may_be_called_so(word, tmp_path):
+    arguments = write_source("tfds", tmp_path / "source")
+    for path in arguments.source.glob("*validation*"):
+        path.rename(path.with_name(path.name.replace("validation", word)))
+    assert load_dataset(prepare(replace(arguments, target=tmp_path / "set")), minival=0).counts["val"] == VAL_IMAGES
+
+
+def test_the_quality_is_the_one_that_was_asked_for():
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(out, "JPEG")
+    low, high = (Image.open(io.BytesIO(shrink(out.getvalue(), 32, quality))).quantization for quality in (30, 90))
+    assert sum(low[0]) > 3 * sum(high[0])

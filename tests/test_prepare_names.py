@@ -147,3 +147,13 @@ def classes_of_parquet(tmp_path: Path, metadata: str) -> tuple[str, ...]:
     table = pyarrow.table(columns).replace_schema_metadata({"huggingface": metadata})
     parquet.write_table(table, tmp_path / "source/train.parquet")
     return load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set")), minival=0).classes
+
+
+def test_an_image_whose_name_is_empty_gets_one(tmp_path: Path) -> None:
+    rows: list[dict[str, int | float | str | bytes]] = [
+        {"image": JPEG, "label": label, "file_name": name} for label, name in enumerate(("", "b.jpg"))
+    ]
+    found = datasets.contents(prepare(PrepareArguments(write(tmp_path / "source", rows), tmp_path / "set")))
+    names = [name.split("/")[1] for split in found.values() for name in split]
+    assert names
+    assert all(names)

@@ -12,7 +12,7 @@ import pytest
 
 from dali_vit.data import load_dataset
 from dali_vit.prepare import PrepareArguments, prepare, records
-from tests.datasets import NUM_TRAIN, VAL_IMAGES, prepare_fails, write_source
+from tests.datasets import IMAGES, NUM_TRAIN, VAL_IMAGES, contents, prepare_fails, write_source
 
 pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
@@ -106,3 +106,25 @@ def test_a_file_in_place_of_its_folder_is_told_as_such(tmp_path: Path) -> None:
     file = tmp_path / "train.parquet"
     file.touch()
     prepare_fails(PrepareArguments(file, tmp_path / "set"), f"{file}: is a file; give the folder that holds it")
+
+
+@pytest.mark.timeout(60)
+def test_an_image_of_another_source_is_never_taken_for_one_of_this(tmp_path, monkeypatch):
+    """Of a source by mistake, stopped while it was unpacked to where this one's images lay."""
+    arguments = replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set")
+    whole = contents(prepare(replace(arguments, target=tmp_path / "whole")))
+    inverted = {
+        split: [(wnid, name, bytes(255 - value for value in data)) for wnid, name, data in rows]
+        for split, rows in IMAGES.items()
+    }
+    wrong = replace(write_source("parquet", tmp_path / "other", inverted), target=tmp_path / "set")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for where, given in (("write_shards", arguments), ("records.write_receipt", wrong)):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"dali_vit.prepare.{where}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(given)
+    assert contents(prepare(arguments)) == whole

@@ -180,3 +180,45 @@ def test_of_a_source_file_that_cannot_be_read_it_is_said_what_doing_without_it_t
     )
     prepare(arguments)
     assert load_dataset(tmp_path / "set", minival=0).counts["train"] == NUM_TRAIN
+
+
+@pytest.mark.timeout(60)
+def test_where_a_part_fails_the_others_stop_at_their_next_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "_FOLDER_PART", NUM_TRAIN // 2)
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set", to="folder", workers=2)
+    read, reads = targets.read_sample, []
+
+    def read_slowly(samples, index):
+        reads.append(index)
+        if index == 0:
+            time.sleep(0.3)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), samples.path(index))
+        time.sleep(0.1)
+        return read(samples, index)
+
+    monkeypatch.setattr(targets, "read_sample", read_slowly)
+    prepare_fails(arguments, os.strerror(errno.EIO))
+    assert len(reads) < NUM_TRAIN // 2
+
+
+def test_an_index_of_a_source_that_was_moved_is_another(tmp_path):
+    arguments = replace(write_source("tfds", tmp_path / "source"), target=tmp_path / "set", to="index")
+    prepare(arguments)
+    arguments.source.rename(tmp_path / "moved")
+    prepare_fails(replace(arguments, source=tmp_path / "moved"), "made of another source")
+
+
+def test_two_do_not_prepare_the_same_target_at_once(tmp_path, monkeypatch):
+    arguments = replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set")
+    read, tried = targets.read_sample, []
+
+    def read_meanwhile(samples, index):
+        if not tried:
+            tried.append(index)
+            prepare_fails(arguments, "is being written by another prepare: wait for it, or stop it")
+        return read(samples, index)
+
+    monkeypatch.setattr(targets, "read_sample", read_meanwhile)
+    prepare(arguments)
+    assert tried
+    assert load_dataset(tmp_path / "set", minival=0).counts["train"] == NUM_TRAIN

@@ -14,8 +14,10 @@ from PIL import Image
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
+from dali_vit.inspection import Problem
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.quarantine import move_aside
 from dali_vit.verify import VerifyArguments, verify
 from tests import datasets
 from tests.datasets import NUM_TRAIN, VAL_IMAGES, WNIDS, write_source
@@ -245,3 +247,21 @@ def test_of_a_set_that_cannot_be_written_to_nothing_is_copied_and_once_it_can_th
     assert not list(aside.rglob("*.JPEG"))
     assert (aside / "quarantined.tsv").read_text() == ""
     assert verify(VerifyArguments(root, quarantine=aside)).quarantined >= HURT - 1
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_what_was_not_moved_is_still_counted(dead: bool, tmp_path: Path) -> None:
+    made = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set", to="folder"))
+    aside = tmp_path / "aside"
+    first, second = sorted((made / "train").glob("*/*"))[:2]
+    if dead:
+        for path in (first, second):
+            path.unlink()
+            path.symlink_to("nowhere")
+    taken = aside / first.relative_to(made)
+    taken.parent.mkdir(parents=True)
+    taken.write_bytes(b"of an earlier run")
+    with pytest.raises(UserError, match="already"):
+        move_aside(made, aside, [Problem("empty", "train", str(path), "") for path in (first, second)])
+    assert os.path.lexists(first)
+    assert json.loads((made / MANIFEST).read_text())["splits"]["train"]["count"] == NUM_TRAIN

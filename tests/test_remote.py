@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
 import torch
+from filelock import FileLock
 
 from dali_vit import remote
 from dali_vit.config import UserError
@@ -206,3 +209,27 @@ def test_what_is_wrong_is_said_in_one_line(
         load_dataset(uri)
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "cache").rglob("*.tar" if damage in ("outside", "no set") else "*.part"))
+
+
+def test_a_disk_that_a_set_does_not_fit_on_is_told_of_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = SimpleNamespace(uri="s3://images")
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(UserError, match=r"2\.0 GiB are to be copied to .*, where 1\.0 GiB are free: make room there"):
+        remote._copy_files(store, tmp_path, [remote._File("a", 2 * 2**30, None)])
+
+
+def test_a_copy_waits_for_another_of_the_same_set(shards: Path, client: Any) -> None:
+    upload(client, shards)
+    root = load_dataset("s3://images/sets/ours").root
+    shard = root / "train/shard-000000.tar"
+    shard.unlink()
+    done = threading.Event()
+    copying = threading.Thread(target=lambda: (load_dataset("s3://images/sets/ours"), done.set()))
+    with FileLock(root.with_name(f"{root.name}.lock")):
+        copying.start()
+        assert not done.wait(1)
+        assert not shard.exists()
+    assert done.wait(60)
+    assert shard.exists()

@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import run as launcher
 
 from dali_vit import checkpoint, launch
-from tests.conftest import environment, read_metrics, write_image_folder
+from tests.conftest import environment, python, read_metrics, write_image_folder
 from tests.processes import LAUNCH, alive, command, logged_steps, running, wait_for
 from tests.test_faults import stall, wait_for_stall
 
@@ -92,3 +92,22 @@ def test_workers_have_minutes_to_write_a_checkpoint_before_they_are_killed(given
     if not hasattr(config, "shutdown_timeout"):
         pytest.skip("torch before 2.15 waits 30 s")
     assert config.shutdown_timeout == expected
+
+
+TWICE = """
+import os, signal, time, torch
+from dali_vit.distributed import Group
+from dali_vit.stopping import Stop
+
+stop = Stop(Group(0, 1, 0, 1, torch.device("cpu")), None, 0)
+with stop.watching():
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    print(stop.reason())
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_ctrl_c_that_terminal_and_launcher_both_pass_on_is_one() -> None:
+    assert python("-c", TWICE).stdout == "stopped by SIGINT\n"

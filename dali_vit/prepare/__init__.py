@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -109,6 +110,12 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     source = open_source(
         at_home(arguments.source).absolute(), arguments.source_format, labels, state, in_place=arguments.to == "index"
     )
+    before = (source.resized or {}).get("shorter_side", math.inf)
+    if arguments.shorter_side is not None and arguments.shorter_side >= before:
+        raise UserError(
+            f"--shorter-side {arguments.shorter_side}: {arguments.source} was resized to {before} already; leave it"
+            " out, or prepare from the original images"
+        )
     settings = Settings(
         arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
     )

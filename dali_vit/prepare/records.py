@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dali_vit.config import UserError
+from dali_vit.files import flush
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
@@ -273,6 +274,9 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                 rows = done["rows"]
             else:
                 rows, position = [], 0
+                # What it says of the file is true no longer, should this be stopped before there is a new one.
+                receipt.unlink(missing_ok=True)
+                flush(receipt.parent)
                 with open(target, "wb") as out:
                     for batch in file.iter_batches(256, columns=["image", "label"]):
                         for row in batch.to_pylist():
