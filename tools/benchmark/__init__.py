@@ -1,1 +1,1 @@
-"""What tools/bench_throughput.py measures, one module a question."""
+"""What the tools measure, one module a question, and `command`, which all of them are started by."""
