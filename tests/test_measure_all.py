@@ -97,7 +97,7 @@ def tools(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(tools, tmp_path, capsys):
+def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(tools, tmp_path, monkeypatch, capsys):
     out, lines = tmp_path / "out", tmp_path / "lines"
     out.mkdir()
     measurements = [
@@ -120,10 +120,18 @@ def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(t
     (out / "second.txt").unlink()
     assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
     assert lines.read_text() == "x\nx\n"
+    for number in (2, 2, 3):  # the second time nothing has changed
+        (tools / "good.py").write_text(f"import sys; print('{number}', file=open(sys.argv[1], 'a')); print('fine')")
+        assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
+    assert lines.read_text() == "x\nx\n2\n3\n"
+    monkeypatch.setattr(measure_all, "versions", lambda: {"torch": "0.1"})
+    for _ in range(2):
+        assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
+    assert lines.read_text() == "x\nx\n2\n3\n3\n"
     changed = [measure_all.Measurement("second", ("good.py", str(lines), "another flag"), 1)]
     (out / "second.json").write_text('{"earlier": {}}')
     assert measure_all._measure(changed, out, time.monotonic() + 60) == 0
-    assert lines.read_text() == "x\nx\nx\n"
+    assert lines.read_text() == "x\nx\n2\n3\n3\n3\n"
     assert not (out / "second.json").exists()
     assert json.loads((out / "second.before.json").read_text()) == {"earlier": {}}
 

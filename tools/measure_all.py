@@ -6,12 +6,14 @@
 
 Each measurement is a command of another tool, in a process of its own and with a time limit: where one fails or takes
 too long, the others are made all the same. The folder --out gets NAME.txt, what a measurement printed, for most also
-NAME.json, their figures, and summary.md, which is written anew after each measurement.
+NAME.json, their figures, and summary.md, which is written anew after each measurement. What was measured with other
+code, or with other versions of the packages, is measured again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -27,6 +29,7 @@ from benchmark import command, goals
 
 from dali_vit import distributed
 from dali_vit.config import UserError
+from dali_vit.environment import versions
 from dali_vit.files import replacing
 from dali_vit.process import end_with_parent
 
@@ -120,7 +123,7 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
     result = out / f"{measurement.name}.json"
     if result.exists():  # from another command, or from one that was given up
         result.replace(out / f"{measurement.name}.before.json")
-    began = time.monotonic()
+    sources, began = _code(), time.monotonic()  # before it starts: sources may be edited while it runs
     argv = [sys.executable, str(TOOLS / measurement.command[0]), *measurement.command[1:]]
     with (out / f"{measurement.name}.txt").open("wb") as printed:
         process = subprocess.Popen(
@@ -141,7 +144,17 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
         "exit_code": code,
         "seconds": round(time.monotonic() - began, 1),
         "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "code": sources,
     }
+
+
+def _code() -> str:
+    """A digest of the sources that are measured and of the versions of the packages that they use."""
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    sources = (TOOLS.parent / folder for folder in ("dali_vit", "pipelines", TOOLS.name))
+    for path in sorted(path for folder in sources for path in folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -243,7 +256,8 @@ def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int
     for measurement in measurements:
         name, before = measurement.name, records.get(measurement.name, {})
         # make_jpegs.py goes on where it stopped, and finds out by itself that nothing is left to do.
-        done = before.get("exit_code") == 0 and before["command"] == measurement.shown()
+        same = before.get("command") == measurement.shown() and before.get("code") == _code()
+        done = same and before["exit_code"] == 0
         if name != "jpegs" and done and all((out / file).exists() for file in measurement.files()):
             print(f"{name:<20} there already", flush=True)
             continue
