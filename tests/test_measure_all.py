@@ -262,6 +262,7 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert "| step alone, batch 128, default | >= 9,000 | 8,999 images/s | missed |  |" in text
     assert "| data wait, batch 128 | <= 3 | 2.0 % | met |  |" in text
     assert "90 epochs of 1,268,355 images on 8 such GPUs take 30.0 minutes" in text  # 90 x 1,268,355 / (8 x 7,927 x 60)
+    assert "if each trains at 7,927 images/s, as one did at its share of batch 1024, and 8 processes" in text
     assert "- gpus: NVIDIA H200" in text
     assert "secret" not in text
     assert "DIFFERS" not in text

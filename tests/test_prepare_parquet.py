@@ -128,3 +128,23 @@ def test_an_image_of_another_source_is_never_taken_for_one_of_this(tmp_path, mon
             with pytest.raises(KeyboardInterrupt):
                 prepare(given)
     assert contents(prepare(arguments)) == whole
+
+
+def test_a_file_that_another_of_its_size_replaced_is_unpacked_anew(tmp_path: Path) -> None:
+    path, target = tmp_path / "train.parquet", tmp_path / "unpacked"
+
+    def write(data: bytes, mtime_ns: int) -> int:
+        rows = [{"image": {"bytes": data, "path": "a.jpg"}, "label": 0}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none")
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+        return path.stat().st_size
+
+    assert write(b"first", 1_000) == write(b"other", 1_000)
+    for data, mtime_ns, unpacked in (
+        (b"first", 1_000, b"first"),
+        (b"other", 1_001, b"other"),
+        (b"third", 1_001, b"other"),
+    ):
+        write(data, mtime_ns)
+        _, rows, _ = records._unpack_parquet(path, target)
+        assert (target.read_bytes(), list(map(list, rows))) == (unpacked, [[0, 5, 0, "a.jpg"]])
