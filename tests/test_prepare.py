@@ -142,6 +142,17 @@ def many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set", shard_mb=1))
 
 
+def test_shards_of_small_images_have_the_size_asked_for(tmp_path):
+    """Most of them is then the tar's headers and padding."""
+    ((wnid, _, data), *_) = IMAGES["val"]
+    images = {"train": [(wnid, f"{i}.jpg", data + bytes([i % 256, i // 256])) for i in range(1200)]}
+    prepare(replace(write_source("folder", tmp_path / "source", images), target=tmp_path / "set", shard_mb=1))
+    sizes = [path.stat().st_size for path in (tmp_path / "set").glob("train/*.tar")]
+    assert 1200 * len(data) < 0.75 * sum(sizes)
+    assert len(sizes) > 1
+    assert 0.75e6 < min(sizes) <= max(sizes) < 1.35e6
+
+
 def test_shards_are_whole_tars_of_like_counts_in_shuffled_order(tmp_path, monkeypatch):
     target = many_shards(tmp_path, monkeypatch)
     manifest = json.loads((target / MANIFEST).read_text())
