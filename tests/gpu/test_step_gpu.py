@@ -91,6 +91,7 @@ def test_a_batch_that_memory_does_not_hold_is_named() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.timeout(1500)  # "max" tries out kernels for minutes
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"])
 def test_compiled_it_trains_as_without(mode: str) -> None:
     np.testing.assert_allclose(losses(mode), losses("off"), rtol=2e-2)
