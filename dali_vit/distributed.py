@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
-from dali_vit.process import end_with_parent, int_from_environment
+from dali_vit.process import end_with_parent, ended_by_ctrl_c, int_from_environment
 
 PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
 """Stages of a run, and how many times --hang-timeout each may take."""
@@ -29,6 +29,7 @@ PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 # NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.
 _NO_SHARED_MEMORY = re.compile("Error while creating shared memory segment|failed to extend /dev/shm")
+_NO_INTERFACE = re.compile("Unable to find address for: (.*)")  # gloo, transport/tcp/device.cc
 _NOT_REACHED = re.compile("Gloo connectFullMesh failed")
 _SAID_AFTER = 30.0
 """Seconds that processes wait for each other in silence: NCCL may take ten for many machines."""
@@ -90,7 +91,11 @@ def _adopt_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4
     tasks = [int(count) for count, nodes in runs for _ in range(int(nodes or 1))]
-    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(int_from_environment("SLURM_NODEID", 0), len(tasks) - 1)])
+    node = int_from_environment("SLURM_NODEID", 0)
+    if not tasks or node < 0:
+        name = "SLURM_NODEID" if tasks else "SLURM_STEP_TASKS_PER_NODE"
+        raise LocalUserError(f"{name}={os.environ[name]}: none of srun's; start by srun, or unset SLURM_STEP_NUM_TASKS")
+    os.environ["LOCAL_WORLD_SIZE"] = str(tasks[min(node, len(tasks) - 1)])
 
 
 def _follow_launcher() -> None:
@@ -182,7 +187,8 @@ def _naming_the_meeting(processes: int, local_rank: int, timeout: timedelta) -> 
     if local_rank == 0:
         waiting.start()
     try:
-        yield
+        with ended_by_ctrl_c():
+            yield
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # they were there: one has died, as its launcher
             raise  # tells, and may start it again
@@ -209,6 +215,11 @@ def _naming_mistakes(processes: int) -> Iterator[None]:
             raise LocalUserError(
                 "/dev/shm is too small for the GPUs of this machine to exchange gradients through (NCCL): give it more,"
                 " for a container with `docker run --shm-size=1g`"
+            ) from error
+        if unknown := _NO_INTERFACE.search(str(error)):
+            raise LocalUserError(
+                f"GLOO_SOCKET_IFNAME={unknown[1]}: no network interface of this machine, or one without an address;"
+                " give one that `ip address` lists"
             ) from error
         if _NOT_REACHED.search(str(error)):  # gloo listens where the machine's name leads, or on loopback alone
             raise LocalUserError(

@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,6 +79,20 @@ def tidy_up_at_ctrl_c() -> None:
     """For use after the imports: Ctrl-C raises KeyboardInterrupt again, if `end_at_ctrl_c` has changed that."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """For libraries that wait where no handler of Python's runs: Ctrl-C kills the process, unless it is ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(*_: object) -> NoReturn:
@@ -174,6 +188,7 @@ __all__ = [
     "check_surroundings",
     "end_at_ctrl_c",
     "end_with_parent",
+    "ended_by_ctrl_c",
     "int_from_environment",
     "run",
     "tidy_up_at_ctrl_c",

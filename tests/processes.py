@@ -233,7 +233,8 @@ def run_ranks(
 
 
 def free_port() -> int:
-    for port in range(20_000 + os.getpid() % 10_000, 40_000):
+    # Far from those of pytest's other workers, whose process ids are the next ones: else both may choose the same.
+    for port in range(20_000 + 100 * (os.getpid() % 100), 40_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -244,14 +244,23 @@ def test_a_process_that_fails_alone_does_not_wait_for_the_others(worker, destroy
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("said", "expected", "message"),
     [
-        ("Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused", LocalUserError),
-        ("something else", RuntimeError),
+        (
+            "Gloo connectFullMesh failed with timed out connecting: SO_ERROR: Connection refused",
+            LocalUserError,
+            "set GLOO_SOCKET_IFNAME on",
+        ),
+        (
+            "[enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: eth9",
+            LocalUserError,
+            "^GLOO_SOCKET_IFNAME=eth9: no network interface of this machine, ",
+        ),
+        ("something else", RuntimeError, "something else"),
     ],
 )
-def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, monkeypatch):
-    """As by gloo where no server knows its name."""
+def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, message, monkeypatch):
+    """As by gloo where no server knows its name, or the interface that it is to use is none."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(said)
@@ -259,7 +268,6 @@ def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, monkeyp
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEETING}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.dist, "init_process_group", fail)
-    message = "set GLOO_SOCKET_IFNAME on" if expected is LocalUserError else "something else"
     with pytest.raises(expected, match=message), distributed.connect(0):
         raise AssertionError
 

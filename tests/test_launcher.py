@@ -20,7 +20,7 @@ from dali_vit import cli, distributed
 from dali_vit.config import LocalUserError
 from dali_vit.distributed import Group
 from tests.conftest import environment, run
-from tests.processes import run_to_end, running, wait_for
+from tests.processes import free_port, run_to_end, running, wait_for
 from tests.test_distributed import MEETING
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -252,6 +252,36 @@ def test_processes_that_wait_in_vain_say_for_whom(rank):
         " process alone"
     ]
     assert "Traceback" not in result.stderr
+
+
+WAITING = """
+import signal
+from dali_vit import cli, distributed, process
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+distributed._SAID_AFTER = 0.5
+cli.run()
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("ctrl_c_is_minded")
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("command", ["train", "predict"])
+def test_ctrl_c_ends_a_process_that_waits_for_the_others(command, ignored):
+    """Torch waits where no handler of Python's runs. What ignores Ctrl-C, as in a script's background, goes on."""
+    flags = {"train": ["--data", "absent"], "predict": ["--checkpoint", "absent", "absent.jpg"]}[command]
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    program = WAITING.format(ignored=ignored)
+    with running("-c", program, command, *flags, "--gpus", "0", anew=True, **variables) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline().startswith("waiting for 2 processes")
+        os.kill(waiting.pid, signal.SIGINT)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(2)
+        else:
+            assert waiting.wait(20) == -signal.SIGINT
 
 
 @pytest.mark.timeout(60)

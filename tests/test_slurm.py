@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dali_vit import checkpoint, distributed
+from dali_vit.config import LocalUserError
 from tests import processes
 from tests.processes import command, free_port, logged_steps, wait_for
 
@@ -90,6 +91,20 @@ def test_a_job_is_one_run_and_is_requeued_by_its_signal(image_folder, tmp_path, 
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert f"after step {stopped.step}" in outputs[0][0]
     assert checkpoint.newest(tmp_path / "run").step == 150
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SLURM_STEP_TASKS_PER_NODE", "many"), ("SLURM_NODEID", "-1"), ("SLURM_NODEID", "x")]
+)
+def test_what_srun_does_not_set_is_named(variable, value, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+    srun = {"STEP_NUM_TASKS": "4", "STEP_TASKS_PER_NODE": "2(x2)", "JOB_ID": "7", "PROCID": "1", "LOCALID": "1"}
+    for name, given in {**{f"SLURM_{name}": set_to for name, set_to in srun.items()}, variable: value}.items():
+        monkeypatch.setenv(name, given)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    with pytest.raises(LocalUserError, match=f"^{variable}={value}: "):
+        distributed.is_worker()
 
 
 @pytest.mark.parametrize(
