@@ -31,7 +31,7 @@ from dali_vit.arguments import (
 )
 from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.config_file import expand
-from dali_vit.parsing import PROGRAM, named_recipe, parse, parse_train, stdout_may_be_full
+from dali_vit.parsing import PROGRAM, named_recipe, naming_file, parse, parse_train, stdout_may_be_full
 from dali_vit.predictions import as_json, as_table
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] not in commands:
         raise UserError(f"{argv[0]}: no such command; there are {', '.join(commands)}")
     process.check_surroundings()
-    return commands[argv[0]](argv[1:])
+    with naming_file(argv) if argv[0] in ("train", "preview") else contextlib.nullcontext():
+        return commands[argv[0]](argv[1:])
 
 
 def _overview() -> str:

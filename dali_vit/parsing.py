@@ -20,7 +20,7 @@ from dali_vit.config import Config, ModelConfig, UserError, mendable
 from dali_vit.config_file import expand, named_file
 from dali_vit.variants import TIMM_PREFIX
 
-__all__ = ["PROGRAM", "named_recipe", "parse", "parse_train", "stdout_may_be_full"]
+__all__ = ["PROGRAM", "named_recipe", "naming_file", "parse", "parse_train", "stdout_may_be_full"]
 
 PROGRAM = "dali-vit"
 
@@ -54,7 +54,7 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
     print_config = "--print-config" in argv
     given = [argument for argument in argv if argument != "--print-config"]
     argv = expand(given)
-    try:
+    with naming_file(given):
         config: Config = parse(
             Config,
             argv,
@@ -65,13 +65,22 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
             " from a run's config.yaml; flags beside it override them.\n\n"
             f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
         )
-    except UserError as error:
-        said = str(error).partition(f" (`{PROGRAM}")[0]
-        flag = re.search(r"(?<![\w=-])--[a-z][\w-]*(?![\w.-])", said)
-        if flag and not said.startswith("Unrecognized") and (file := named_file(given, flag[0])):
-            raise UserError(f"--config {file}: {error}") from error
-        raise
     return config, print_config
+
+
+@contextlib.contextmanager
+def naming_file(argv: list[str]) -> Iterator[None]:
+    """Names the file of --config in UserErrors of the block about a setting that the file has, and no flag."""
+    try:
+        yield
+    except UserError as error:
+        said, of_parser, _ = str(error).partition(f" (`{PROGRAM}")
+        flag = re.search(r"(?<![\w=-])--[a-z][\w-]*(?![\w.-])", said)
+        # What others than the parser say begins with the setting that is wrong; flags further on are remedies.
+        wrong = flag and not said.startswith("Unrecognized") and (of_parser or not flag.start())
+        if flag and wrong and flag[0] != "--config" and (file := named_file(argv, flag[0])):
+            raise type(error)(f"--config {file}: {error}") from error
+        raise
 
 
 def named_recipe(argv: list[str]) -> Config:

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from dali_vit import recipes
-from dali_vit.config import UserError, from_dict, to_yaml
+from dali_vit.config import LocalUserError, UserError, from_dict, to_yaml
 from dali_vit.config_file import expand
-from dali_vit.parsing import parse_train
+from dali_vit.parsing import naming_file, parse_train
+from tests.conftest import run
 
 
 def parsed(*arguments: str | Path) -> Any:
@@ -117,6 +118,38 @@ def test_a_flag_that_makes_no_sense_is_named(arguments: list[str], message: str)
     with pytest.raises(UserError) as raised:
         expand(arguments)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("command", ["train", "preview"])
+def test_a_value_out_of_range_is_laid_to_where_it_stands(command: str, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"optim: {{batch_size: -3}}\nrun: {{name: r, runs_dir: {tmp_path}}}\n")
+    out = ["--out", str(tmp_path / "x.png")] if command == "preview" else []
+    given = [command, "--config", str(file), "--data", "/nowhere", *out]
+    wrong = "must be from 1 to 1,048,576\n"
+    for flags, told in (
+        ([], f"dali-vit: --config {file}: --batch-size -3: {wrong}"),
+        (["--batch-size", "-4"], f"dali-vit: --batch-size -4: {wrong}"),
+    ):
+        assert run(*given, *flags, capsys=capsys)[::2] == (2, told)
+    file.write_text("optim: {lr: fast}\n")
+    *_, err = run(*given, capsys=capsys)
+    assert err.startswith(f"dali-vit: --config {file}: Error parsing --lr: ")
+    assert err.count("--config") == 1
+
+
+@pytest.mark.parametrize("kind", [UserError, LocalUserError])
+def test_a_flag_that_is_a_remedy_is_not_what_is_wrong(kind: type[UserError], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("run: {name: r}\n")
+    for said, told in (
+        ("runs/r: exists; choose another --name", "runs/r: exists; choose another --name"),
+        ("--name r: is no name", f"--config {file}: --name r: is no name"),
+        ("--lr 0: is none", "--lr 0: is none"),  # which the file does not have
+    ):
+        with pytest.raises(UserError) as caught, naming_file(["--config", str(file)]):
+            raise kind(said)
+        assert (type(caught.value), str(caught.value)) == (kind, told)
 
 
 def test_a_value_that_cannot_be_read_is_laid_to_where_it_stands(tmp_path: Path) -> None:
