@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.files import replacing
+from dali_vit.listing import some
 from dali_vit.model import PlainViT, create_model
 from dali_vit.variants import VARIANTS, Variant
 
@@ -60,6 +61,8 @@ def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT,
             log.warning("%s does not say for which images it is: --resolution %d is assumed", path, resolution)
         model = create_model(config, num_classes=classes, resolution=resolution)
         state, unmapped = from_big_vision(params, model)
+    if odd := [name for name, array in params.items() if not np.isfinite(array).all()]:
+        log.warning("%s: not all of its weights are finite: %s", path, some(odd))
     if unmapped:
         log.warning("%s: left out, as the model has no place for them: %s", path, ", ".join(unmapped))
     model.load_state_dict(state)
@@ -71,23 +74,35 @@ def load_npz(path: str | Path) -> Params:
     """The parameter tree of a .npz file of any age and float type, at the top level or under params/ or opt/target/."""
     try:
         with np.load(path, allow_pickle=False) as npz:
-            arrays = {name: npz[name] for name in npz.files}
+            arrays = {name: _unpickled(npz, name) for name in npz.files}
     except MemoryError as error:  # or a header that is damaged asks for more than there is
         raise UserError(f"{path}: does not fit into memory, or is damaged ({error}); fetch or copy it again") from error
     except Exception as error:  # numpy, zipfile and what they decompress with each have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            reason = "it is no ZIP archive"  # numpy would advise to load it as a pickle, unsafely
         raise UserError(f"{path}: not a whole .npz file ({reason}); fetch or copy it again") from error
     for prefix in ("params/", "opt/target/"):
         if f"{prefix}embedding/kernel" in arrays:
             arrays = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
             break
-    if "embedding/kernel" not in arrays:
-        raise UserError(f"{path}: holds no ViT (no embedding/kernel); give an image classifier of big_vision")
     others = [name for name, a in arrays.items() if not isinstance(a, np.ndarray) or a.dtype.kind not in _NUMBERS]
+    if "embedding/kernel" not in arrays or "embedding/kernel" in others:
+        raise UserError(f"{path}: holds no ViT (no embedding/kernel); give an image classifier of big_vision")
     if others:
         log.warning("%s: left out, as they are no arrays of numbers: %s", path, ", ".join(others))
     with _naming(path):
         return modernise({name: _float32(array) for name, array in arrays.items() if name not in others})
+
+
+def _unpickled(npz: Mapping[str, Any], name: str) -> Any:
+    """An entry of a .npz file; None where it is an array of Python's objects, which only a pickle can hold."""
+    try:
+        return npz[name]
+    except ValueError as error:
+        if "Object arrays cannot be loaded" not in str(error):
+            raise
+        return None
 
 
 @contextmanager
@@ -161,7 +176,8 @@ def from_big_vision(params: Mapping[str, np.ndarray], model: nn.Module) -> tuple
     state = dict(vit.state_dict())
     shapes = {name: array.shape for name, array in to_big_vision(vit).items()}
     if missing := sorted(set(shapes) - set(params)):
-        raise UserError(f"{len(missing)} parameters are missing: {', '.join(missing[:3])}")
+        what = "1 parameter is" if len(missing) == 1 else f"{len(missing)} parameters are"
+        raise UserError(f"{what} missing: {some(missing)}")
     arrays = {name: params[name] for name in shapes}
     if "pos_embedding" in arrays:
         positions = resample_posemb(torch.from_numpy(arrays["pos_embedding"]), shapes["pos_embedding"][1])

@@ -72,6 +72,24 @@ def test_what_convert_writes_loads_in_timm(tmp_path, capsys):
 
 
 @pytest.mark.timeout(60)
+def test_what_is_wrong_with_an_npz_file_is_told(tmp_path, capsys):
+    path, out, scale = tmp_path / "a.npz", str(tmp_path / "b.safetensors"), "Transformer/encoder_norm/scale"
+    params = big_vision.to_big_vision(create_model(CONFIG, num_classes=5, resolution=32))
+    np.savez(path, **{**params, scale: params[scale].astype(object)})
+    code, told, err = run("convert", str(path), out, capsys=capsys)
+    assert (code, err) == (2, f"dali-vit: {path}: 1 parameter is missing: {scale}\n")
+    assert told.startswith(f"{path}: left out, as they are no arrays of numbers: {scale}\n")
+    path.write_text("an HTML page")
+    told = f"dali-vit: {path}: not a whole .npz file (it is no ZIP archive); fetch or copy it again\n"
+    assert run("convert", str(path), out, capsys=capsys)[::2] == (2, told)
+    params[scale][3] = np.nan
+    big_vision.save_npz(path, params)
+    code, told, err = run("convert", str(path), out, "--resolution", "32", capsys=capsys)
+    assert (code, err) == (0, "")
+    assert told.startswith(f"{path}: not all of its weights are finite: {scale}\n")
+
+
+@pytest.mark.timeout(60)
 def test_convert_resamples_positions_and_overwrites_nothing(tmp_path, capsys):
     model = create_model(CONFIG, num_classes=5, resolution=32, seed=3)
     big_vision.save_npz(tmp_path / "a.npz", big_vision.to_big_vision(model))
