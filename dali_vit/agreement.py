@@ -58,7 +58,7 @@ def check_same_settings(settings: dict[str, Any]) -> None:
     of_ranks = gather_objects(settings)
     for rank, theirs in enumerate(of_ranks):
         for name, value in theirs.items():
-            if value != of_ranks[0][name]:
+            if str(value) != str(of_ranks[0][name]):  # NaN is not equal to itself
                 raise UserError(
                     f"--{name.replace('_', '-')}: rank 0 was given {of_ranks[0][name]}, rank {rank} {value}; give all"
                     " processes the same"

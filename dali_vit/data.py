@@ -171,7 +171,8 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
     """Images of a further evaluation set, `path/<class>/*`, labelled with the given class names' indices.
 
     Folders named by numbers alone, as in ImageNet-V2 (`0` to `999`), are class indices themselves unless the
-    classes bear those names. Classes may be missing. Raises UserError for a folder that is no class.
+    classes bear those names. Classes may be missing. Raises UserError for a folder that is no class, and where two
+    stand for the same.
     """
     root = at_home(path).absolute()
     if not root.is_dir():
@@ -186,6 +187,8 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
             f"{root} has folders that are none of the model's {len(classes)} classes ({some(unknown)}): "
             "name them as the training set's, or by class index"
         )
+    if twice := [name for i, name in enumerate(names) if index[name] in (index[other] for other in names[:i])]:
+        raise UserError(f"{root}/{twice[0]}: stands for class {index[twice[0]]}, as another folder does; remove one")
     files = list_split(root, names)
     return replace(files, labels=np.array([index[name] for name in names], np.int64)[files.labels])
 

@@ -123,7 +123,10 @@ def _images(
     """The images that a model is to be evaluated on, and the folder that holds the files of a FileList."""
     if v2:
         classes = opened.classes or tuple(map(str, range(_num_outputs(opened))))
-        return datasets.load_eval_folder(data, classes), at_home(data).absolute()
+        files = datasets.load_eval_folder(data, classes)
+        if group.is_main and (there := len(np.unique(files.labels))) < len(classes):
+            log.warning("%s has images of %d of the model's %d classes alone", data, there, len(classes))
+        return files, at_home(data).absolute()
     if minival is None:
         minival = 0.01 if opened.minival is None else opened.minival
     dataset = datasets.load_dataset(data, minival=minival, split=split)

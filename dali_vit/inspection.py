@@ -157,12 +157,15 @@ def _no_messages() -> Iterator[None]:
 
 @contextmanager
 def no_messages_beside_ours() -> Iterator[None]:
-    """Holds back the libraries' messages until the block ends; a DecodeError, which names the image, drops them."""
+    """Holds back the libraries' messages until the block ends; a DecodeError, which names the image, drops them.
+
+    So does whoever reads no further, by closing the generator that the block is in, or by Ctrl-C.
+    """
     kept = os.memfd_create("stderr")
     try:
         with _stderr_to(kept):
             yield
-    except DecodeError:
+    except (DecodeError, GeneratorExit, KeyboardInterrupt):
         os.truncate(kept, 0)
         raise
     finally:

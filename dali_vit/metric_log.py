@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from dali_vit.config import UserError
-from dali_vit.files import replacing
+from dali_vit.files import dead_link, replacing
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,18 @@ class MetricLog:
         self._start_step = start_step
         self._run_dir, self._now = run_dir, now or (lambda: run_dir)
         path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _drop_lines_past(path, start_step, evaluation_due=evaluation_due)
+        try:
+            if path.exists():
+                _drop_lines_past(path, start_step, evaluation_due=evaluation_due)
+            self._lines = path.open("ab", buffering=0)
+        except OSError as error:
+            refused = f"{path}: cannot be written ({error.strerror}); mend that and start again"
+            raise UserError(dead_link(path) or refused) from error
         self._report_thread = threading.excepthook
         threading.excepthook = self._unless_of_events
         self._events: SummaryWriter | None = None
         # If the run begins again from scratch, even the sample images of step 0 are dropped.
         self._open_events(purge_step=start_step + 1 if start_step else 0)
-        self._lines = path.open("ab", buffering=0)
         self._writable = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -197,8 +201,5 @@ def _drop_lines_past(path: Path, step: int, *, evaluation_due: bool) -> None:
         kept.append(line + "\n")
     if "".join(kept) == text:
         return
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that and start again") from error
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from dali_vit import agreement, checkpoint
-from dali_vit.agreement import check_same_evaluation, check_same_run
+from dali_vit.agreement import check_same_evaluation, check_same_run, check_same_settings
 from dali_vit.config import GROUPS, Config, DataConfig, UserError
 from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
 from dali_vit.names import fingerprint
@@ -119,6 +120,10 @@ def test_another_setting_is_named(ranks: Ranks, tiny_config: Config, image_folde
         with pytest.raises(UserError, match=f"{flag}; give all processes the same"):
             train(ranks, changed, dataset)
         ranks.forgive()
+
+
+def test_what_is_no_number_is_the_same_on_all_ranks() -> None:
+    check_same_settings({"minival": math.nan})  # though it is not equal to itself
 
 
 def test_every_setting_but_those_of_a_machine_is_compared(

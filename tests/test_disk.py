@@ -247,6 +247,20 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_told_before_anything_is_trained
     assert str(raised.value) == f"--runs-dir {runs}: {told}"
 
 
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.symlink_to("/mnt/none/x")
+    with pytest.raises(UserError) as raised:
+        MetricLog(tmp_path, 0)
+    told = f"{log} is a link to /mnt/none/x, which is not there: mount the disk or remove the link"
+    assert str(raised.value) == told
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(UserError) as raised:
+        MetricLog(tmp_path, 0)
+    assert str(raised.value) == f"{log}: cannot be written (Is a directory); mend that and start again"
+
+
 def test_convert_on_a_full_disk_is_said_in_one_line(tmp_path, small_disk, capsys):
     config = ModelConfig(model="mu/16", width=256, mlp_dim=1024)
     checkpoint.save_model(

@@ -35,6 +35,12 @@ def test_classes_with_numeric_names_keep_their_order(tmp_path):
     assert dict(zip(relative(files, tmp_path), files.labels.tolist(), strict=True)) == {"10/1.jpg": 1, "2/1.jpg": 2}
 
 
+def test_two_folders_of_one_class_are_named(tmp_path):
+    make_files(tmp_path, "0/1.jpg", "01/1.jpg", "1/1.jpg")
+    told = f"{tmp_path}/1: stands for class 1, as another folder does; remove one"
+    assert fails(lambda: load_eval_folder(tmp_path, ["cat", "emu"])) == told
+
+
 def test_missing_evaluation_folder(tmp_path):
     fails(lambda: load_eval_folder(tmp_path / "v2", ["a"]), str(tmp_path / "v2"), "no such folder")
 

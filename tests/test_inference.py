@@ -155,7 +155,10 @@ def test_imagenet_v2_folders_are_class_indices(tmp_path, capsys):
         paint(tmp_path / "v2" / name, *colours)
     for classes in (None, tuple(f"n{i:08d}" for i in range(12))):
         model = save(tmp_path / f"m{classes is None}.safetensors", 12, classes)
-        result = evaluate("--checkpoint", model, "--data", tmp_path / "v2", "--v2", capsys=capsys)
+        arguments = ["eval", "--checkpoint", str(model), "--data", str(tmp_path / "v2"), "--v2", "--json"]
+        code, out, err = run(*arguments, "--gpus", "0", capsys=capsys)
+        assert (code, err) == (0, f"{tmp_path / 'v2'} has images of 5 of the model's 12 classes alone\n")
+        result = json.loads(out)
         assert result["v2/count"] == 7
         assert result["v2/top1"] == pytest.approx(100 * 4 / 7)
     for flag in (["--split", "train"], ["--minival", "0.1"]):
@@ -215,6 +218,7 @@ def test_minival_is_by_default_what_the_run_held_out(tmp_path, capsys):
         ("--batch-size", "0", "must be from 1 to 1,048,576"),
         ("--threads", "0", "must be from 1 to 1,024"),
         ("--threads", "100000", "must be from 1 to 1,024"),
+        ("--minival", "nan", "must be a share from 0 to below 1"),
         ("--resolution", "-32", "must be from 1 to 8,192"),
         ("--resolution", "33", "not divisible by the patch of Ti/8; use 32"),
     ],
@@ -320,6 +324,17 @@ def test_other_classes_than_the_models_are_refused(data, tmp_path, capsys):
     code, _, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", capsys=capsys)
     assert code == 2
     assert "3 classes, the checkpoint 4" in err
+
+
+def test_ctrl_c_drops_messages_that_name_no_image(capfd):
+    def stopped() -> None:
+        with no_messages_beside_ours():
+            os.write(2, b"one of a library\n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert capfd.readouterr().err == ""
 
 
 def test_other_messages_come_late_but_whole(capfd):

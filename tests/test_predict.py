@@ -119,9 +119,19 @@ def test_results_come_one_by_one_and_messages_after_them(data, tmp_path, capfd):
     assert not torch.is_inference_mode_enabled()
     os.write(2, b"one of a library\n")
     assert capfd.readouterr().err == ""
-    found.close()
+    assert len(list(found)) == 1
     os.write(2, b"another\n")
     assert capfd.readouterr().err == "one of a library\nanother\n"
+
+
+@pytest.mark.timeout(60)
+def test_who_reads_no_further_is_told_nothing_of_images_that_he_has_not_asked_for(data, tmp_path, capfd):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    found = inference.predict(model, [data / "val/c"], torch.device("cpu"), top=1)
+    next(found)
+    os.write(2, b"of a library, about an image that it does not name\n")
+    found.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_words_are_those_of_timm(monkeypatch):
