@@ -61,6 +61,6 @@ def check_share(bad: int, count: int, split: str, config: Config) -> None:
     if bad > most_allowed(config.data.max_bad_share, count):
         raise UserError(
             f"{bad} of {count} images of {split} cannot be read, decoded or cropped (--max-bad-share"
-            f" {config.data.max_bad_share:g}): put good ones under the same names (`dali-vit verify {config.data.data}`"
-            " lists all), or go on with a higher share"
+            f" {config.data.max_bad_share:g}): put good ones in their place, or prepare shards again (`dali-vit verify"
+            f" {config.data.data}` lists all), or go on with a higher share"
         )

@@ -123,6 +123,8 @@ def read_manifest(root: Path) -> Manifest | None:
         fields = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if fields.get("version") != _VERSION:
             raise UserError(f"{path} is of version {fields.get('version')}, not {_VERSION}: prepare the set again")
+        if fields["layout"] not in ("folder", "shards", "index"):
+            raise UserError(f"{path} is of layout {fields['layout']}, which there is not: prepare the set again")
         splits = {}
         for name, values in fields["splits"].items():
             shards = tuple(Shard(**shard) for shard in values["shards"])

@@ -60,24 +60,33 @@ class _Store:
     def __init__(self, uri: str) -> None:
         try:
             import boto3
+            from boto3.exceptions import Boto3Error
             from boto3.s3.transfer import TransferConfig
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError, ClientError
+            from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
         except ImportError as error:
             raise UserError(f"{uri}: {error.name} is not installed: pip install boto3") from error
         scheme, _, rest = uri.partition("://")
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = rest.partition("/")
         self.prefix = prefix.strip("/")
-        self._errors: tuple[type[Exception], ...] = (BotoCoreError, ClientError)
+        of_transfers = (Boto3Error, RetriesExceededError, S3DownloadFailedError, S3ValidationError)
+        self._errors: tuple[type[Exception], ...] = (BotoCoreError, ClientError, *of_transfers)
         self._transfer = TransferConfig(max_concurrency=8)
         settings = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
-        session = boto3.session.Session()
-        # An endpoint in the environment or in AWS's configuration takes precedence over Google's.
-        named = session.client("s3", config=settings, region_name=session.region_name or "us-east-1")
-        endpoint = _SCHEMES[scheme]
-        if endpoint and named.meta.endpoint_url.endswith("amazonaws.com"):
-            named = session.client("s3", config=settings, region_name="auto", endpoint_url=endpoint)
+        try:
+            session = boto3.session.Session()
+            # An endpoint in the environment or in AWS's configuration takes precedence over Google's.
+            named = session.client("s3", config=settings, region_name=session.region_name or "us-east-1")
+            endpoint = _SCHEMES[scheme]
+            if endpoint and named.meta.endpoint_url.endswith("amazonaws.com"):
+                named = session.client("s3", config=settings, region_name="auto", endpoint_url=endpoint)
+        except (BotoCoreError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{uri}: {reason}: check AWS_PROFILE, AWS_ENDPOINT_URL and the like, and AWS's configuration files"
+            ) from error
         self._client = named
 
     def key(self, path: str) -> str:
@@ -100,14 +109,15 @@ class _Store:
         try:
             return request()
         except self._errors as error:
-            code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
+            # Of a stream that breaks off, the response is None.
+            code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code", "")
             if code in ("404", "NoSuchKey", "NoSuchBucket"):
                 what = f"there is no bucket {self.bucket}" if code == "NoSuchBucket" else f"there is no {path}"
                 remedy = "give the place that a set made by `dali-vit prepare --to shards` was copied to"
             elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
                 what, remedy = f"access to {path} is denied", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             else:
-                reason = " ".join(str(error).split())
+                reason = " ".join(str(getattr(error, "last_exception", error)).split())
                 what = f"{path} cannot be read ({reason})"
                 remedy = "check the network, the credentials and AWS_ENDPOINT_URL"
             raise UserError(f"{self.uri}: {what}: {remedy}") from error
@@ -128,9 +138,12 @@ def fetch(uri: str, splits: tuple[str, ...]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f"{root.name}.lock")):
-            if not (root / MANIFEST).exists():
+            if not (root / MANIFEST).exists() or (root / MANIFEST).read_bytes() != text:
                 _place(root / MANIFEST, lambda path: path.write_bytes(text))
-            manifest = read_manifest(root)
+            try:
+                manifest = read_manifest(root)
+            except UserError as error:
+                raise UserError(f"{uri}: {error}") from error
             assert manifest is not None
             _copy_files(store, root, _files(uri, manifest, splits))
     except OSError as error:
@@ -159,7 +172,7 @@ def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]
 
 def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
     # Files are whole when they get their names, but programs that tidy caches may cut a file short, not remove it.
-    missing = [file for file in files if not _is_there(root / file.path, file.bytes)]
+    missing = [file for file in files if not _is_there(root / file.path, file)]
     if not missing:
         return
     total = sum(file.bytes or 0 for file in missing)
@@ -190,8 +203,11 @@ def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
             raise
 
 
-def _is_there(path: Path, size: int | None) -> bool:
-    return path.exists() and size in (None, path.stat().st_size)
+def _is_there(path: Path, file: _File) -> bool:
+    """By its size, or by its checksum where the manifest has no size: an index has 50 bytes an image."""
+    if not path.exists():
+        return False
+    return file_sha256(path) == file.sha256 if file.bytes is None else path.stat().st_size == file.bytes
 
 
 def _copy_file(store: _Store, root: Path, file: _File, progress: Callable[[int], None]) -> None:

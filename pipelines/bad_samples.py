@@ -131,8 +131,8 @@ class BadSamples:
             names = [self._samples.path(i) for i in bad]
             raise DecodeError(
                 f"{len(bad)} of {len(self._samples)} samples cannot be read, decoded or cropped, more than"
-                f" the {self._max} that are passed over (--max-bad-share): {_some(names)}; put good ones under the"
-                " same names (`dali-vit verify DATA` lists all), or go on with a higher share",
+                f" the {self._max} that are passed over (--max-bad-share): {_some(names)}; put good ones in"
+                " their place, or prepare shards again (`dali-vit verify` lists all), or go on with a higher share",
                 names,
             )
 

@@ -130,5 +130,7 @@ def test_ranks_that_leave_out_too_many_images_together_end_a_run(tiny_config, cp
     assert evaluate_splits(model, dataset, tiny_config, cpu, {})["minival/bad_samples"] == 1
     left_out = 2
     of = f"2 of {len(dataset.minival)} images of minival cannot be read, decoded or cropped"
-    with pytest.raises(UserError, match=rf"^{of} \(--max-bad-share 0.01\): put good ones"):
+    with pytest.raises(
+        UserError, match=rf"^{of} \(--max-bad-share 0.01\): put good ones in their place, or prepare shards"
+    ):
         evaluate_splits(model, dataset, tiny_config, cpu, {})

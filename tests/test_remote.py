@@ -14,6 +14,8 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from botocore.exceptions import ResponseStreamingError
+from botocore.response import StreamingBody
 from filelock import FileLock
 
 from dali_vit import remote
@@ -155,14 +157,65 @@ def test_an_interrupted_copy_goes_on_with_what_is_missing(
     assert calls - 100 == 4 - len(whole)
 
 
-def test_what_was_cut_short_in_the_cache_is_copied_again(shards: Path, client: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["train/shard-000000.tar", "train.index.npz", MANIFEST])
+def test_what_was_cut_short_in_the_cache_is_copied_again(name: str, shards: Path, client: Any, tmp_path: Path) -> None:
     upload(client, shards)
-    root = load_dataset("s3://images/sets/ours").root
-    shard = root / "train/shard-000000.tar"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1000])
+    file = load_dataset("s3://images/sets/ours").root / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
     load_dataset("s3://images/sets/ours")
-    assert shard.read_bytes() == whole
+    assert file.read_bytes() == whole
+
+
+def test_an_index_that_was_damaged_in_the_cache_is_copied_again(shards: Path, client: Any) -> None:
+    upload(client, shards)
+    index = load_dataset("s3://images/sets/ours").root / "train.index.npz"
+    whole = index.read_bytes()
+    index.write_bytes(bytes(len(whole)))
+    load_dataset("s3://images/sets/ours")
+    assert index.read_bytes() == whole
+
+
+@pytest.mark.parametrize("of_manifest", [False, True])
+def test_a_stream_that_breaks_off_is_told_in_one_line(
+    of_manifest: bool, shards: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(client, shards)
+    broken = "dataset.json" if of_manifest else "train/shard-000000.tar"
+    send = StreamingBody.read
+
+    def read(body: StreamingBody, amt: int | None = None) -> bytes:
+        data: bytes = send(body, amt)
+        if body._content_length == str((shards / broken).stat().st_size):
+            raise ResponseStreamingError(error="Connection broken: InvalidChunkLength")
+        return data
+
+    monkeypatch.setattr(StreamingBody, "read", read)
+    with pytest.raises(UserError) as raised:
+        load_dataset("s3://images/sets/ours")
+    assert str(raised.value).startswith(f"s3://images/sets/ours: {broken} cannot be read (")
+    assert str(raised.value).endswith("): check the network, the credentials and AWS_ENDPOINT_URL")
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [("AWS_ENDPOINT_URL", "Invalid endpoint: nonsense"), ("AWS_PROFILE", "The config profile (nonsense) could not be")],
+)
+def test_settings_of_aws_that_are_wrong_are_told_in_one_line(
+    variable: str, told: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    with pytest.raises(UserError) as raised:
+        load_dataset("s3://images/sets/ours")
+    assert str(raised.value).startswith(f"s3://images/sets/ours: {told}")
+    assert "check AWS_PROFILE, AWS_ENDPOINT_URL" in str(raised.value)
+
+
+def test_a_bad_manifest_is_told_by_its_place_in_the_store(client: Any) -> None:
+    client.put_object(Bucket="images", Key="sets/ours/dataset.json", Body=b"{")
+    with pytest.raises(UserError, match=r"^s3://images/sets/ours: .*dataset.json is not a manifest that prepare wrote"):
+        load_dataset("s3://images/sets/ours")
 
 
 @pytest.mark.parametrize("place", ["s3://", "gs:///sets", "http://host/sets"])
