@@ -85,7 +85,7 @@ def tidy_up_at_ctrl_c() -> None:
 def ended_by_ctrl_c() -> Iterator[None]:
     """For libraries that wait where no handler of Python's runs: Ctrl-C kills the process, unless it is ignored."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -93,6 +93,27 @@ def ended_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def held_signals() -> Iterator[Callable[[], bool]]:
+    """Holds back Ctrl-C, SIGTERM and SIGHUP, unless they are ignored, until the block is done.
+
+    Yields whether one has come, for the block to ask where it may stop; it takes effect after the block.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    in_main = threading.current_thread() is threading.main_thread()
+    held = [number for number, handler in before.items() if in_main and handler not in (signal.SIG_IGN, None)]
+    try:
+        for number in held:
+            signal.signal(number, lambda received, _: came.append(received))
+        yield lambda: bool(came)
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+        if came:
+            os.kill(os.getpid(), came[0])
 
 
 def _end(*_: object) -> NoReturn:
@@ -189,6 +210,7 @@ __all__ = [
     "end_at_ctrl_c",
     "end_with_parent",
     "ended_by_ctrl_c",
+    "held_signals",
     "int_from_environment",
     "run",
     "tidy_up_at_ctrl_c",

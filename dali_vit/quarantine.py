@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from dali_vit.config import UserError
 from dali_vit.files import at_home
 from dali_vit.inspection import Problem
 from dali_vit.manifest import read_manifest, write_manifest
+from dali_vit.process import held_signals
 from dali_vit.validation import check_local
 
 __all__ = ["LIST", "check_quarantine", "move_aside"]
@@ -42,11 +43,19 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
     moved = {problem.path: problem for problem in problems if problem.hurts and problem.kind != "shared"}
     if not moved:
         return 0
+    with held_signals() as stopped:  # else the set's manifest would count images that are gone
+        _move_all(root, folder, moved, stopped)
+    return sum(problem.hurts and problem.path in moved for problem in problems)
+
+
+def _move_all(root: Path, folder: Path, moved: dict[str, Problem], stopped: Callable[[], bool]) -> None:
     sizes: Counter[str] = Counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LIST, "a", buffering=1, encoding="utf-8", errors="surrogateescape") as file:
             for path, problem in moved.items():
+                if stopped():
+                    break
                 if not os.path.lexists(path):  # moved already, by another path through a link to its class folder
                     continue
                 target = folder / os.path.relpath(path, root)
@@ -67,7 +76,6 @@ def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
         raise UserError(f"{what}; mend that and run verify again") from error
     finally:
         _lower_counts(root, moved, sizes)
-    return sum(problem.hurts and problem.path in moved for problem in problems)
 
 
 def _size(path: str) -> int:
@@ -86,6 +94,8 @@ def _move(path: str, target: Path) -> None:
             os.unlink(path)
         else:
             shutil.move(path, target)
+    except shutil.SpecialFileError as error:  # which a rename would move, but not a copy to another disk
+        raise UserError(f"{path} is no file and stays on its disk ({error}): remove it and run verify again") from error
     except OSError:
         if os.path.lexists(path):
             with suppress(OSError):

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -21,6 +23,7 @@ from dali_vit.quarantine import move_aside
 from dali_vit.verify import VerifyArguments, verify
 from tests import datasets
 from tests.datasets import NUM_TRAIN, VAL_IMAGES, WNIDS, write_source
+from tests.processes import run_to_end
 from tests.test_verify import FOUND, HURT, IMAGES, broken_folder
 
 
@@ -265,3 +268,53 @@ def test_what_was_not_moved_is_still_counted(dead: bool, tmp_path: Path) -> None
         move_aside(made, aside, [Problem("empty", "train", str(path), "") for path in (first, second)])
     assert os.path.lexists(first)
     assert json.loads((made / MANIFEST).read_text())["splits"]["train"]["count"] == NUM_TRAIN
+
+
+STOPPED = """
+import os, signal
+from dali_vit import cli, quarantine
+move, left = quarantine._move, [3]
+def moved(*arguments):
+    move(*arguments)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGTERM)
+quarantine._move = moved
+cli.run()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_quarantine_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    """SIGTERM between two images: the list and the manifest tell what was moved, and the same command goes on."""
+    source = broken_folder(tmp_path / "source")
+    (source / "val" / WNIDS[2] / "gone.JPEG").unlink()
+    made, aside = prepare(PrepareArguments(source, tmp_path / "set", to="folder")), tmp_path / "aside"
+    arguments = ("verify", str(made), "--quarantine", str(aside))
+    stopped = run_to_end("-c", STOPPED, *arguments)
+    assert stopped.returncode == -signal.SIGTERM
+    moved = {str(path.relative_to(aside)) for path in aside.rglob("*.JPEG")}
+    assert len(moved) == 3
+    listed = {line.split("\t")[0] for line in (aside / "quarantined.tsv").read_text().splitlines()}
+    assert listed == {str(made / path) for path in moved}
+    assert sum(load_dataset(made, minival=0).counts.values()) == 29 + 10 - 3
+    assert run_to_end("-m", "dali_vit", *arguments).returncode == 0
+    assert load_dataset(made, minival=0).counts == {"train": 24, "val": 9}
+
+
+@pytest.mark.timeout(60)
+def test_what_no_copy_can_be_made_of_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarantine on another disk, where moving is copying, and a named pipe."""
+    pipe = tmp_path / "set/train/a/x.JPEG"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+
+    def across(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", across)
+    with pytest.raises(UserError) as raised:
+        move_aside(tmp_path / "set", tmp_path / "aside", [Problem("unreadable", "train", str(pipe), "")])
+    assert str(raised.value).startswith(f"{pipe} is no file and stays on its disk (")
+    assert str(raised.value).endswith("): remove it and run verify again")
+    assert (tmp_path / "aside/quarantined.tsv").read_text() == ""
