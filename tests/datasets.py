@@ -170,6 +170,8 @@ def write_inception(root: Path, images: dict[str, Images]) -> Path:
             for wnid, file, data in images[split]
         ]
         write_records(root / f"{name}-00000-of-00001", records)
+        for suffix in ("csv", "tsv", "json", "txt", "md"):  # notes beside them
+            (root / f"{name}.{suffix}").write_text("image,class")
     return root
 
 

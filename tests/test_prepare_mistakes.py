@@ -235,6 +235,9 @@ def test_what_the_manifest_says_must_be_there(tmp_path):
     os.truncate(target / "train.index.npz", 100)
     with pytest.raises(UserError, match=r"train.index.npz is not the file that prepare wrote"):
         load_dataset(target)
+    (target / MANIFEST).write_text((target / MANIFEST).read_text().replace('"layout": "shards"', '"layout": "cards"'))
+    with pytest.raises(UserError, match=r"dataset.json is of layout cards, which there is not: prepare the set again"):
+        load_dataset(target)
     (target / MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"dataset.json is of version None"):
         load_dataset(target)

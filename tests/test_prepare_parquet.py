@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,3 +149,25 @@ def test_a_file_that_another_of_its_size_replaced_is_unpacked_anew(tmp_path: Pat
         write(data, mtime_ns)
         _, rows, _ = records._unpack_parquet(path, target)
         assert (target.read_bytes(), list(map(list, rows))) == (unpacked, [[0, 5, 0, "a.jpg"]])
+
+
+def test_null_is_an_image_without_bytes(tmp_path: Path) -> None:
+    """The image, or its bytes alone: `verify` names both."""
+    images = [{"bytes": b"first", "path": "a.jpg"}, None, {"bytes": None, "path": "c.jpg"}]
+    table = pyarrow.table({"image": images, "label": [0, 1, 0]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    _, rows, _ = records._unpack_parquet(tmp_path / "train.parquet", tmp_path / "unpacked")
+    assert list(map(tuple, rows)) == [(0, 5, 0, "a.jpg"), (5, 0, 1, ""), (5, 0, 0, "c.jpg")]
+
+
+def test_nothing_is_unpacked_for_a_set_made_with_other_settings(tmp_path: Path, monkeypatch: Any) -> None:
+    made = replace(write_source("parquet", tmp_path / "source"), target=tmp_path / "set", shorter_side=24)
+    prepare(made)
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "_unpack_parquet", lambda *_: pytest.fail("unpacked"))
+        for change in ({"shorter_side": 16}, {"shard_mb": 7}, {"quality": 60}, {"to": "folder"}):
+            prepare_fails(replace(made, **change), f"{tmp_path / 'set'} holds a set made", "choose another TARGET")
+            assert not (tmp_path / "set.partial").exists()
+    prepare_fails(replace(made, shorter_side=None), f"{tmp_path / 'set'} holds a set made", "choose another TARGET")
+    assert not (tmp_path / "set.partial").exists()
+    assert prepare(made) == tmp_path / "set"

@@ -33,6 +33,19 @@ def test_val_labels_may_name_the_images(tmp_path):
     }
 
 
+def test_an_image_has_one_class(tmp_path):
+    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
+    wnid, name, _ = IMAGES["val"][0]
+    stem = name.removesuffix(".JPEG")
+    lines = [f"{name.removesuffix('.JPEG')},{wnid}" for wnid, name, _ in IMAGES["val"]]
+    arguments = PrepareArguments(root, tmp_path / "set", val_labels=tmp_path / "solution.csv")
+    other = next(another for another in WNIDS if another != wnid)
+    (tmp_path / "solution.csv").write_text("\n".join([*lines, f"{stem},{other}"]))
+    prepare_fails(arguments, f"--val-labels {tmp_path / 'solution.csv'} has two classes for {stem}, {wnid} and {other}")
+    (tmp_path / "solution.csv").write_text("\n".join([*lines, *lines, "of_train,a", "of_train,b"]))
+    assert prepare(arguments) == tmp_path / "set"
+
+
 @pytest.mark.parametrize("damage", ["half an archive", "half a table", "another table", "no table"])
 def test_a_damaged_devkit_is_named(tmp_path, damage):
     root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)

@@ -106,6 +106,17 @@ def prepare(arguments: PrepareArguments) -> Path:
 
 def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing: Manifest | None) -> None:
     state, folder = partial / ".state", partial / ".set"
+    settings = Settings(
+        arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
+    )
+    refused = (
+        f"{target} holds a set made of another source, of other images in it or with other settings: choose another"
+        " TARGET, or remove it to prepare it again"
+    )
+    if existing is not None:  # before parquet is unpacked
+        same = all(existing.settings.get(name) == value for name, value in settings.recorded().items())
+        if not same or existing.layout != arguments.to:
+            raise UserError(refused)
     labels = arguments.val_labels and at_home(arguments.val_labels)
     source = open_source(
         at_home(arguments.source).absolute(), arguments.source_format, labels, state, in_place=arguments.to == "index"
@@ -116,16 +127,12 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
             f"--shorter-side {arguments.shorter_side}: {arguments.source} was resized to {before} already; leave it"
             " out, or prepare from the original images"
         )
-    settings = Settings(
-        arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
-    )
     plan = _fingerprint(source, arguments.to, settings)
     if existing is not None:
         if existing.plan != plan:
-            raise UserError(
-                f"{target} holds a set made of another source, of other images in it or with other settings: choose"
-                " another TARGET, or remove it to prepare it again"
-            )
+            if not (state / "plan.json").exists():
+                _remove(partial)
+            raise UserError(refused)
         _log.info("%s is there already, made of this source with these settings", target)
         _remove(partial)
         return

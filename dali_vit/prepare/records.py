@@ -47,7 +47,9 @@ def open_tfrecords(root: Path) -> Source:
     Classes are named by `image/class/synset` if all records have it, else by the lines of `label.labels.txt`, else by
     the labels' numbers.
     """
-    files = [path for path in _files(root) if not path.name.endswith((".json", ".txt", ".parquet", ".md"))]
+    files = [
+        path for path in _files(root) if not path.name.endswith((".json", ".txt", ".parquet", ".md", ".csv", ".tsv"))
+    ]
     shards, records = {}, {}
     for split, paths in _by_split(root, files, "TFRecords").items():
         shards[split] = [str(path) for path in paths]
@@ -280,7 +282,8 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                 with open(target, "wb") as out:
                     for batch in file.iter_batches(256, columns=["image", "label"]):
                         for row in batch.to_pylist():
-                            data, name = row["image"]["bytes"] or b"", os.path.basename(row["image"].get("path") or "")
+                            image = row["image"] or {"bytes": None}  # null, as its bytes may be, too
+                            data, name = image["bytes"] or b"", os.path.basename(image.get("path") or "")
                             if not isinstance(row["label"], int):
                                 raise UserError(f"{path}: {name or 'an image'} has the label {row['label']!r}")
                             out.write(data)

@@ -275,7 +275,11 @@ def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -
         raise UserError(f"--val-labels {path} cannot be read ({error}): give a text file") from error
     stems = {os.path.splitext(name)[0] for name in names}
     rows = [re.split(r"[\s,;]+", line.strip()) for line in lines]
-    named = {os.path.splitext(os.path.basename(row[0]))[0]: row[1] for row in rows if len(row) > 1 and row[1]}
+    named: dict[str, str] = {}
+    for name, label in ((row[0], row[1]) for row in rows if len(row) > 1 and row[1]):
+        stem = os.path.splitext(os.path.basename(name))[0]
+        if named.setdefault(stem, label) != label and stem in stems:
+            raise UserError(f"--val-labels {path} has two classes for {stem}, {named[stem]} and {label}: leave one")
     missing = sorted(stems - set(named))
     if not missing:
         found = [named[os.path.splitext(name)[0]] for name in names]
