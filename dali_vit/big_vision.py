@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from dali_vit.variants import VARIANTS, Variant
 Params = dict[str, np.ndarray]
 
 log = logging.getLogger(__name__)
-
+_warn = partial(log.warning, extra={"of_machine": True})  # each process reads the file, one of a machine speaks of it
 
 _NOTE = "dali-vit resolution "
 _NUMBERS = "biufV"  # kinds of numpy's types; as V it saves bfloat16, a type that it lacks
@@ -58,13 +59,13 @@ def open_npz(path: str | Path, resolution: int | None = None) -> tuple[PlainViT,
         patch = params["embedding/kernel"].shape[0]
         if (resolution := resolution or native or _noted_resolution(path)) is None:
             resolution = 14 * patch if 224 % patch else 224
-            log.warning("%s does not say for which images it is: --resolution %d is assumed", path, resolution)
+            _warn("%s does not say for which images it is: --resolution %d is assumed", path, resolution)
         model = create_model(config, num_classes=classes, resolution=resolution)
         state, unmapped = from_big_vision(params, model)
-    if odd := [name for name, array in params.items() if not np.isfinite(array).all()]:
-        log.warning("%s: not all of its weights are finite: %s", path, some(odd))
+    if odd := [name for name in params.keys() - set(unmapped) if not np.isfinite(params[name]).all()]:
+        _warn("%s: not all of its weights are finite: %s", path, some(sorted(odd)))
     if unmapped:
-        log.warning("%s: left out, as the model has no place for them: %s", path, ", ".join(unmapped))
+        _warn("%s: left out, as the model has no place for them: %s", path, ", ".join(unmapped))
     model.load_state_dict(state)
     assert isinstance(model, PlainViT)
     return model.eval(), config, resolution
@@ -79,7 +80,7 @@ def load_npz(path: str | Path) -> Params:
         raise UserError(f"{path}: does not fit into memory, or is damaged ({error}); fetch or copy it again") from error
     except Exception as error:  # numpy, zipfile and what they decompress with each have errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
+        if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
             reason = "it is no ZIP archive"  # numpy would advise to load it as a pickle, unsafely
         raise UserError(f"{path}: not a whole .npz file ({reason}); fetch or copy it again") from error
     for prefix in ("params/", "opt/target/"):
@@ -90,7 +91,7 @@ def load_npz(path: str | Path) -> Params:
     if "embedding/kernel" not in arrays or "embedding/kernel" in others:
         raise UserError(f"{path}: holds no ViT (no embedding/kernel); give an image classifier of big_vision")
     if others:
-        log.warning("%s: left out, as they are no arrays of numbers: %s", path, ", ".join(others))
+        _warn("%s: left out, as they are no arrays of numbers: %s", path, ", ".join(others))
     with _naming(path):
         return modernise({name: _float32(array) for name, array in arrays.items() if name not in others})
 

@@ -1,9 +1,10 @@
 """The command line: the only module that prints results.
 
 Exit codes: 0 done; 2 a fault that the user can mend (one line on stderr); 75 stopped by a signal or --max-hours with a
-checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep; 1 a
-defect of ours (traceback). `stopping` ends a run that hangs with 70. A run that is told to stop a second time, and an
-evaluation with --gpus N that is told to stop once, end with 128 + the signal.
+checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep (while
+processes wait to meet it is death by SIGINT, 130 to a shell); 1 a defect of ours (traceback). `stopping` ends a run
+that hangs with 70. A run that is told to stop a second time, and an evaluation with --gpus N that is told to stop once,
+end with 128 + the signal.
 """
 
 from __future__ import annotations

@@ -29,19 +29,27 @@ def expand(argv: list[str]) -> list[str]:
     path, rest = _taken(argv)
     if path is None:
         return argv
-    given = _names(rest)
-    if "--recipe" in given:
+    if "--recipe" in _names(rest):
         raise UserError(f"--recipe and {FLAG}: give one of them, not both; the file has all settings")
-    taken = {name for flag in given for name in _TAKES.get(flag, ())}
-    return [flag for name, flag in _flags(path) if name not in taken] + rest
+    return _left(path, rest) + rest
 
 
 def named_file(argv: list[str], flag: str) -> str | None:
-    """The file of --config if it has the setting of `flag`; None if it does not, or if the flag itself was given."""
+    """The file of --config if it gave the setting of `flag`; None if a flag did, or if it can no longer be read."""
     path, rest = _taken(argv)
-    if path is None or flag in _names(rest) or flag not in _names([own for _, own in _flags(path)]):
+    if path is None or flag in _names(rest) or not at_home(Path(path)).is_file():  # a pipe was read before
         return None
-    return path
+    try:
+        of_file = [own for own in _left(path, rest) if not own.endswith("=None")]
+    except UserError:  # it has changed since
+        return None
+    return path if flag in _names(of_file) else None
+
+
+def _left(path: str, rest: list[str]) -> list[str]:
+    """The flags for a file's settings, without those that the flags beside it remove."""
+    removed = {name for flag in _names(rest) for name in _TAKES.get(flag, ())}
+    return [flag for name, flag in _flags(path) if name not in removed]
 
 
 def _names(argv: list[str]) -> set[str]:

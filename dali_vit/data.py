@@ -187,8 +187,10 @@ def load_eval_folder(path: str | Path, classes: Sequence[str]) -> FileList:
             f"{root} has folders that are none of the model's {len(classes)} classes ({some(unknown)}): "
             "name them as the training set's, or by class index"
         )
-    if twice := [name for i, name in enumerate(names) if index[name] in (index[other] for other in names[:i])]:
-        raise UserError(f"{root}/{twice[0]}: stands for class {index[twice[0]]}, as another folder does; remove one")
+    folders: dict[int, str] = {}
+    for name in names:
+        if (other := folders.setdefault(index[name], name)) != name:
+            raise UserError(f"{root} has two folders of one class, {other} and {name}: remove one")
     files = list_split(root, names)
     return replace(files, labels=np.array([index[name] for name in names], np.int64)[files.labels])
 

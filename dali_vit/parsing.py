@@ -74,11 +74,11 @@ def naming_file(argv: list[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        said, of_parser, _ = str(error).partition(f" (`{PROGRAM}")
+        said, *of_parser = re.split(rf" \(`{PROGRAM} \w+ --help` lists the options\)$", str(error))
         flag = re.search(r"(?<![\w=-])--[a-z][\w-]*(?![\w.-])", said)
         # What others than the parser say begins with the setting that is wrong; flags further on are remedies.
         wrong = flag and not said.startswith("Unrecognized") and (of_parser or not flag.start())
-        if flag and wrong and flag[0] != "--config" and (file := named_file(argv, flag[0])):
+        if flag and wrong and (file := named_file(argv, flag[0])):
             raise type(error)(f"--config {file}: {error}") from error
         raise
 

@@ -234,7 +234,7 @@ def run_ranks(
 
 def free_port() -> int:
     # Far from those of pytest's other workers, whose process ids are the next ones: else both may choose the same.
-    for port in range(20_000 + 100 * (os.getpid() % 100), 40_000):
+    for port in range(20_000 + 40 * (os.getpid() % 500), 40_000):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,40 @@ def test_a_flag_that_is_a_remedy_is_not_what_is_wrong(kind: type[UserError], tmp
         ("runs/r: exists; choose another --name", "runs/r: exists; choose another --name"),
         ("--name r: is no name", f"--config {file}: --name r: is no name"),
         ("--lr 0: is none", "--lr 0: is none"),  # which the file does not have
+        ("3 of 10 are bad (--name r); see (`dali-vit verify x` lists all)",) * 2,
+        ("bad --name (`dali-vit train --help` lists the options)",) * 2,
     ):
+        told = f"--config {file}: {told}" if told.endswith("options)") else told
         with pytest.raises(UserError) as caught, naming_file(["--config", str(file)]):
             raise kind(said)
         assert (type(caught.value), str(caught.value)) == (kind, told)
+
+
+def test_a_file_has_no_part_in_what_flags_beside_it_replace_or_it_leaves_open(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {width: 400, depth: null}\n")
+    said = UserError("--width 400: not divisible by 5 heads")
+    for flags, told in (
+        ([], f"--config {file}: {said}"),
+        (["--model", "Ti/16"], str(said)),
+        (["--width", "400"], str(said)),
+    ):
+        with pytest.raises(UserError) as caught, naming_file(["--config", str(file), *flags]):
+            raise said
+        assert str(caught.value) == told
+    with pytest.raises(UserError, match=r"^--depth 12: odd$"), naming_file(["--config", str(file)]):
+        raise UserError("--depth 12: odd")
+
+
+@pytest.mark.parametrize("now", ["gone", "another", "a pipe"])
+def test_a_mistake_is_told_even_if_the_file_cannot_be_read_again(now: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    if now == "another":
+        file.write_text("{")
+    elif now == "a pipe":
+        os.mkfifo(file)
+    with pytest.raises(UserError, match=r"^--lr 0: is none$"), naming_file(["--config", str(file)]):
+        raise UserError("--lr 0: is none")
 
 
 def test_a_value_that_cannot_be_read_is_laid_to_where_it_stands(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -79,10 +82,16 @@ def test_what_is_wrong_with_an_npz_file_is_told(tmp_path, capsys):
     code, told, err = run("convert", str(path), out, capsys=capsys)
     assert (code, err) == (2, f"dali-vit: {path}: 1 parameter is missing: {scale}\n")
     assert told.startswith(f"{path}: left out, as they are no arrays of numbers: {scale}\n")
+    with zipfile.ZipFile(path, "w") as damaged:
+        np.save(whole := io.BytesIO(), params[scale])
+        damaged.writestr(f"{scale}.npy", whole.getvalue()[:-1])
+    code, _, err = run("convert", str(path), out, capsys=capsys)
+    assert (code, err.startswith(f"dali-vit: {path}: not a whole .npz file (")) == (2, True)
+    assert "no ZIP archive" not in err
     path.write_text("an HTML page")
     told = f"dali-vit: {path}: not a whole .npz file (it is no ZIP archive); fetch or copy it again\n"
     assert run("convert", str(path), out, capsys=capsys)[::2] == (2, told)
-    params[scale][3] = np.nan
+    params[scale][3] = np.inf
     big_vision.save_npz(path, params)
     code, told, err = run("convert", str(path), out, "--resolution", "32", capsys=capsys)
     assert (code, err) == (0, "")

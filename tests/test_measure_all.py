@@ -97,7 +97,7 @@ def tools(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(tools, tmp_path, monkeypatch, capsys):
+def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(tools, tmp_path, capsys):
     out, lines = tmp_path / "out", tmp_path / "lines"
     out.mkdir()
     measurements = [
@@ -120,20 +120,42 @@ def test_what_fails_costs_nothing_else_and_what_is_there_is_not_measured_again(t
     (out / "second.txt").unlink()
     assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
     assert lines.read_text() == "x\nx\n"
-    for number in (2, 2, 3):  # the second time nothing has changed
-        (tools / "good.py").write_text(f"import sys; print('{number}', file=open(sys.argv[1], 'a')); print('fine')")
-        assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
-    assert lines.read_text() == "x\nx\n2\n3\n"
-    monkeypatch.setattr(measure_all, "versions", lambda: {"torch": "0.1"})
-    for _ in range(2):
-        assert measure_all._measure(measurements[1:], out, time.monotonic() + 60) == 0
-    assert lines.read_text() == "x\nx\n2\n3\n3\n"
     changed = [measure_all.Measurement("second", ("good.py", str(lines), "another flag"), 1)]
     (out / "second.json").write_text('{"earlier": {}}')
     assert measure_all._measure(changed, out, time.monotonic() + 60) == 0
-    assert lines.read_text() == "x\nx\n2\n3\n3\n3\n"
+    assert lines.read_text() == "x\nx\nx\n"
     assert not (out / "second.json").exists()
     assert json.loads((out / "second.before.json").read_text()) == {"earlier": {}}
+
+
+def test_what_was_measured_with_other_code_is_measured_again(tools, tmp_path, monkeypatch):
+    out, lines = tmp_path / "out", tmp_path / "lines"
+    out.mkdir()
+
+    def times_measured() -> int:
+        """By three commands, of which the later ones find what the first did, if the code is the same."""
+        lines.write_text("")
+        for _ in range(3):
+            measurements = [measure_all.Measurement("it", ("good.py", str(lines)), 1)]
+            assert measure_all._measure(measurements, out, time.monotonic() + 60) == 0
+        return lines.read_text().count("x")
+
+    assert times_measured() == 1
+    assert times_measured() == 0
+    for folder in ("tools", "dali_vit", "pipelines/kernels"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / ".#lock.py").symlink_to("nowhere")  # as of an editor
+        (tmp_path / folder / "notes.md").write_text("none")
+        assert times_measured() == 0
+        (tmp_path / folder / "of_the_code.py").touch()
+        assert times_measured() == 1
+        (tmp_path / folder / "of_the_code.py").write_text("changed")
+        assert times_measured() == 1
+    monkeypatch.setattr(measure_all, "versions", lambda: {"torch": "0.1"})
+    assert times_measured() == 1
+    edits = "import sys; print('x', file=open(sys.argv[1], 'a')); open(__file__, 'a').write(' ')"
+    (tools / "good.py").write_text(edits)  # each time it measures what is no longer there
+    assert times_measured() == 3
 
 
 def test_one_that_takes_too_long_is_ended_with_its_children_and_the_rest_is_left(tools, tmp_path, capsys):

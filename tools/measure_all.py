@@ -153,7 +153,8 @@ def _code() -> str:
     digest = hashlib.sha256(json.dumps(versions()).encode())
     sources = (TOOLS.parent / folder for folder in ("dali_vit", "pipelines", TOOLS.name))
     for path in sorted(path for folder in sources for path in folder.rglob("*.py")):
-        digest.update(path.read_bytes())
+        if path.is_file():  # an editor's lock may be a link that leads nowhere
+            digest.update(str(path.relative_to(TOOLS.parent)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 
