@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def expand(argv: list[str]) -> list[str]:
 def named_file(argv: list[str], flag: str) -> str | None:
     """The file of --config if it gave the setting of `flag`; None if a flag did, or if it can no longer be read."""
     path, rest = _taken(argv)
-    if path is None or flag in _names(rest) or not at_home(Path(path)).is_file():  # a pipe was read before
+    if path is None or flag in _names(rest) or not os.path.isfile(at_home(Path(path))):  # a pipe was read before
         return None
     try:
         of_file = [own for own in _left(path, rest) if not own.endswith("=None")]

@@ -99,7 +99,8 @@ def ended_by_ctrl_c() -> Iterator[None]:
 def held_signals() -> Iterator[Callable[[], bool]]:
     """Holds back Ctrl-C, SIGTERM and SIGHUP, unless they are ignored, until the block is done.
 
-    Yields whether one has come, for the block to ask where it may stop; it takes effect after the block.
+    Yields whether one has come, for the block to ask where it may stop; the first takes effect after the block, and
+    later ones not at all.
     """
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

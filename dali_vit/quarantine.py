@@ -64,8 +64,9 @@ def _move_all(root: Path, folder: Path, moved: dict[str, Problem], stopped: Call
                     raise UserError(
                         f"--quarantine {folder} holds {os.path.relpath(path, root)} already: give a new one"
                     )
-                sizes[problem.split] += _size(path)
+                size = _size(path)
                 _move(path, target)
+                sizes[problem.split] += size
                 file.write("\t".join(map(_one_field, (path, problem.kind, problem.detail))) + "\n")
     except OSError as error:
         reason = error.strerror or str(error)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.files import cache_folder, file_sha256, flush
-from dali_vit.manifest import MANIFEST, Manifest, read_manifest
+from dali_vit.manifest import MANIFEST, read_manifest
 
 __all__ = ["fetch", "is_remote"]
 
@@ -82,7 +82,8 @@ class _Store:
             endpoint = _SCHEMES[scheme]
             if endpoint and named.meta.endpoint_url.endswith("amazonaws.com"):
                 named = session.client("s3", config=settings, region_name="auto", endpoint_url=endpoint)
-        except (BotoCoreError, ValueError) as error:
+        # The last two where a section of the configuration is not of the form that botocore expects.
+        except (BotoCoreError, ValueError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{uri}: {reason}: check AWS_PROFILE, AWS_ENDPOINT_URL and the like, and AWS's configuration files"
@@ -136,24 +137,36 @@ def fetch(uri: str, splits: tuple[str, ...]) -> Path:
     digest = sha256(store.uri.encode() + b"\0" + text).hexdigest()[:16]
     root = cache_folder() / "sets" / f"{PurePosixPath(store.prefix or store.bucket).name}-{digest}"
     try:
+        # Without the lock first: on a disk that is read-only there is none, and many processes would wait in line.
+        if _has(root / MANIFEST, text) and not _missing(root, _files(uri, root, splits)):
+            return root
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f"{root.name}.lock")):
-            if not (root / MANIFEST).exists() or (root / MANIFEST).read_bytes() != text:
+            if not _has(root / MANIFEST, text):
                 _place(root / MANIFEST, lambda path: path.write_bytes(text))
-            try:
-                manifest = read_manifest(root)
-            except UserError as error:
-                raise UserError(f"{uri}: {error}") from error
-            assert manifest is not None
-            _copy_files(store, root, _files(uri, manifest, splits))
+            _copy_files(store, root, _files(uri, root, splits))
     except OSError as error:
         raise UserError(
-            f"{uri}: cannot be copied to {root} ({error.strerror or error}): make room there, or set DALI_VIT_CACHE"
+            f"{uri}: cannot be copied to {root} ({error.strerror or error}): mend that, or set DALI_VIT_CACHE to"
+            " another folder"
         ) from error
     return root
 
 
-def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]:
+def _has(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return False
+
+
+def _files(uri: str, root: Path, splits: tuple[str, ...]) -> list[_File]:
+    """The files of these splits, by the manifest at `root`; UserError for a set that is not to be copied."""
+    try:
+        manifest = read_manifest(root)
+    except UserError as error:
+        raise UserError(f"{uri}: {error}") from error
+    assert manifest is not None
     if manifest.layout != "shards":
         raise UserError(
             f"{uri}: is of layout {manifest.layout}: only sets that `prepare --to shards` made can be fetched"
@@ -170,9 +183,13 @@ def _files(uri: str, manifest: Manifest, splits: tuple[str, ...]) -> list[_File]
     return files
 
 
+def _missing(root: Path, files: list[_File]) -> list[_File]:
+    """Those that are not there or not whole: they were when they got their names, but may have been cut short since."""
+    return [file for file in files if not _is_there(root / file.path, file)]
+
+
 def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
-    # Files are whole when they get their names, but programs that tidy caches may cut a file short, not remove it.
-    missing = [file for file in files if not _is_there(root / file.path, file)]
+    missing = _missing(root, files)
     if not missing:
         return
     total = sum(file.bytes or 0 for file in missing)
@@ -183,21 +200,24 @@ def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
             " make room there, or set DALI_VIT_CACHE to a folder on a larger disk"
         )
     _log.info("%s is copied to %s: %d files, %.2f GiB", store.uri, root, len(missing), total / 2**30)
-    counting = threading.Lock()
+    counting, given_up = threading.Lock(), threading.Event()
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="fetching", disable=None) as bar,
         ThreadPoolExecutor(_PARALLEL) as pool,
     ):
 
         def progress(count: int) -> None:
+            if given_up.is_set():
+                raise InterruptedError("the copy is given up")
             with counting:
                 bar.update(count)
 
         jobs = [pool.submit(_copy_file, store, root, file, progress) for file in missing]
         try:
-            for job in jobs:
+            for job in as_completed(jobs):
                 job.result()
         except BaseException:
+            given_up.set()  # ends those that are in progress
             for job in jobs:
                 job.cancel()
             raise

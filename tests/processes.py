@@ -233,8 +233,9 @@ def run_ranks(
 
 
 def free_port() -> int:
-    # Far from those of pytest's other workers, whose process ids are the next ones: else both may choose the same.
-    for port in range(20_000 + 40 * (os.getpid() % 500), 40_000):
+    # Far from those of pytest's other workers, whose process ids are the next ones: else both may choose the same. From
+    # 32,768 on Linux chooses itself.
+    for port in range(20_000 + 25 * (os.getpid() % 500), 32_768):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

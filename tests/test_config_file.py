@@ -172,13 +172,16 @@ def test_a_file_has_no_part_in_what_flags_beside_it_replace_or_it_leaves_open(tm
         raise UserError("--depth 12: odd")
 
 
-@pytest.mark.parametrize("now", ["gone", "another", "a pipe"])
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("now", ["gone", "another", "a pipe", "of too long a name"])
 def test_a_mistake_is_told_even_if_the_file_cannot_be_read_again(now: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     if now == "another":
         file.write_text("{")
     elif now == "a pipe":
         os.mkfifo(file)
+    elif now == "of too long a name":
+        file = tmp_path / ("c" * 300)
     with pytest.raises(UserError, match=r"^--lr 0: is none$"), naming_file(["--config", str(file)]):
         raise UserError("--lr 0: is none")
 

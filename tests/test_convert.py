@@ -75,7 +75,7 @@ def test_what_convert_writes_loads_in_timm(tmp_path, capsys):
 
 
 @pytest.mark.timeout(60)
-def test_what_is_wrong_with_an_npz_file_is_told(tmp_path, capsys):
+def test_what_is_wrong_with_an_npz_file_is_told(tmp_path, monkeypatch, capsys):
     path, out, scale = tmp_path / "a.npz", str(tmp_path / "b.safetensors"), "Transformer/encoder_norm/scale"
     params = big_vision.to_big_vision(create_model(CONFIG, num_classes=5, resolution=32))
     np.savez(path, **{**params, scale: params[scale].astype(object)})
@@ -91,6 +91,10 @@ def test_what_is_wrong_with_an_npz_file_is_told(tmp_path, capsys):
     path.write_text("an HTML page")
     told = f"dali-vit: {path}: not a whole .npz file (it is no ZIP archive); fetch or copy it again\n"
     assert run("convert", str(path), out, capsys=capsys)[::2] == (2, told)
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "load", lambda *_, **__: (tmp_path / "absent").read_bytes())
+        told = f"dali-vit: {path}: not a whole .npz file ([Errno 2] No such file or directory: '{tmp_path / 'absent'}')"
+        assert run("convert", str(path), out, capsys=capsys)[2].startswith(told)
     params[scale][3] = np.inf
     big_vision.save_npz(path, params)
     code, told, err = run("convert", str(path), out, "--resolution", "32", capsys=capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import threading
 
 import pytest
 
-from dali_vit.process import ended_by_ctrl_c
+from dali_vit.process import ended_by_ctrl_c, held_signals
 
 
 @pytest.mark.usefixtures("ctrl_c_is_minded")
@@ -56,3 +57,35 @@ def test_held_signals_take_effect_after_the_block(number: str, ignored: bool) ->
         assert (ended.returncode, ended.stdout) == (0, "False False\nwent on\n")
     else:
         assert (ended.returncode, ended.stdout) == (-getattr(signal, number), "False True\n")
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_the_first_of_held_signals_reaches_the_handler_that_was_there(in_thread: bool) -> None:
+    """In a thread no signal is held, as Python runs handlers in the main one alone."""
+    reached: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, lambda received, _: reached.append(received))
+    handlers = {number: signal.getsignal(number) for number in before}
+    within: list[list[int]] = []
+
+    def work() -> None:
+        with held_signals():
+            if not in_thread:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGTERM)
+            within.append(reached.copy())
+
+    try:
+        if in_thread:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join(10)
+        else:
+            work()
+        assert within == [[]]
+        assert reached == ([] if in_thread else [signal.SIGHUP])
+        assert {number: signal.getsignal(number) for number in before} == handlers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

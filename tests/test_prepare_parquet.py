@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dali_vit.config import UserError
 from dali_vit.data import load_dataset
 from dali_vit.prepare import PrepareArguments, prepare, records
 from tests.datasets import IMAGES, NUM_TRAIN, VAL_IMAGES, contents, prepare_fails, write_source
@@ -151,13 +152,46 @@ def test_a_file_that_another_of_its_size_replaced_is_unpacked_anew(tmp_path: Pat
         assert (target.read_bytes(), list(map(list, rows))) == (unpacked, [[0, 5, 0, "a.jpg"]])
 
 
-def test_null_is_an_image_without_bytes(tmp_path: Path) -> None:
-    """The image, or its bytes alone: `verify` names both."""
-    images = [{"bytes": b"first", "path": "a.jpg"}, None, {"bytes": None, "path": "c.jpg"}]
-    table = pyarrow.table({"image": images, "label": [0, 1, 0]})
-    parquet.write_table(table, tmp_path / "train.parquet")
-    _, rows, _ = records._unpack_parquet(tmp_path / "train.parquet", tmp_path / "unpacked")
-    assert list(map(tuple, rows)) == [(0, 5, 0, "a.jpg"), (5, 0, 1, ""), (5, 0, 0, "c.jpg")]
+def test_null_in_place_of_an_image_is_named(tmp_path: Path) -> None:
+    """It has no name, and where one has none all get made-up ones."""
+    images = [{"bytes": b"first", "path": "a.jpg"}, {"bytes": None, "path": "c.jpg"}, None]
+    path = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.table({"image": images[:2], "label": [0, 0]}), path)
+    _, rows, _ = records._unpack_parquet(path, tmp_path / "unpacked")
+    assert list(map(tuple, rows)) == [(0, 5, 0, "a.jpg"), (5, 0, 0, "c.jpg")]
+    parquet.write_table(pyarrow.table({"image": images, "label": [0, 0, 1]}), path)
+    with pytest.raises(UserError) as raised:
+        records._unpack_parquet(path, tmp_path / "unpacked")
+    assert str(raised.value) == f"{path}: row 2, from 0, has no image: remove the row"
+
+
+@pytest.mark.parametrize("stopped_in", ["_claim", "write_shards"])
+def test_what_was_begun_for_a_target_outlives_another_in_its_place(
+    stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished set is moved away, another begun in its place, and the first put back."""
+    first = replace(write_source("folder", tmp_path / "first"), target=tmp_path / "set")
+    made = prepare(first)
+    made.rename(tmp_path / "away")
+    second = replace(write_source("parquet", tmp_path / "second"), target=tmp_path / "set", shorter_side=24)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"dali_vit.prepare.{stopped_in}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(second)
+    left = {path.name for path in (tmp_path / "set.partial/.state").iterdir()}
+    assert ("plan.json" in left) == (stopped_in == "write_shards")
+    (tmp_path / "away").rename(made)
+    prepare_fails(second, "holds a set made of another source")
+    prepare_fails(replace(second, shorter_side=None), "holds a set made of another source")
+    assert prepare(first) == made
+    assert {path.name for path in (tmp_path / "set.partial/.state").iterdir()} == left
+    made.rename(tmp_path / "away")
+    assert prepare(second) == made
+    assert not (tmp_path / "set.partial").exists()
 
 
 def test_nothing_is_unpacked_for_a_set_made_with_other_settings(tmp_path: Path, monkeypatch: Any) -> None:

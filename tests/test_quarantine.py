@@ -253,7 +253,7 @@ def test_of_a_set_that_cannot_be_written_to_nothing_is_copied_and_once_it_can_th
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_what_was_not_moved_is_still_counted(dead: bool, tmp_path: Path) -> None:
+def test_what_was_not_moved_is_still_counted(dead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = prepare(replace(write_source("folder", tmp_path / "source"), target=tmp_path / "set", to="folder"))
     aside = tmp_path / "aside"
     first, second = sorted((made / "train").glob("*/*"))[:2]
@@ -267,6 +267,16 @@ def test_what_was_not_moved_is_still_counted(dead: bool, tmp_path: Path) -> None
     with pytest.raises(UserError, match="already"):
         move_aside(made, aside, [Problem("empty", "train", str(path), "") for path in (first, second)])
     assert os.path.lexists(first)
+    before = json.loads((made / MANIFEST).read_text())["splits"]["train"]["bytes"]
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(second))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dali_vit.quarantine._move", fail)
+        with pytest.raises(UserError, match="Read-only"):
+            move_aside(made, aside, [Problem("empty", "train", str(second), "")])
+    assert json.loads((made / MANIFEST).read_text())["splits"]["train"]["bytes"] == before
     assert json.loads((made / MANIFEST).read_text())["splits"]["train"]["count"] == NUM_TRAIN
 
 

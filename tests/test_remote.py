@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,12 +201,17 @@ def test_a_stream_that_breaks_off_is_told_in_one_line(
 
 @pytest.mark.parametrize(
     ("variable", "told"),
-    [("AWS_ENDPOINT_URL", "Invalid endpoint: nonsense"), ("AWS_PROFILE", "The config profile (nonsense) could not be")],
+    [
+        ("AWS_ENDPOINT_URL", "Invalid endpoint: nonsense"),
+        ("AWS_PROFILE", "The config profile (nonsense) could not be"),
+        ("AWS_CONFIG_FILE", "'str' object has no attribute 'get'"),
+    ],
 )
 def test_settings_of_aws_that_are_wrong_are_told_in_one_line(
-    variable: str, told: str, client: Any, monkeypatch: pytest.MonkeyPatch
+    variable: str, told: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, "nonsense")
+    (tmp_path / "config").write_text("[default]\ns3 = yes\n")
+    monkeypatch.setenv(variable, str(tmp_path / "config") if variable == "AWS_CONFIG_FILE" else "nonsense")
     with pytest.raises(UserError) as raised:
         load_dataset("s3://images/sets/ours")
     assert str(raised.value).startswith(f"s3://images/sets/ours: {told}")
@@ -286,3 +292,40 @@ def test_a_copy_waits_for_another_of_the_same_set(shards: Path, client: Any) -> 
         assert not shard.exists()
     assert done.wait(60)
     assert shard.exists()
+
+
+def test_a_whole_copy_is_read_without_the_lock(shards: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a disk that is read-only by now."""
+    upload(client, shards)
+    root = load_dataset("s3://images/sets/ours").root
+    monkeypatch.setattr(remote, "FileLock", lambda path: pytest.fail(f"{path} taken"))
+    assert load_dataset("s3://images/sets/ours").root == root
+
+
+def test_copies_in_progress_are_given_up_with_the_first_that_fails(
+    shards: Path, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    upload(client, shards)
+    in_progress = threading.Event()
+    ended: list[str] = []
+
+    def copy(store: Any, path: str, to: Path, progress: Any) -> None:
+        to.touch()
+        if path.startswith("val"):
+            assert in_progress.wait(60)
+            raise UserError("of the first")
+        in_progress.set()
+        try:
+            for _ in range(6000):
+                progress(1)
+                time.sleep(0.01)
+        finally:
+            ended.append(path)
+
+    monkeypatch.setattr(remote._Store, "copy", copy)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="of the first"):
+        load_dataset("s3://images/sets/ours")
+    assert time.monotonic() - began < 30
+    assert sorted(ended) == ["train.index.npz", "train/shard-000000.tar"]
+    assert not list((tmp_path / "cache").rglob("*.part"))

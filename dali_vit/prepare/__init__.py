@@ -106,6 +106,7 @@ def prepare(arguments: PrepareArguments) -> Path:
 
 def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing: Manifest | None) -> None:
     state, folder = partial / ".state", partial / ".set"
+    begun = any(state.iterdir())
     settings = Settings(
         arguments.shard_mb * 1_000_000 if arguments.to == "shards" else None, arguments.shorter_side, arguments.quality
     )
@@ -129,12 +130,13 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         )
     plan = _fingerprint(source, arguments.to, settings)
     if existing is not None:
+        claim = read_receipt(state / "plan.json")
+        # What an interrupted run for another TARGET of this name has left is still of use to it.
+        if not begun or (claim is not None and claim["plan"] == existing.plan):
+            _remove(partial)
         if existing.plan != plan:
-            if not (state / "plan.json").exists():
-                _remove(partial)
             raise UserError(refused)
         _log.info("%s is there already, made of this source with these settings", target)
-        _remove(partial)
         return
     workers = arguments.workers or cpu_count()
     jobs = {

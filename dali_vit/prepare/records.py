@@ -282,8 +282,9 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                 with open(target, "wb") as out:
                     for batch in file.iter_batches(256, columns=["image", "label"]):
                         for row in batch.to_pylist():
-                            image = row["image"] or {"bytes": None}  # null, as its bytes may be, too
-                            data, name = image["bytes"] or b"", os.path.basename(image.get("path") or "")
+                            if row["image"] is None:  # has no name, without which the others would lose theirs, too
+                                raise UserError(f"{path}: row {len(rows)}, from 0, has no image: remove the row")
+                            data, name = row["image"]["bytes"] or b"", os.path.basename(row["image"].get("path") or "")
                             if not isinstance(row["label"], int):
                                 raise UserError(f"{path}: {name or 'an image'} has the label {row['label']!r}")
                             out.write(data)
