@@ -21,6 +21,7 @@ from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
 from dali_vit import loaders
+from dali_vit.distributed import Group
 from dali_vit.metrics import StepTimer
 from dali_vit.model import create_model
 from pipelines.bad_samples import DecodeError
@@ -157,6 +158,21 @@ def test_comparison_takes_ratios_within_rounds_against_the_better_decoder():
     text = report.comparison({"workers": 2, **result})
     assert "1.60 times as fast as the best of the others (1.60, 1.33, 2.00 by round)" in text
     assert [line.split("  ")[0] for line in text.splitlines()[1:3]] == ["dali-vit", "torchvision, PIL"]
+
+
+def test_a_comparison_adds_up_rates_and_workers_of_all_processes(tiny_config, monkeypatch):
+    """Of two processes here, the other of which is as fast."""
+    dataset = datasets.load_dataset(tiny_config.data.data, minival=0)
+    config = replace(tiny_config, run=replace(tiny_config.run, threads=3))
+    batches = iter(lambda: (torch.empty(0), torch.empty(0)), None)
+    others = {name: compare._Ours(batches) for name in (*compare.TORCHVISION.values(), compare.TIMM)}
+    monkeypatch.setattr(compare, "others", lambda config, files, group, workers: others)
+    monkeypatch.setattr(loaders, "train_loader", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(compare, "_rate", lambda *_: 50.0)
+    monkeypatch.setattr(compare, "gather_objects", lambda rate: [rate, rate])
+    result = compare.compare(config, dataset, lambda: None, Group(0, 2, 0, 2, CPU), 1.0)
+    assert result["workers"] == 6
+    assert {values["images_per_sec"] for values in result["loaders"].values()} == {100.0}
 
 
 def trial(rate: float, worst: float, **decoder) -> sweep.Trial:
