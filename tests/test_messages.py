@@ -6,29 +6,25 @@ import os
 
 import pytest
 
+from dali_vit.config import UserError
 from dali_vit.inspection import no_messages_beside_ours
 
 
-def test_ctrl_c_drops_messages_that_name_no_image(capfd):
-    def stopped() -> None:
-        with no_messages_beside_ours():
-            os.write(2, b"one of a library\n")
-            raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(KeyboardInterrupt, ""), (RuntimeError, "one of a library\n"), (UserError, "one of a library\n")],
+)
+def test_what_ends_the_block_decides_on_the_messages_before_it(error, told, capfd):
+    """Ctrl-C drops them, as they name no image; another error keeps them, as they may tell why."""
 
-    with pytest.raises(KeyboardInterrupt):
-        stopped()
-    assert capfd.readouterr().err == ""
-
-
-def test_another_error_keeps_the_messages_before_it(capfd):
     def fails() -> None:
         with no_messages_beside_ours():
             os.write(2, b"one of a library\n")
-            raise RuntimeError
+            raise error
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(error):
         fails()
-    assert capfd.readouterr().err == "one of a library\n"
+    assert capfd.readouterr().err == told
 
 
 def test_other_messages_come_late_but_whole(capfd):
