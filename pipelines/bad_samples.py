@@ -13,7 +13,7 @@ from pipelines import probe
 from pipelines.crop import Decoder
 from pipelines.readers import Samples
 
-__all__ = ["BadSamples", "DecodeError", "begins_as_jpeg", "has_end_of_jpeg", "most_allowed", "still_bad"]
+__all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "still_bad"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
@@ -104,12 +104,12 @@ class BadSamples:
 
     def _are_to_blame(self, indices: np.ndarray) -> bool:
         """Whether any of these samples, which all failed, can be read at all, and the device decodes a good image."""
-        if all(_first_bytes(self._samples, payload) is None for payload in self._samples.payload(indices)):
+        if all(_contents(self._samples, payload) is None for payload in self._samples.payload(indices)):
             return False
         return probe.decodes_good_images(self._make)
 
     def cut_short(self, indices: np.ndarray, last_bytes: np.ndarray) -> np.ndarray:
-        """Indices of a batch's JPEGs that lack the end marker among their last bytes and were never tried, rising.
+        """Indices of a batch's JPEGs that lack the end marker and were never tried, rising.
 
         indices: of the batch's samples, int64 [N], -1 where a row is padding; last_bytes: of the samples' files, uint8
         [N, bytes]. The first rows of a JPEG that was cut short still decode: whether decoding fails depends on the
@@ -120,10 +120,11 @@ class BadSamples:
             return suspects
         found = np.unique(indices[suspects])
         found = found[~self.tried[found]]
-        # Other formats are always decoded whole, and have just been. A file's name does not tell its format.
-        jpeg = begins_as_jpeg(self._samples, found)
-        self.tried[found[~jpeg]] = True
-        return found[jpeg]
+        # Only these are read once more: a trial takes as long as a step, and cameras may write something after the end.
+        payloads = self._samples.payload(found)
+        suspicious = np.array([_may_be_cut_short(self._samples, payload) for payload in payloads], bool)
+        self.tried[found[~suspicious]] = True
+        return found[suspicious]
 
     def _check_share(self) -> None:
         bad = self.indices
@@ -183,18 +184,34 @@ def has_end_of_jpeg(last_bytes: np.ndarray) -> np.ndarray:
     return ((last_bytes[:, :-1] == 0xFF) & (last_bytes[:, 1:] == 0xD9)).any(axis=1)
 
 
-def begins_as_jpeg(samples: Samples, indices: np.ndarray) -> np.ndarray:
-    """Whether samples begin with a start-of-image marker or cannot be read any more, [N] -> bool [N]."""
-    starts = [_first_bytes(samples, payload) for payload in samples.payload(indices)]
-    return np.array([start in (b"\xff\xd8", None) for start in starts], bool)
+def is_whole_jpeg(contents: bytes) -> bool:
+    """Whether an end-of-image marker follows on a JPEG's first scan; those of thumbnails in its header do not count.
+
+    Within a scan the marker's two bytes cannot occur (ITU-T T.81, B.1.1.5).
+    """
+    position = 2
+    while position + 4 <= len(contents) and contents[position] == 0xFF:
+        marker = contents[position + 1]
+        if marker == 0xDA:
+            return contents.find(b"\xff\xd9", position) >= 0
+        # A marker may be preceded by any number of bytes of 255; a segment's length includes its own two bytes.
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(contents[position + 2 : position + 4], "big")
+    return False
 
 
-def _first_bytes(samples: Samples, payload: np.ndarray) -> bytes | None:
-    """The two bytes that an encoded image begins with; None if it cannot be read."""
+def _may_be_cut_short(samples: Samples, payload: np.ndarray) -> bool:
+    """False for whole JPEGs and for other formats, which are always decoded whole; a file's name does not tell which it
+    is. True for what cannot be read any more."""
+    contents = _contents(samples, payload)
+    return contents is None or (contents[:2] == b"\xff\xd8" and not is_whole_jpeg(contents))
+
+
+def _contents(samples: Samples, payload: np.ndarray) -> bytes | None:
+    """An encoded image; None if it cannot be read."""
     if samples.encoded:
-        return payload[:2].tobytes()
+        return payload.tobytes()
     try:
         with open(payload.tobytes(), "rb") as file:
-            return file.read(2)
+            return file.read()
     except OSError:
         return None
