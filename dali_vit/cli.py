@@ -326,8 +326,9 @@ def _doctor(argv: list[str]) -> int:
     from dali_vit import doctor
 
     process.tidy_up_at_ctrl_c()
-    _say(doctor.report())
-    return 0
+    text, fit = doctor.report()
+    _say(text)
+    return 0 if fit else 2
 
 
 def _keep_stdout() -> None:

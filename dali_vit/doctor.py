@@ -19,35 +19,55 @@ from pipelines import windows
 from pipelines.readers import FileList
 
 
-def report() -> str:
-    """What the machine has, and whether each part of a run works on it, as lines of `name  value`."""
+def report() -> tuple[str, bool]:
+    """What the machine has, and whether each part of a run works on it, as lines of `name  value`, the last of which
+    says whether it is fit to train; and whether it is."""
     rows: list[tuple[str, str]] = list(environment.versions().items())
     rows.append(("cpu", f"{environment.cpu_name()}, {environment.cpu_count()} cores usable"))
     rows.append(("driver", environment.gpu_driver() or "none"))
     gpus = environment.gpu_names()
+    prevents, slows = [], []
     for index, name in enumerate(gpus):
         device = torch.device("cuda", index)
         peak = peak_flops(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         known = f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "peak unknown, so no MFU"
         rows.append((f"gpu {index}", f"{name}, compute capability {capability}, {known}"))
+        if environment.too_old(device):
+            prevents.append(f"gpu {index} is older than Ampere (hide it by CUDA_VISIBLE_DEVICES)")
     if not gpus:
-        rows.append(("gpus", f"none: {_why_no_gpu()}"))
+        rows.append(("gpus", f"none: {environment.why_no_gpu()}"))
     threads = max(1, environment.cpu_count() // max(1, len(gpus)))
     if gpus:
         rows.append(("training", f"{len(gpus)} processes, bf16 autocast, torch.compile"))
     else:
         rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    rows.append(("compile", f"torch.compile {_state(compile_fault(device))}"))
+    if fault := compile_fault(device):
+        slows.append("compile")
+    rows.append(("compile", f"torch.compile {_state(fault)}"))
     if gpus:
         rows.append(("jpeg engine", environment.jpeg_engine(device)))
-        rows.append(("jpeg windows", f"decoding them alone {_state(windows.fault())}"))
+        if rows[-1][1].startswith("unusable"):
+            slows.append("jpeg engine")
+        if fault := windows.fault():
+            slows.append("jpeg windows")
+        rows.append(("jpeg windows", f"decoding them alone {_state(fault)}"))
     where = "on the GPU" if gpus else "on the CPU"
-    input_state = _state(_input_fault(device))
-    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {input_state}"))
+    if fault := _input_fault(device):
+        prevents.append("input fails")
+    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {_state(fault)}"))
+    rows.append(("verdict", _verdict(prevents, slows if gpus else [], where)))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows), not prevents
+
+
+def _verdict(prevents: list[str], slows: list[str], where: str) -> str:
+    """Whether a machine is fit, in words. prevents: what training cannot do with; slows: what it goes slower with."""
+    if prevents:
+        return f"not fit to train: {', '.join(prevents)}"
+    slower = f", but slower than it could: see {', '.join(slows)}" if slows else ""
+    return f"fit to train {where}{slower}"
 
 
 def _state(fault: str | None) -> str:
@@ -69,11 +89,3 @@ def _input_fault(device: torch.device) -> str | None:
         except (RuntimeError, ValueError) as error:
             return " ".join(str(error).split())[:200]
     return None
-
-
-def _why_no_gpu() -> str:
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    if environment.gpu_driver() is None:
-        return "no NVIDIA driver"
-    return "torch sees none; check CUDA_VISIBLE_DEVICES and the driver's version"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+_FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability: the Ampere generation
 _WITH_JPEG_ENGINE = ((8, 0), (9, 0), (10, 0), (10, 3))  # compute capabilities of A100, H100 and H200, B200, B300
 _JPEG_ENGINE_LIBRARY = "libnvcuvid.so.1"
 
@@ -147,6 +148,27 @@ def gpu_names() -> list[str]:
         properties = torch.cuda.get_device_properties(index)
         names.append(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
     return names
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no GPU, as far as can be told; call it only where it sees none."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    driver = gpu_driver()
+    if driver is None:
+        return "no NVIDIA driver"
+    return (
+        f"torch, built for CUDA {torch.version.cuda}, sees none; check CUDA_VISIBLE_DEVICES, and whether driver"
+        f" {driver} is recent enough"
+    )
+
+
+def too_old(device: torch.device) -> str | None:
+    """A GPU without matrix products in bfloat16, which training takes, by name and compute capability; else None."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _FIRST_WITH_BFLOAT16
+    if capability >= _FIRST_WITH_BFLOAT16:
+        return None
+    return f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
 
 
 def jpeg_engine(device: torch.device) -> str:

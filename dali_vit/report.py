@@ -18,6 +18,7 @@ from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
+from dali_vit.environment import why_no_gpu
 from dali_vit.listing import other_val
 from dali_vit.manifest import MANIFEST
 from dali_vit.structure import val_without_images
@@ -105,6 +106,7 @@ def summary(
     counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
+    unasked = "" if on_gpu or config.run.gpus == 0 else f"; no GPU is used: {why_no_gpu()}"
     classes = f"{len(dataset.classes)} class{'es' if len(dataset.classes) > 1 else ''}"
     on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     precision = f"bf16 autocast, {config.model.residual} residual stream"
@@ -115,7 +117,7 @@ def summary(
         "input": f"{augmentation(config.data)}, Mixup {config.optim.mixup_alpha:g};"
         f" DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,
-        "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}",
+        "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}{unasked}",
         **how,
         "length": f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {config.optim.batch_size} images"
         f" ({epochs:{'.1f' if epochs >= 1 else '.2g'}} epochs)",

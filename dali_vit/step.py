@@ -15,8 +15,9 @@ from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
 from dali_vit.attention import TORCHS_CHOICE, choose_attention
 from dali_vit.blocks import use_packed_attention
 from dali_vit.compiling import how_to_compile
-from dali_vit.config import WITH_CUDA_GRAPHS, Config
-from dali_vit.distributed import Group
+from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
+from dali_vit.distributed import Group, gather_objects
+from dali_vit.environment import too_old
 from dali_vit.mixup import mixup_cross_entropy, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
 from dali_vit.spikes import SharedLoss
@@ -96,8 +97,14 @@ def build_update(
     images uint8 [N, H, W, 3] and labels int64 [N] on the group's device; both results are 0-d tensors there, for which
     nothing waits: the host waits only for the end of the step before last (`RunAhead`). The loss is this process's, the
     norm that of all; it is NaN where the step was left out.
-    Collective. Raises UserError where compilation is asked for and does not work here.
+    Collective. Raises UserError where a GPU has no matrix products in bfloat16, and where compilation is asked for and
+    does not work here.
     """
+    if old := next(filter(None, gather_objects(too_old(group.device))), None):
+        raise UserError(
+            f"{old}: training takes a GPU of the Ampere generation (8.0) or later; choose by CUDA_VISIBLE_DEVICES, or"
+            " give --gpus 0 for the CPU"
+        )
     on_gpu = group.device.type == "cuda"
     parts = config.run.grad_accum_steps
     mode, words = how_to_compile(config, group)

@@ -346,3 +346,4 @@ def test_doctor_says_what_works():
     assert "DALI decodes and augments" in result.stdout
     assert re.search(r"^compile +torch.compile works$", result.stdout, re.MULTILINE)
     assert re.search(r"^input .*: works$", result.stdout, re.MULTILINE)
+    assert re.search(r"^verdict +fit to train", result.stdout.splitlines()[-1])

@@ -223,17 +223,83 @@ def test_where_nothing_can_be_written_there_is_still_a_name(tmp_path: Path, monk
     assert files.cache_folder() == tmp_path / "dali-vit"
 
 
-def test_doctor_says_how_many_threads_a_process_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "cpu_count", lambda: 12)
-    monkeypatch.setattr(doctor, "_input_fault", lambda _: None)
-    monkeypatch.setattr(doctor, "compile_fault", lambda _: None)
-    assert "on the CPU, 12 threads a process: works" in doctor.report()
-    monkeypatch.setattr(environment, "gpu_names", lambda: ["H200"] * 5)
-    monkeypatch.setattr(doctor, "peak_flops", lambda _: None)
+@pytest.fixture
+def five_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which everything works, as far as the doctor is told."""
+    for name, value in {"gpu_names": ["H200"] * 5, "jpeg_engine": "usable", "cpu_count": 12}.items():
+        monkeypatch.setattr(environment, name, lambda *_, value=value: value)
+    for name in ("_input_fault", "compile_fault", "peak_flops"):
+        monkeypatch.setattr(doctor, name, lambda _: None)
     monkeypatch.setattr(doctor.windows, "fault", lambda: None)
-    monkeypatch.setattr(environment, "jpeg_engine", lambda _: "usable")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert "on the GPU, 2 threads a process: works" in doctor.report()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+
+
+@pytest.mark.usefixtures("five_gpus")
+def test_doctor_says_how_many_threads_a_process_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "on the GPU, 2 threads a process: works" in doctor.report()[0]
+    monkeypatch.setattr(environment, "gpu_names", list)
+    assert "on the CPU, 12 threads a process: works" in doctor.report()[0]
+
+
+@pytest.mark.usefixtures("five_gpus")
+def test_doctor_says_whether_a_machine_is_fit_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict() -> tuple[str, bool]:
+        text, fit = doctor.report()
+        name, words = text.splitlines()[-1].split(maxsplit=1)
+        assert name == "verdict"
+        return words, fit
+
+    assert verdict() == ("fit to train on the GPU", True)
+    monkeypatch.setattr(environment, "jpeg_engine", lambda _: "unusable: no library")
+    monkeypatch.setattr(doctor.windows, "fault", lambda: "it crashes")
+    assert verdict() == ("fit to train on the GPU, but slower than it could: see jpeg engine, jpeg windows", True)
+    monkeypatch.setattr(doctor, "compile_fault", lambda _: "no compiler")
+    assert verdict()[0].endswith("see compile, jpeg engine, jpeg windows")
+    monkeypatch.setattr(doctor, "_input_fault", lambda _: "no decoder")
+    assert verdict() == ("not fit to train: input fails", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (7, 5))
+    assert verdict() == (
+        "not fit to train: gpu 0 is older than Ampere (hide it by CUDA_VISIBLE_DEVICES), input fails",
+        False,
+    )
+    monkeypatch.setattr(environment, "gpu_names", list)
+    assert verdict() == ("not fit to train: input fails", False)
+    monkeypatch.setattr(doctor, "_input_fault", lambda _: None)
+    assert verdict() == ("fit to train on the CPU", True)  # where nothing is compiled unless asked for
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "Tesla T4, compute capability 7.5"), ((8, 0), None), ((12, 0), None)]
+)
+def test_which_gpus_are_too_old(
+    capability: tuple[int, int], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert environment.too_old(torch.device("cuda", 0)) == expected
+    assert environment.too_old(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "expected"),
+    [
+        (None, "580.1", "this torch was built without CUDA"),
+        ("13.2", None, "no NVIDIA driver"),
+        (
+            "13.2",
+            "535.1",
+            "torch, built for CUDA 13.2, sees none; check CUDA_VISIBLE_DEVICES, and whether driver 535.1 is recent"
+            " enough",
+        ),
+    ],
+)
+def test_why_there_is_no_gpu(
+    cuda: str | None, driver: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(environment, "gpu_driver", lambda: driver)
+    assert environment.why_no_gpu() == expected
 
 
 @pytest.mark.parametrize(("status", "expected"), [("", "abc"), (" M a.py\n", "abc (changed)")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,25 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
         threads=1,
     )
     assert f"length    {length}" in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        (None, "float32; no GPU is used: no NVIDIA driver"),
+        (0, "float32"),
+        (2, "float32; no GPU is used: no NVIDIA driver"),
+    ],
+)
+def test_why_no_gpu_is_used_is_said_unless_none_was_asked_for(
+    gpus: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dali_vit.report.why_no_gpu", lambda: "no NVIDIA driver")
+    config = replace(Config(), run=replace(Config().run, gpus=gpus))
+    given: dict[str, Any] = {"model": "M", "how": {}, "total_steps": 9, "checkpoint": None, "bad_samples": 0}
+    group = Group(0, 2, 0, 2, torch.device("cpu"))
+    text = summary(config, dataset(minival=1, val=2), group, **given, threads=1)
+    assert f"devices   2 x CPU, {said}" in text.splitlines()
 
 
 def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig
+from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.metrics import Window
 from dali_vit.model import create_model
@@ -93,3 +93,13 @@ def test_on_the_cpu_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(torch.cuda, "Event")
     for _ in range(5):
         RunAhead(torch.device("cpu")).step_is_queued()
+
+
+def test_a_gpu_without_bfloat16_is_refused_on_all_ranks(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where any rank has one."""
+    model = create_model(tiny_config.model, num_classes=3, resolution=32)
+    optimizer = create_optimizer(model, tiny_config.optim)
+    group = Group(0, 2, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr("dali_vit.step.gather_objects", lambda value: [value, "Tesla T4, compute capability 7.5"])
+    with pytest.raises(UserError, match=r"^Tesla T4, compute capability 7.5: .*--gpus 0 for the CPU$"):
+        build_update(tiny_config, model, optimizer, group)
