@@ -23,8 +23,8 @@ from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 from dali_vit.process import end_with_parent, ended_by_ctrl_c, int_from_environment
 
-PATIENCE = {"loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
-"""Stages of a run, and how many times --hang-timeout each may take."""
+PATIENCE = {"preparation": 3.0, "loader": 1.0, "step": 1.5, "compilation": 6.0, "evaluation": 1.5, "checkpoint": 1.5}
+"""Stages of a run, and how many times --hang-timeout each may take; what is before the first step is preparation."""
 
 _SAME_GPU = re.compile("Duplicate GPU|Multiple Ranks are using the same GPU")  # NCCL 2.28 and 2.30
 # NCCL, misc/shmutils.cc; a container has 64 MB unless it asks for more.

@@ -22,6 +22,7 @@ from dali_vit.launch import REQUEUE, hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _STANDSTILL = 2.0  # seconds: if a thread that only sleeps wakes up this late, the whole process was stopped
+_PREPARATION = 600.0  # seconds: settings are tried and kernels compiled, however short a step is
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP comes when a terminal is closed
 
 
@@ -105,13 +106,14 @@ class Watchdog:
     """Ends a process that makes no progress, naming the stage it hangs in.
 
     Ranks that merely wait for a hanging rank are in the stage "step": they are given half as long again, so that the
-    hanging rank reports first. torch.compile may search for the fastest kernels for half an hour. Time in which the
-    whole process stands still (Ctrl-Z, or a scheduler that suspends jobs) does not count.
+    hanging rank reports first. What comes before the first step is given ten minutes in any case, and torch.compile
+    may search for the fastest kernels for half an hour. Time in which the whole process stands still (Ctrl-Z, or a
+    scheduler that suspends jobs) does not count.
     """
 
-    def __init__(self, group: Group, seconds: float) -> None:
+    def __init__(self, group: Group, seconds: float, stage: str = "step", step: int = 0) -> None:
         self._rank, self._seconds = group.rank, seconds
-        self._stage, self._step, self._since = "step", 0, time.monotonic()
+        self.enter(stage, step)
         self._ended = threading.Event()
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -134,6 +136,8 @@ class Watchdog:
                 self._since += now - before
             before = now
             patience = self._seconds * PATIENCE[self._stage]
+            if self._stage == "preparation":
+                patience = max(patience, _PREPARATION)
             stalled = now - self._since
             if stalled > patience:
                 sys.stderr.write(

@@ -66,23 +66,26 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             tidy_up(checkpoint)
         return _check_finite(checkpoint.metrics, config)
 
-    # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
-    forward_flops = flops_per_image(model, config.data.resolution)
-    warn_of_memory(model, config, group)
-    warn_of_others(group)
-    model.to(group.device)
-    optimizer = create_optimizer(model, config.optim)
-    update, how = build_update(config, model, optimizer, group)
+    with Watchdog(group, config.run.hang_timeout, "preparation", start):
+        # Model and optimiser: float32 master weights, bf16 autocast on GPUs.
+        forward_flops = flops_per_image(model, config.data.resolution)
+        warn_of_memory(model, config, group)
+        warn_of_others(group)
+        model.to(group.device)
+        optimizer = create_optimizer(model, config.optim)
+        update, how = build_update(config, model, optimizer, group)
 
-    # Restore.
-    torch.manual_seed(config.run.seed + group.rank)  # drawn from only by timm models with dropout
-    if checkpoint:
-        restore(checkpoint, model, optimizer, group)
+        # Restore.
+        torch.manual_seed(config.run.seed + group.rank)  # drawn from only by timm models with dropout
+        if checkpoint:
+            restore(checkpoint, model, optimizer, group)
 
-    # The stream of batches, the run's folder and its logs.
-    settings = loader_settings(dataset, config, group, model)
-    bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
-    loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
+        # The stream of batches.
+        settings = loader_settings(dataset, config, group, model)
+        bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
+        loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
+
+    # The run's folder and its logs.
     next_batch = name_lack_of_memory(loader.__next__, config, group)
     together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
 

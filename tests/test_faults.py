@@ -213,11 +213,22 @@ def test_the_watchdog_names_a_hanging_process_before_the_others_give_it_up():
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("stage", "patience"), [("loader", 1.0), ("step", 1.5), ("compilation", 6.0)])
-def test_stages_are_given_as_long_as_they_may_take(stage, patience):
+@pytest.mark.parametrize(
+    ("stage", "patience", "at_least"),
+    [
+        ("loader", 1.0, 60),
+        ("step", 1.5, 60),
+        ("compilation", 6.0, 60),
+        ("preparation", 3.0, 0),
+        ("preparation", 8.0, 4),
+    ],
+)
+def test_stages_are_given_as_long_as_they_may_take(stage, patience, at_least):
+    """at_least: seconds that what comes before the first step is given in any case."""
     program = (
-        "import time, torch; from dali_vit.distributed import Group; from dali_vit.stopping import Watchdog\n"
-        f"Watchdog(Group(3, 8, 3, 8, torch.device('cpu')), 0.5).enter({stage!r}, 41)\n"
+        "import time, torch; from dali_vit import stopping; from dali_vit.distributed import Group\n"
+        f"stopping._PREPARATION = {at_least}\n"
+        f"stopping.Watchdog(Group(3, 8, 3, 8, torch.device('cpu')), 0.5, {stage!r}, 41)\n"
         "began = time.monotonic()\n"
         "while True: time.sleep(0.1); print(time.monotonic() - began, flush=True)"
     )
@@ -227,6 +238,20 @@ def test_stages_are_given_as_long_as_they_may_take(stage, patience):
     assert ended.returncode == 70
     assert ended.stderr.startswith(f"dali-vit: rank 3 hangs in the {stage} of step 42 for ")
     assert float(ended.stdout.split()[-1]) >= 0.5 * patience - 0.2
+
+
+@pytest.mark.timeout(120)
+def test_a_hang_before_the_first_step_is_told_of(image_folder, tmp_path):
+    program = (
+        "import sys, time; from dali_vit import cli, stopping, train\n"
+        "stopping._PREPARATION = 0\n"
+        "train.loader_settings = lambda *_: time.sleep(1000)\n"
+        "cli.main()"
+    )
+    with running("-c", program, *command(image_folder, tmp_path, "--hang-timeout", "1")) as process:
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 70
+    assert "rank 0 hangs in the preparation of step 1 for" in err
 
 
 @pytest.mark.timeout(120)
