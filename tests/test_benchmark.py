@@ -139,6 +139,10 @@ def test_verdict_draws_the_line_at_97_percent():
     assert report.verdict(2000, 1000, 970, 0.03).startswith("The step limits")
     assert report.verdict(2000, 1000, 969, 0.03).startswith("Loader and step compete")
     assert report.verdict(1000, 1000, 970, 0.03).startswith("The step limits")
+    assert report.verdict(1000, 1400, 970, 0.3).endswith("30 % of the time.")
+    assert report.verdict(1000, 1400, 969, 0.3).endswith(
+        "30 % of the time. Together they compete for the processors, too, and reach 969 images/s."
+    )
 
 
 def test_comparison_takes_ratios_within_rounds_against_the_better_decoder():

@@ -135,7 +135,8 @@ def test_spectrum_falls_as_a_photographs(scenes):
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--count", "10", "--classes", "20"], "--count 10 leaves some of 20 classes empty"),
         (["--val-count", "5", "--classes", "20"], "--val-count 5 leaves some of 20 classes empty"),
-        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "0"], "--workers 0: must be from 1 to 1,024"),
+        (["--workers", "100000"], "--workers 100000: must be from 1 to 1,024"),
         (["--count", "many"], "invalid int value: 'many'"),
     ],
 )
@@ -213,4 +214,7 @@ def test_rates_are_told_by_the_minute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_jpegs, "make_jpegs", lambda *_, **__: written)
     clock = iter([0.0, 10.0])
     assert make_jpegs.main(["--out", str(tmp_path / "x"), "--count", "30", "--classes", "3", "--workers", "2"]) == 0
-    assert "20 written in 10.0 s by 2 workers, 120 a minute" in capsys.readouterr().out
+    assert "20 written in 10.0 s by 1 worker, 120 a minute" in capsys.readouterr().out
+    clock = iter([0.0, 10.0])
+    assert make_jpegs.main(["--out", str(tmp_path / "x"), "--count", "33", "--classes", "3", "--workers", "3"]) == 0
+    assert "by 2 workers, 120 a minute" in capsys.readouterr().out

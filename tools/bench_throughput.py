@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmark import command  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # first, see there
 
 # isort: split
 

@@ -21,16 +21,21 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmark import command  # first, see there
+
+# isort: split
+
 import numpy as np
-from benchmark import command
 from PIL import Image, ImageChops, ImageDraw
 
 from dali_vit.files import replacing
 from dali_vit.process import end_with_parent
+from dali_vit.validation import MAX_THREADS
 
 __all__ = ["draw_image", "main", "make_jpegs"]
 
 _SETTINGS = "make_jpegs.json"
+_AT_ONCE = 32  # images that a worker is given
 _SIDE = 1024  # of the scenes, in pixels
 _NOISE_STRENGTHS = np.geomspace(2, 14, 10)  # standard deviations, in levels of 255
 
@@ -179,7 +184,7 @@ def make_jpegs(out: Path, counts: dict[str, int], *, classes: int, workers: int,
         items += [(folders[i % classes] / f"{split}_{i:08d}.JPEG", split_index, i) for i in range(count)]
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(seed,)) as pool:
         try:
-            return list(_with_progress(pool.map(_write, items, chunksize=32), len(items)))
+            return list(_with_progress(pool.map(_write, items, chunksize=_AT_ONCE), len(items)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -227,13 +232,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for flag, value, least in [
         ("--classes", args.classes, 1),
-        ("--workers", args.workers, 1),
         ("--seed", args.seed, 0),
         ("--count", args.count, 1),
         ("--val-count", args.val_count, 0),
     ]:
         if value < least:
             parser.error(f"{flag} {value}: must be at least {least}")
+    if not 1 <= args.workers <= MAX_THREADS:
+        parser.error(f"--workers {args.workers}: must be from 1 to {MAX_THREADS:,}")
     for flag, value in [("--count", args.count), ("--val-count", args.val_count)]:
         if 0 < value < args.classes:
             parser.error(f"{flag} {value} leaves some of {args.classes} classes empty: raise it or lower --classes")
@@ -243,11 +249,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     counts = {"train": args.count, "val": args.val_count}
+    workers = min(args.workers, -(-(args.count + args.val_count) // _AT_ONCE))  # others would get nothing to do
     start = time.perf_counter()
     # Otherwise SIGTERM would end this process alone, in the middle of its work.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        written = make_jpegs(args.out, counts, classes=args.classes, workers=args.workers, seed=args.seed)
+        written = make_jpegs(args.out, counts, classes=args.classes, workers=workers, seed=args.seed)
     except ValueError as error:
         print(f"make_jpegs.py: {error}", file=sys.stderr)
         return 2
@@ -271,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.out}: {args.count:,} training and {args.val_count:,} validation images of {args.classes:,} classes, "
         f"{kilobytes:.1f} KB and {width:.0f} x {height:.0f} pixels on average\n"
-        f"{new:,} written in {seconds:.1f} s by {args.workers} workers, {new / seconds * 60:,.0f} a minute"
+        f"{new:,} written in {seconds:.1f} s by {workers} worker{'s' if workers > 1 else ''},"
+        f" {new / seconds * 60:,.0f} a minute"
     )
     return 0
 

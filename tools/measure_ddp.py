@@ -19,16 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from dali_vit import process  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # first, see there
 
 # isort: split
 
 import torch
-from benchmark import command, report
+from benchmark import report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit import distributed, recipes, step
+from dali_vit import distributed, process, recipes, step
 from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.launch import launch_once

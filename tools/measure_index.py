@@ -19,8 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmark import command  # first, see there
+
+# isort: split
+
 import numpy as np
-from benchmark import command, report
+from benchmark import report
 from PIL import Image
 
 from dali_vit.config import UserError

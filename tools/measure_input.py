@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark import command  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # first, see there
 
 # isort: split
 

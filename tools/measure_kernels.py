@@ -20,9 +20,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmark import command  # first, see there
+
+# isort: split
+
 import numpy as np
 import torch
-from benchmark import command
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmark import command  # before torch, for which it sets how OpenMP waits
+from benchmark import command  # first, see there
 
 # isort: split
 

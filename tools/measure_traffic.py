@@ -19,8 +19,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from benchmark import command  # first, see there
+
+# isort: split
+
 import torch
-from benchmark import command, modes, report
+from benchmark import modes, report
 from torch import Tensor, nn
 
 from dali_vit.blocks import use_packed_attention

@@ -1,4 +1,8 @@
-"""What all tools have in common as commands: how mistakes in flags are told, and what becomes of what they print."""
+"""What all tools have in common as commands: how mistakes in flags are told, and what becomes of what they print.
+
+Tools import it first, because the other imports take seconds, in which Ctrl-C is to end them, and because it sets how
+OpenMP waits, which torch reads.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dali_vit import process
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:  # not where a test imports a tool
+    process.end_at_ctrl_c()
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +54,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     What was to go to a pipe that nobody reads any more is dropped. A full disk under stdout is told of at the end, in
     one line on stderr, and makes of exit code 0 a 2.
     """
+    process.tidy_up_at_ctrl_c()
     stdout: _Stream | None = None
     if isinstance(sys.stdout, io.TextIOWrapper):  # None where it was closed from the start
         sys.stdout, stdout = _dropping(sys.stdout)

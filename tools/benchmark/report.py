@@ -42,7 +42,10 @@ def verdict(loader: float, model: float, joint: float, stall: float) -> str:
     """
     waits = f"training waits for data {100 * stall:.0f} % of the time"
     if loader < model:
-        return f"The loader limits: {loader:,.0f} images/s against {model:,.0f} of the step; {waits}."
+        limits = f"The loader limits: {loader:,.0f} images/s against {model:,.0f} of the step; {waits}."
+        if joint >= UNHINDERED * loader:
+            return limits
+        return f"{limits} Together they compete for the processors, too, and reach {joint:,.0f} images/s."
     share = joint / model
     if share >= UNHINDERED:
         return (
