@@ -6,6 +6,7 @@ import atexit
 import codecs
 import ctypes
 import errno
+import faulthandler
 import gc
 import io
 import logging
@@ -128,6 +129,7 @@ def run(main: Callable[[], object]) -> NoReturn:
     # step.
     gc.set_threshold(10_000, 10, 1_000)
     _open_standard_streams()
+    faulthandler.enable()  # a crash in a library, or a shard that is cut short under its memory map, is told of
     # The name of a file or class may have characters that stdout cannot encode: Python would raise an error, so they
     # are escaped. In the POSIX locale Python prints bytes that it could not decode as they were, and this is kept.
     codecs.register_error(_RAW_OR_ESCAPED, _raw_or_escaped)

@@ -194,6 +194,24 @@ def test_a_stalled_reader_is_named_with_its_stage(tmp_path):
 
 
 @pytest.mark.timeout(120)
+def test_a_shard_that_is_cut_short_meanwhile_ends_the_run_with_a_word_and_is_named_by_the_next(image_folder, tmp_path):
+    prepared = dali_vit("prepare", image_folder, tmp_path / "shards")
+    assert prepared.returncode == 0, prepared.stderr
+    (shard,) = (tmp_path / "shards/train").glob("*.tar")
+    size = shard.stat().st_size
+    with running("-m", "dali_vit", *command(tmp_path / "shards", tmp_path, steps=4000)) as process:
+        wait_for(lambda: logged_steps(tmp_path / "run") > 12, "step 12")
+        os.truncate(shard, 100)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGBUS
+    assert err.startswith("Fatal Python error: Bus error")
+    assert checkpoint.newest(tmp_path / "run").step >= 10
+    again = dali_vit(*command(tmp_path / "shards", tmp_path, steps=4000))
+    assert again.returncode == 2
+    assert f"{shard} has 100 bytes, not the {size} of the manifest" in again.stderr
+
+
+@pytest.mark.timeout(120)
 def test_a_process_that_was_suspended_for_long_goes_on(image_folder, tmp_path):
     """By Ctrl-Z, or by a scheduler: it did not hang."""
     with running("-m", "dali_vit", *command(image_folder, tmp_path, "--hang-timeout", "2")) as process:
