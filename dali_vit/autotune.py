@@ -56,15 +56,14 @@ Alternatives = Callable[[LoaderSettings], Sequence[LoaderSettings]]
 def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, model: nn.Module) -> LoaderSettings:
     """The loader's settings: those found here before, else those that a search finds; the defaults without autotuning.
 
-    `--autotune` decides; by default it is on where training is on GPUs. There the model, on the group's device, runs on
-    the loaded images during the search, and is left as it was. Collective: all ranks get the same settings.
+    `--autotune` decides (`is_on`). On GPUs the model, on the group's device, runs on the loaded images during the
+    search, and is left as it was. Collective: all ranks get the same settings.
     """
     engine = environment.jpeg_engine(group.device)
     if group.is_main and engine.startswith("unusable"):
         log.warning("the GPU decodes JPEGs without the engine that it has for that, %s", engine)
-    wanted = config.run.autotune
     defaults = common_defaults(config, group)
-    if wanted == "off" or (wanted == "auto" and group.device.type != "cuda"):
+    if not is_on(config, group):
         return defaults
     conditions = _conditions(dataset, config, group)
     path = cache_path(conditions)
@@ -91,6 +90,11 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
             f"kept in {path}" if kept else "not kept",
         )
     return best
+
+
+def is_on(config: Config, group: Group) -> bool:
+    """Whether `--autotune` asks for a search; by default where training is on GPUs."""
+    return config.run.autotune == "on" or (config.run.autotune == "auto" and group.device.type == "cuda")
 
 
 def common_defaults(config: Config, group: Group) -> LoaderSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dali_vit import left_out, report
+from dali_vit import autotune, left_out, report
 from dali_vit.config import Config, UserError
 from dali_vit.data import ShardList
 from dali_vit.distributed import Group, gather_objects
@@ -43,7 +43,9 @@ class Progress:
         self._train_flops = 3 * forward_flops  # the backward pass costs twice the forward
         self._bad_samples = bad_samples
         self._starving = report.StarvationWarning(
-            steps=config.run.log_every, in_shards=isinstance(self._dataset.split("train"), ShardList)
+            steps=config.run.log_every,
+            in_shards=isinstance(self._dataset.split("train"), ShardList),
+            autotuned=autotune.is_on(config, group),
         )
         self.timer, self.window = StepTimer(group.device), Window(group)
         self._time_left = report.TimeLeft(self._total, loader.step)

@@ -146,10 +146,11 @@ class StarvationWarning:
 
     LIMIT = 10.0  # percent of wall time
 
-    def __init__(self, *, steps: int, in_shards: bool) -> None:
+    def __init__(self, *, steps: int, in_shards: bool, autotuned: bool) -> None:
         self._steps, self._first, self._said = steps, True, False
         self._count, self._seconds, self._waited = 0, 0.0, 0.0
-        self._shards = "" if in_shards else " shards on a local disk (`dali-vit prepare`),"
+        self._help = "" if in_shards else " shards on a local disk (`dali-vit prepare`),"
+        self._help += "" if autotuned else " `--autotune on`, which looks for the fastest settings,"
 
     def check(self, count: int, seconds: float, waited: float) -> None:
         """Takes how many steps there were since the last call, how long they took and how long they waited for data."""
@@ -168,9 +169,9 @@ class StarvationWarning:
             log.warning(
                 "training waits for data %.0f %% of the time: more --threads (a machine with more cores),%s GPUs that"
                 " decode JPEGs in hardware (A100, H100 and later) or, as another recipe, fewer --randaug-layers would"
-                " help; tools/bench_throughput.py --sweep, in a checkout, finds out",
+                " help; tools/bench_throughput.py, in a checkout, measures the loader and the step by themselves",
                 data_wait_pct,
-                self._shards,
+                self._help,
             )
 
 

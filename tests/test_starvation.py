@@ -46,28 +46,37 @@ def test_a_slow_reader_is_warned_of_once_with_the_remedies(tiny_config, cpu, tmp
     assert sorted(found)[5] > 60
     warnings = [r.getMessage() for r in caplog.records if "training waits for data" in r.getMessage()]
     assert len(warnings) == 1
-    for remedy in ("--threads", "shards on a local disk", "decode JPEGs in hardware", "--randaug-layers"):
+    for remedy in (
+        "--threads",
+        "--autotune on",
+        "shards on a local disk",
+        "decode JPEGs in hardware",
+        "--randaug-layers",
+    ):
         assert remedy in warnings[0]
 
 
-def test_shards_are_no_remedy_for_shards(caplog):
-    for in_shards in (True, False):
-        warning = StarvationWarning(steps=1, in_shards=in_shards)
+def test_what_is_in_use_already_is_no_remedy(caplog):
+    for in_shards, autotuned in ((True, True), (False, True), (True, False)):
+        warning = StarvationWarning(steps=1, in_shards=in_shards, autotuned=autotuned)
         for _ in range(3):
             warning.check(1, seconds=10.0, waited=2.0)
-    assert ["prepare" in record.getMessage() for record in caplog.records] == [False, True]
-    assert "(a machine with more cores), GPUs that decode" in caplog.text
+    said = [record.getMessage() for record in caplog.records]
+    assert ["prepare" in message for message in said] == [False, True, False]
+    assert ["--autotune on" in message for message in said] == [False, False, True]
+    assert "(a machine with more cores), GPUs that decode" in said[0]
+    assert "(a machine with more cores), shards on" in said[1]
 
 
 def test_a_few_steps_after_a_checkpoint_are_no_reason_to_warn(caplog):
     """Log lines after 1 step and 49 others, in turn; of 50 steps the wait is 8 %, and the second time 12 %."""
-    warning = StarvationWarning(steps=50, in_shards=True)
+    warning = StarvationWarning(steps=50, in_shards=True, autotuned=True)
     warning.check(50, seconds=50.0, waited=50.0)  # the first line, in which queues are filled
     for count, waited in ((1, 0.5), (49, 3.5), (1, 0.5), (49, 5.5)):
         assert caplog.text == ""
         warning.check(count, seconds=float(count), waited=waited)
     assert "training waits for data 12 % of the time" in caplog.text
-    warning = StarvationWarning(steps=1, in_shards=True)
+    warning = StarvationWarning(steps=1, in_shards=True, autotuned=True)
     for _ in range(2):
         warning.check(1, seconds=1.0, waited=1.02)  # by the clock of another rank
     assert "training waits for data 100 % of the time" in caplog.text
