@@ -22,7 +22,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Accuracy of a checkpoint on a labelled set."""
+    """Accuracy of a checkpoint on a labelled set; on GPUs with matrix products in bfloat16, as during a run."""
 
     checkpoint: Path
     """Run folder (its newest checkpoint), step_* folder, .safetensors, or big_vision .npz."""

@@ -149,8 +149,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out. Of these only the seed is meant to change what is learned. The number of processes
-    does, too, as Mixup pairs images within a process's share, and so does --grad-accum-steps with batch norm."""
+    """How the run is carried out. Only --seed is meant to change what is learned. Two others change it slightly: the
+    number of processes, as Mixup pairs images within a process's share, and --grad-accum-steps, with batch norm."""
 
     recipe: str = operational("s16-90ep")
     """Recipe that supplies every default; the help of `dali-vit train` lists them."""

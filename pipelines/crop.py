@@ -113,8 +113,8 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
 
     The pipeline fails at an image of more than MAX_PIXELS.
     """
-    # On a GPU they may have one consumer alone, on the GPU: DALI then returns their memory on the stream that reads it.
-    # The hardware engine writes when it is called, and does not wait for what is queued before (torchcodec's #1634).
+    # On a GPU the images may have one consumer alone, on the GPU: DALI then returns their memory on the stream that
+    # reads it. The hardware engine writes when it is called, and waits for nothing queued before (torchcodec's #1634).
     return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
