@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
         log.info("autotune: %s, as found before (%s)", describe(found), path)
         return found
     began = time.monotonic()
+    trials = _Trials(path.with_suffix(".trying"), group)
     with _training_like(model, group, config.run.grad_accum_steps) as work:
-        rates = search(dataset, config, group, defaults, began + MAX_SECONDS, work)
+        rates = search(dataset, config, group, defaults, began + MAX_SECONDS, work, trials)
+    trials.done()
     best = max(rates, key=rates.__getitem__)
     if rates[best] < _GAIN * rates[defaults]:
         best = defaults
@@ -118,6 +120,49 @@ def describe(settings: LoaderSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
+class _Trials:
+    """Remembers, in a file, which settings are tried: those that crash or hang the process are not tried a second time.
+
+    Decoders may do either at settings that others do not use, and a run that is started again would end there again.
+    Collective.
+    """
+
+    def __init__(self, path: Path, group: Group) -> None:
+        self._path, self._is_main = path, group.is_main
+        self._fatal: list[LoaderSettings] = gather_objects(self._read() if group.is_main else None)[0]
+
+    def begin(self, settings: LoaderSettings) -> bool:
+        """Call it before settings are tried; False for those with which a process has ended."""
+        if settings in self._fatal:
+            if self._is_main:
+                log.warning("autotune: %s is left out, as a process ended while it was tried", describe(settings))
+            return False
+        if self._is_main:
+            with suppress(OSError):  # then it is not remembered
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self._path) as temporary:
+                    temporary.write_text(
+                        json.dumps([asdict(one) for one in (*self._fatal, settings)]), encoding="utf-8"
+                    )
+        return True
+
+    def done(self) -> None:
+        """Call it at the end of the search, which all settings have survived but those left out."""
+        if self._is_main:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+    def _read(self) -> list[LoaderSettings]:
+        try:
+            return [_settings(fields) for fields in json.loads(self._path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+
+def _settings(fields: dict[str, Any]) -> LoaderSettings:
+    return LoaderSettings(fields["threads"], fields["prefetch"], Decoder(**fields["decoder"]))
+
+
 @contextmanager
 def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[Work]:
     """Work that keeps a GPU as busy as a training step does; on the CPU, where it would take minutes, no work.
@@ -151,11 +196,12 @@ def search(
     defaults: LoaderSettings,
     deadline: float,
     work: Work = lambda images: None,
+    trials: _Trials | None = None,
 ) -> dict[LoaderSettings, float]:
     """Images/s over all ranks for the defaults and for each of the settings tried; 0 for settings that fail.
 
     One value after the other is varied on top of the best settings so far, the most important first. The deadline is a
-    time of `time.monotonic`. Collective.
+    time of `time.monotonic`. With `trials`, settings that a process did not survive count as failing. Collective.
     """
     bad_samples: set[int] = set()
     rates = {defaults: _rate(dataset, config, group, defaults, bad_samples, work)}
@@ -166,6 +212,9 @@ def search(
                 continue
             if gather_objects(time.monotonic() > deadline)[0]:
                 return rates
+            if trials is not None and not trials.begin(settings):
+                rates[settings] = 0.0
+                continue
             rates[settings] = _rate(dataset, config, group, settings, bad_samples, work)
             if rates[settings] > _GAIN * rates[best]:
                 best = settings
@@ -256,8 +305,7 @@ def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["conditions"] != conditions:
             return None
-        settings = kept["settings"]
-        return LoaderSettings(settings["threads"], settings["prefetch"], Decoder(**settings["decoder"]))
+        return _settings(kept["settings"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
