@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dali_vit.blocks import has_lean_blocks
 from dali_vit.compiling import on_one_line
-from dali_vit.config import AttentionKernel, UserError
+from dali_vit.config import AttentionKernel, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
     """Milliseconds of a forward and backward pass in bfloat16 for each kernel that runs here, and why the others fail.
 
     Where the packed kernels are not made for the shape, they are left out, with a reason only if no other is measured.
+    LocalUserError where a kernel leaves the GPU unusable to this process, as one that writes where it must not.
     """
     times, faults = {}, {}
     for name in names:
@@ -153,7 +154,19 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
         except Exception as error:  # kernels not built for this chip or these sizes; anything that Triton may raise
             faults[name] = on_one_line(error)
             log.debug("attention %s: %s", name, faults[name])
+            _check_still_usable(device, name, faults[name])
     return times, faults
+
+
+def _check_still_usable(device: torch.device, name: str, fault: str) -> None:
+    """LocalUserError where a kernel has failed in such a way that this process cannot use the GPU any more."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise LocalUserError(
+            f"--attention {name}: on trial it broke this process's use of the GPU ({fault}); give another, such as"
+            f" --attention {'efficient' if name == 'flash' else 'flash'}"
+        ) from error
 
 
 def _draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import logging
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 import dali_vit.step
 from dali_vit import attention
 from dali_vit.attention import TORCHS_CHOICE, Attention, Shape, choose, choose_attention, shape_of
-from dali_vit.config import Config, ModelConfig, OptimConfig, RunConfig, UserError
+from dali_vit.config import Config, LocalUserError, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
@@ -98,6 +99,30 @@ def test_a_packed_kernel_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, ca
     assert [record.getMessage() for record in caplog.records] == [
         "the packed attention is not used, as it fails here (OutOfResources: shared memory)"
     ]
+
+
+def test_a_kernel_that_breaks_the_use_of_the_gpu_ends_the_run_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes after it would fail, with a traceback: CUDA's errors stay where a kernel writes as it must not."""
+    broken: list[str] = []
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def synchronize(device: torch.device) -> None:
+        if broken:
+            fail()
+
+    monkeypatch.setattr(attention, "_check_packed", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    shape = Shape(64, 196, 3, 64)
+    assert attention.measure(shape, GPU.device, ["packed"])[1] == {
+        "packed": "RuntimeError: CUDA error: an illegal memory access"
+    }
+    broken.append("by the first kernel")
+    with pytest.raises(
+        LocalUserError, match=r"^--attention packed: .*illegal memory access.* such as --attention flash$"
+    ):
+        attention.measure(shape, GPU.device, ["packed"])
 
 
 def test_a_kernel_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
