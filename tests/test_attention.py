@@ -159,6 +159,7 @@ def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     assert choose_attention("auto", vit(), 64, CPU, compiled=True).words == "torch's choice"
     assert not caplog.records
     monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     context, _, words, _ = choose_attention("auto", vit(), 64, GPU, compiled=False)
     assert words == TORCHS_CHOICE
     assert caplog.messages == ["none of flash, cudnn, efficient runs here: attention is torch's plain one"]
