@@ -43,7 +43,8 @@ _FORMATS = {
 
 
 KINDS = {
-    "unreadable": "cannot be read",
+    "unreadable": "is no file, or a link that leads to none",
+    "not read": "could not be read, and stays: see to the disk and its permissions, and run verify again",
     "empty": "has no bytes",
     "not an image": "is of no format that DALI decodes",
     "truncated": "ends too early",

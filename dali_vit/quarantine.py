@@ -22,6 +22,8 @@ __all__ = ["LIST", "check_quarantine", "move_aside"]
 LIST = "quarantined.tsv"
 """File in the quarantine folder, a line for each moved image: its path before, kind and detail of its problem."""
 
+_STAYS = ("shared", "not read")  # kinds of problems
+
 
 def check_quarantine(root: Path, quarantine: Path) -> None:
     """UserError for a folder to which images of the set at `root` cannot be moved."""
@@ -39,8 +41,9 @@ def check_quarantine(root: Path, quarantine: Path) -> None:
 
 def move_aside(root: Path, folder: Path, problems: Sequence[Problem]) -> int:
     """Moves the images that hurt to `folder/<split>/<class>/<file>` and adds them to the list there; returns how many
-    of the problems were theirs. A training image to which links in val lead stays, as val would lose it, too."""
-    moved = {problem.path: problem for problem in problems if problem.hurts and problem.kind != "shared"}
+    of the problems were theirs. A training image to which links in val lead stays, as val would lose it, too; and what
+    could not be read, as the image may be good."""
+    moved = {problem.path: problem for problem in problems if problem.hurts and problem.kind not in _STAYS}
     if not moved:
         return 0
     with held_signals() as stopped:  # else the set's manifest would count images that are gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -39,6 +40,8 @@ __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "verify"]
 _log = logging.getLogger(__name__)
 
 _CHUNK = 256  # images that are decoded together, while the next are read
+# Of links that lead nowhere and of what is no regular file; other errors may pass, or are of the disk or permissions.
+_NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL)
 _SHOWN = 20  # problems of a kind in the log
 _MOST_LINKS = 40  # from link to link; Linux follows no more
 
@@ -90,6 +93,10 @@ class Report:
             "left_out": [asdict(files) for files in self.left_out],
             "refused": list(self.refused),
         }
+
+
+# Of a link that leads nowhere and of what is no regular file; other errors may pass, or are of the disk or permissions.
+_NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL)
 
 
 def verify(arguments: VerifyArguments) -> Report:
@@ -171,7 +178,8 @@ def _inspect_split(
         try:
             data = read_sample(samples, i)
         except OSError as error:
-            return None, [("unreadable", one_line(error.strerror or error))]
+            kind = "unreadable" if error.errno in _NO_FILE else "not read"
+            return None, [(kind, one_line(error.strerror or error))]
         digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
         with _naming_lack_of_memory(samples.path(i)):
             problems, decodable = inspect_header(data, samples.path(i), max_pixels)
