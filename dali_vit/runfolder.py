@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"
+"""File in a run's folder that the process which runs it has locked; it stays when the run ends."""
+
 _locks: dict[Path, int] = {}  # run folders by their first names, and the descriptors that were locked
 _moves: dict[Path, Path] = {}  # run folders by their first names, and the new names that were warned of
 
@@ -122,7 +125,8 @@ def flush_logs(run_dir: Path) -> None:
 def locked(config: Config, group: Group) -> Iterator[None]:
     """Keeps other processes from running the same run; UserError, on every rank, if another process already does.
 
-    The lock is the kernel's, so it is released when the process that holds it ends, in whatever way.
+    The lock is the kernel's, so it is released when the process that holds it ends, in whatever way. It is on a file in
+    the folder, as NFS tells other machines of no lock on a folder.
     """
     with ExitStack() as held:
         together(lambda: _lock(config, held) if group.is_main else None)
@@ -133,15 +137,17 @@ def _lock(config: Config, held: ExitStack) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(config.run_dir, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        lock = os.open(config.run_dir / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held.callback(os.close, lock)
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
-    held.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        log.warning("%s: its file system has no locks (%s), so see that nothing else runs it", config.run_dir, error)
     _locks[config.run_dir] = descriptor
     held.callback(_locks.pop, config.run_dir)
     held.callback(_moves.pop, config.run_dir, None)

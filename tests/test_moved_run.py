@@ -1,8 +1,9 @@
-"""A run's folder that is moved or renamed while the run goes on."""
+"""A run's folder: locked while the run goes on, and followed where it is moved or renamed meanwhile."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -187,3 +188,25 @@ def test_a_run_may_lie_within_a_class_and_among_shards(tiny_config: Config, tmp_
     shards = prepare(PrepareArguments(Path(tiny_config.data.data), tmp_path / "shards"))
     among = replace(tiny_config, data=replace(tiny_config.data, data=str(shards)))
     assert plan(replace(among, run=replace(tiny_config.run, runs_dir=shards / "train")), 1).checkpoint is None
+
+
+def test_a_run_is_locked_by_a_file_as_nfs_takes_no_lock_of_a_folder_to_other_machines(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    locked: list[str] = []
+
+    def flock(descriptor: int, how: int) -> None:
+        locked.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert how == fcntl.LOCK_EX | fcntl.LOCK_NB
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY  # which NFS needs for such a lock
+        if len(locked) > 1:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for said in (
+        "",
+        f"{tiny_config.run_dir}: its file system has no locks ([Errno 37] No locks available), so see that",
+    ):
+        with runfolder.locked(tiny_config, cpu):
+            assert locked[-1] == str(tiny_config.run_dir / ".lock")
+        assert caplog.text == "" if not said else said in caplog.text
