@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from dali_vit.config import UserError
-from dali_vit.files import cache_folder, file_sha256, flush
+from dali_vit.files import cache_folder, file_sha256, flush, replacing
 from dali_vit.manifest import MANIFEST, read_manifest
 
 __all__ = ["fetch", "is_remote"]
@@ -52,6 +53,10 @@ class _File:
     path: str
     bytes: int | None
     sha256: str | None
+
+
+class _Unreachable(UserError):
+    """The store cannot be asked what it holds, or refuses to say."""
 
 
 class _Store:
@@ -112,16 +117,19 @@ class _Store:
         except self._errors as error:
             # Of a stream that breaks off, the response is None.
             code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code", "")
+            kind: type[UserError] = UserError
             if code in ("404", "NoSuchKey", "NoSuchBucket"):
                 what = f"there is no bucket {self.bucket}" if code == "NoSuchBucket" else f"there is no {path}"
                 remedy = "give the place that a set made by `dali-vit prepare --to shards` was copied to"
             elif code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
                 what, remedy = f"access to {path} is denied", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                kind = _Unreachable
             else:
+                kind = _Unreachable
                 reason = " ".join(str(getattr(error, "last_exception", error)).split())
                 what = f"{path} cannot be read ({reason})"
                 remedy = "check the network, the credentials and AWS_ENDPOINT_URL"
-            raise UserError(f"{self.uri}: {what}: {remedy}") from error
+            raise kind(f"{self.uri}: {what}: {remedy}") from error
 
 
 def fetch(uri: str, splits: tuple[str, ...]) -> Path:
@@ -130,27 +138,61 @@ def fetch(uri: str, splits: tuple[str, ...]) -> Path:
     The copy lies in the cache folder (`files.cache_folder`), under a name that changes
     with the set's manifest. A file appears there once it is whole and has the manifest's checksum; after an
     interruption only the missing files are copied. Processes that want the same set wait for the one that copies it.
+    Where the store cannot be asked, a whole copy of the set as it was last seen there is used, with a warning: else a
+    run would not be started again while the network is away or a token has expired.
     Raises UserError for a set that is missing, damaged or not of shards, and for a disk that is too small.
     """
     store = _Store(uri)
-    text = store.read(MANIFEST)
-    digest = sha256(store.uri.encode() + b"\0" + text).hexdigest()[:16]
-    root = cache_folder() / "sets" / f"{PurePosixPath(store.prefix or store.bucket).name}-{digest}"
+    latest = cache_folder() / "sets" / f"{sha256(store.uri.encode()).hexdigest()[:16]}.json"
+    try:
+        text = store.read(MANIFEST)
+    except _Unreachable as error:
+        root = _last_copy(store, latest, splits)
+        if root is None:
+            raise
+        _log.warning("%s; the copy in %s is used", error, root, extra={"of_machine": True})
+        return root
+    root = _copy_of(store, text)
     try:
         # Without the lock first: on a disk that is read-only there is none, and many processes would wait in line.
         if _has(root / MANIFEST, text) and not _missing(root, _files(uri, root, splits)):
+            _remember(latest, text)
             return root
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f"{root.name}.lock")):
             if not _has(root / MANIFEST, text):
                 _place(root / MANIFEST, lambda path: path.write_bytes(text))
             _copy_files(store, root, _files(uri, root, splits))
+            _remember(latest, text)
     except OSError as error:
         raise UserError(
             f"{uri}: cannot be copied to {root} ({error.strerror or error}): mend that, or set DALI_VIT_CACHE to"
             " another folder"
         ) from error
     return root
+
+
+def _copy_of(store: _Store, manifest: bytes) -> Path:
+    """The folder of a copy, which changes with the set's manifest."""
+    digest = sha256(store.uri.encode() + b"\0" + manifest).hexdigest()[:16]
+    return cache_folder() / "sets" / f"{PurePosixPath(store.prefix or store.bucket).name}-{digest}"
+
+
+def _remember(latest: Path, manifest: bytes) -> None:
+    with suppress(OSError):  # the copy is usable all the same
+        if not _has(latest, manifest):
+            with replacing(latest) as temporary:
+                temporary.write_bytes(manifest)
+
+
+def _last_copy(store: _Store, latest: Path, splits: tuple[str, ...]) -> Path | None:
+    """The copy of a set with the manifest that was kept in `latest`; None if there is none, or it is not whole."""
+    try:
+        text = latest.read_bytes()
+        root = _copy_of(store, text)
+        return root if _has(root / MANIFEST, text) and not _missing(root, _files(store.uri, root, splits)) else None
+    except (OSError, UserError):
+        return None
 
 
 def _has(path: Path, content: bytes) -> bool:

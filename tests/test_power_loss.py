@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dali_vit import checkpoint, files, runfolder, step_folders
+from dali_vit import checkpoint, files, remote, runfolder, step_folders
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.files import replacing
@@ -308,3 +308,14 @@ def test_the_events_of_this_start_are_flushed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(runfolder, "flush", flushed.append)
     runfolder.flush_logs(tmp_path)
     assert flushed == [tmp_path / "metrics.jsonl", tmp_path / "events.out.tfevents.2", tmp_path]
+
+
+def test_a_copy_from_a_store_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As later starts know a shard by its size."""
+    flushed = []
+    monkeypatch.setattr("dali_vit.remote.flush", lambda path: flushed.append((path.name, os.listdir(tmp_path))))
+    remote._place(tmp_path / "a.tar", lambda path: path.write_bytes(b"tar"))
+    assert flushed == [(".a.tar.part", [".a.tar.part"])]
+    assert os.listdir(tmp_path) == ["a.tar"]
