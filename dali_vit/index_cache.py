@@ -2,7 +2,8 @@
 
 An index is valid as long as every class folder has the times of change that it had when the index was made: adding,
 removing or renaming a file changes them, and a program that copies files cannot set back the time of the last status
-change. The contents of files do not matter to an index. It is a plain .npz whose checksums are verified on reading.
+change. File systems that keep no such times, as those of object stores may not, get no index. The contents of files do
+not matter to an index. It is a plain .npz whose checksums are verified on reading.
 """
 
 from __future__ import annotations
@@ -86,10 +87,13 @@ def save(
 ) -> None:
     """Keeps a listing beside the images or, where that is not allowed, in the user's cache.
 
-    No index is kept of a small folder, nor of a folder that changed a moment ago.
+    No index is kept of a small folder, nor of a folder that changed a moment ago, nor where times may mean nothing.
     """
     count = int(listing.counts.sum())
     if times is None or count < _MIN_IMAGES or times.max() > time.time_ns() - _SETTLED_SECONDS * 1e9:
+        return
+    if len(times) > 1 and (times == times[0]).all():  # each folder has its own, to the nanosecond, where they are kept
+        _say(f"{folder} is listed anew each time: its file system does not tell when a folder was changed")
         return
     columns = {
         "rule": _bytes(_rule(suffixes)),
@@ -100,7 +104,11 @@ def save(
     }
     fallback = _elsewhere(folder)
     try:
+        before = os.stat(folder).st_mtime_ns
         _write(folder / INDEX, columns)
+        if os.stat(folder).st_mtime_ns == before:
+            (folder / INDEX).unlink()
+            _say(f"{folder} is listed anew each time: its file system does not tell when a folder was changed")
     except OSError as denied:
         try:
             fallback.parent.mkdir(parents=True, exist_ok=True)

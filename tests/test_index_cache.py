@@ -8,6 +8,8 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,30 @@ def test_second_listing_reads_the_index_alone(folder: Path, listed: list[str]) -
         kept, made = minival.split(name), anew.split(name)
         np.testing.assert_array_equal(kept.labels, made.labels)
         assert [kept.path(i) for i in range(200)] == [made.path(i) for i in range(200)]
+
+
+@pytest.mark.parametrize("kept", ["by none of the folders", "not by the one of the classes"])
+def test_where_folders_have_no_times_of_change_no_index_is_kept(
+    kept: str, folder: Path, listed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in mounts of object stores: what came or went would never be noticed."""
+    stat, train = os.stat, str(folder / "train")
+
+    def constant(path: Any, *arguments: Any, **options: Any) -> Any:
+        found = stat(path, *arguments, **options)
+        parent, name = os.path.split(str(path))
+        if (parent == train and name[0] == "n") if kept == "by none of the folders" else str(path) == train:
+            return SimpleNamespace(st_mtime_ns=10**18, st_ctime_ns=10**18, st_mode=found.st_mode)
+        return found
+
+    monkeypatch.setattr(index_cache.os, "stat", constant)
+    caplog.set_level(logging.INFO)
+    for times in (1, 2):
+        assert len(paths(folder)) == CLASSES * PER_CLASS
+        assert len(listed) == times * CLASSES
+    assert caplog.text.count("is listed anew each time: its file system does not tell when a folder was changed") == 1
+    assert not (folder / "train" / INDEX).exists()
+    assert not list(folder.parent.rglob("*.npz"))
 
 
 def test_files_that_come_go_or_are_renamed_are_noticed(
