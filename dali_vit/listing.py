@@ -222,7 +222,8 @@ def _file_list(folder: Path, listing: Listing) -> FileList:
 
 def check_root(root: Path, folder: str) -> None:
     """Raises UserError, with the likeliest remedy, unless `root/folder` is a folder."""
-    if root.name and root.with_name(root.name + ".partial").exists():
+    # A set that prepare makes gets its name as a whole: what has `folder` is not unfinished, whatever lies beside it.
+    if root.name and not (root / folder).is_dir() and root.with_name(root.name + ".partial").exists():
         raise UserError(f"{root} is still being prepared, or was cut short: run prepare to its end")
     if not root.exists():
         absent = f"{root}: no such folder; give one that holds train/<class>/* and val/<class>/*, or 'demo'"

@@ -66,19 +66,17 @@ class ShardList:
         starts = self.offsets[indices]
         ends = starts + self.lengths[indices]
         pages = starts - starts % mmap.PAGESIZE
-        ranges = list(
-            zip(
-                map(self._map, self.shard[indices].tolist()),
-                starts.tolist(),
-                ends.tolist(),
-                pages.tolist(),
-                strict=True,
-            )
-        )
-        for (shard, _), _, end, page in ranges:
+        found = []
+        columns = (self.shard[indices], starts, ends, pages)
+        for number, start, end, page in zip(*(column.tolist() for column in columns), strict=True):
+            if start == end:  # neither can an empty file be mapped, nor advice be given beyond the end of one
+                found.append(np.empty(0, np.uint8))
+                continue
+            shard, array = self._map(number)
             # Otherwise the pages would be read one after the other, at the page faults of the thread that uses them.
             shard.madvise(mmap.MADV_WILLNEED, page, end - page)
-        return [array[start:end] for (_, array), start, end, _ in ranges]
+            found.append(array[start:end])
+        return found
 
     def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         mapped = self._maps.get(shard)

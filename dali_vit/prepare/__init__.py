@@ -114,13 +114,14 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         f"{target} holds a set made of another source, of other images in it or with other settings: choose another"
         " TARGET, or remove it to prepare it again"
     )
-    if existing is not None:  # before parquet is unpacked
+    if existing is not None:
         same = all(existing.settings.get(name) == value for name, value in settings.recorded().items())
         if not same or existing.layout != arguments.to:
             raise UserError(refused)
     labels = arguments.val_labels and at_home(arguments.val_labels)
+    scratch = state if existing is None else None  # what is there already is only compared
     source = open_source(
-        at_home(arguments.source).absolute(), arguments.source_format, labels, state, in_place=arguments.to == "index"
+        at_home(arguments.source).absolute(), arguments.source_format, labels, scratch, in_place=arguments.to == "index"
     )
     before = (source.resized or {}).get("shorter_side", math.inf)
     if arguments.shorter_side is not None and arguments.shorter_side >= before:
@@ -134,6 +135,10 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         # What an interrupted run for another TARGET of this name has left is still of use to it.
         if not begun or (claim is not None and claim["plan"] == existing.plan):
             _remove(partial)
+        elif claim is None:
+            _log.info(
+                "%s holds what a prepare that was stopped has unpacked; remove it if that is not to go on", partial
+            )
         if existing.plan != plan:
             raise UserError(refused)
         _log.info("%s is there already, made of this source with these settings", target)

@@ -61,11 +61,12 @@ def open_tfrecords(root: Path) -> Source:
     return _assemble(root, shards, records, _label_names(root))
 
 
-def open_parquet(root: Path, scratch: Path) -> Source:
+def open_parquet(root: Path, scratch: Path | None) -> Source:
     """Images of `*train*` and `*val*` parquet files with columns `image` (struct of `bytes`, `path`) and `label`.
 
     Classes are named by the Hugging Face metadata in the files, or else by the labels' numbers. The classes and files
-    of Hugging Face's ImageNet-1k get ILSVRC's names, as from any other source.
+    of Hugging Face's ImageNet-1k get ILSVRC's names, as from any other source. Without `scratch` the images are
+    listed, and cannot be read.
     """
     files = [path for path in _files(root) if path.name.endswith(".parquet")]
     shards: dict[str, list[str]] = {}
@@ -77,7 +78,9 @@ def open_parquet(root: Path, scratch: Path) -> Source:
     for split, paths in paths_of.items():
         shards[split], records[split] = [], []
         for i, path in enumerate(tqdm(paths, desc=f"{split} parquet", unit=" files", disable=None)):
-            unpacked, rows, names = _unpack_parquet(path, scratch / f"parquet-{split}-{i:05d}.bin")
+            unpacked, rows, names = _unpack_parquet(
+                path, (scratch or Path()) / f"parquet-{split}-{i:05d}.bin", scratch is not None
+            )
             shards[split].append(str(unpacked))
             records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -229,7 +232,7 @@ def _label_names(root: Path) -> list[str] | None:
     """Class names that TensorFlow Datasets writes beside its records."""
     for path in (root / "label.labels.txt", *sorted(root.glob("*/label.labels.txt"))):
         if path.is_file():
-            return path.read_text(encoding="utf-8").split("\n")[:-1] or None
+            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or None
     return None
 
 
@@ -261,8 +264,9 @@ def _damaged(path: Path, error: Exception) -> Exception:
     return UserError(f"{path} is not a whole parquet file ({' '.join(str(error).split())}): download it again")
 
 
-def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int, int, str]], Any]:
-    """Writes all images to one file; returns it, their rows (offset, length, label, name) and the class names."""
+def _unpack_parquet(path: Path, target: Path, write: bool = True) -> tuple[Path, list[tuple[int, int, int, str]], Any]:
+    """Writes all images to one file, or only lists them; returns it, their rows (offset, length, label, name) and the
+    class names."""
     from pyarrow import ArrowException, parquet
 
     receipt = target.with_suffix(".json")
@@ -271,15 +275,16 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
             names = _class_names((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
             about = path.stat()
             origin = [str(path), about.st_size, about.st_mtime_ns]
-            done = read_receipt(receipt)
+            done = read_receipt(receipt) if write else None
             if done is not None and done["origin"] == origin:  # else the receipt is of an earlier source
                 rows = done["rows"]
             else:
                 rows, position = [], 0
                 # What it says of the file is true no longer, should this be stopped before there is a new one.
-                receipt.unlink(missing_ok=True)
-                flush(receipt.parent)
-                with open(target, "wb") as out:
+                if write:
+                    receipt.unlink(missing_ok=True)
+                    flush(receipt.parent)
+                with open(target if write else os.devnull, "wb") as out:
                     for batch in file.iter_batches(256, columns=["image", "label"]):
                         for row in batch.to_pylist():
                             if row["image"] is None:  # has no name, without which the others would lose theirs, too
@@ -290,7 +295,8 @@ def _unpack_parquet(path: Path, target: Path) -> tuple[Path, list[tuple[int, int
                             out.write(data)
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
-                write_receipt(receipt, {"origin": origin, "rows": rows})
+                if write:
+                    write_receipt(receipt, {"origin": origin, "rows": rows})
     except (ArrowException, OSError) as error:
         raise _damaged(path, error) from error
     except (KeyError, TypeError) as error:

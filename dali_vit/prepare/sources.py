@@ -64,11 +64,12 @@ class Source:
 
 
 def open_source(
-    root: Path, source_format: Format, val_labels: Path | None, scratch: Path, *, in_place: bool = False
+    root: Path, source_format: Format, val_labels: Path | None, scratch: Path | None, *, in_place: bool = False
 ) -> Source:
     """Lists a source, unpacking images into the folder `scratch` if it must; UserError for an unusable source.
 
-    in_place: the images are to be read where they lie, so nothing may be unpacked.
+    in_place: the images are to be read where they lie, so nothing may be unpacked. Without `scratch` images that would
+    have to be unpacked are listed, but cannot be read.
     """
     kind = _recognise(root) if source_format == "auto" else source_format
     if in_place and kind == "parquet":
@@ -136,7 +137,8 @@ def byte_ranges(shards: Sequence[str], rows: list[Row], classes: Sequence[str]) 
 def _recognise(root: Path) -> Format:
     names = [path.relative_to(root).as_posix() for depth in ("*", "*/*") for path in root.glob(depth)]
     kind = kind_of_archives(names)
-    return "folder" if kind in (None, "webdataset") else cast(Format, kind)
+    unpacked = kind == "ilsvrc" and (root / "train").is_dir() and not (root / _TRAIN_TAR).exists()
+    return "folder" if unpacked or kind in (None, "webdataset") else cast(Format, kind)
 
 
 def _open_folder(root: Path) -> Source:
@@ -264,10 +266,8 @@ def _class_indices(
 
 
 def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Class name of each image, from a text file of classes in the images' order or of lines of image and class.
-
-    Kaggle's LOC_val_solution.csv has lines of image and class, followed by boxes. UserError if an image has no class.
-    """
+    """Class name of each image, from a text file of classes in the images' order or of lines of image and class, which
+    boxes may follow, as in Kaggle's LOC_val_solution.csv. UserError if an image has no class."""
     try:
         # Spreadsheets put a byte order mark before UTF-8.
         lines = [line for line in re.split(r"[\r\n]+", path.read_text(encoding="utf-8-sig")) if line.strip()]

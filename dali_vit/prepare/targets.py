@@ -142,7 +142,7 @@ def write_shards(job: Job) -> Split:
     order = np.random.Generator(np.random.PCG64(_SHUFFLE_SEED)).permutation(len(samples))
     probes = np.unique(np.linspace(0, len(samples) - 1, 256, dtype=int))
     mean = np.mean([len(job.image(i)) for i in probes.tolist()]) + _TAR_OVERHEAD
-    count = max(1, round(len(samples) * mean / shard_bytes))
+    count = min(max(1, round(len(samples) * mean / shard_bytes)), max(1, len(samples)))
     cuts = np.linspace(0, len(samples), count + 1).astype(int).tolist()
     paths = [target / f"shard-{i:06d}.tar" for i in range(count)]
 
