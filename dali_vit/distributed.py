@@ -84,9 +84,10 @@ def _adopt_slurm() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError("srun: scontrol is not usable here; set MASTER_ADDR to the first node's name") from error
         os.environ["MASTER_ADDR"] = found[0]
-    # Jobs that share a node must not share a port.
+    # Jobs and steps that share a node must not share a port, nor take one that Linux gives to outgoing connections.
     if not os.environ.get("MASTER_PORT"):
-        os.environ["MASTER_PORT"] = str(20_000 + int_from_environment("SLURM_JOB_ID", 0) % 20_000)
+        number = int_from_environment("SLURM_JOB_ID", 0) + 7_919 * int_from_environment("SLURM_STEP_ID", 0)
+        os.environ["MASTER_PORT"] = str(10_000 + number % 20_000)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])  # "8(x2),4" is 8, 8 and 4

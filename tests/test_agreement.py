@@ -109,6 +109,16 @@ def test_another_set_is_named(change: Callable[[Path], str], ranks: Ranks, tiny_
     )
 
 
+def test_a_copy_of_other_sizes_is_named(ranks: Ranks, tiny_config: Config, tmp_path: Path) -> None:
+    """Of the same names and classes, but made smaller on one node."""
+    root = write_image_folder(tmp_path / "set")
+    train(ranks, tiny_config, load_dataset(root))
+    with pytest.raises(
+        UserError, match=r"rank 1 \(on node1\) has other sizes of images there than rank 0 \(on node0\)"
+    ):
+        train(ranks, tiny_config, replace(load_dataset(root), resized={"shorter_side": 16, "quality": 92}))
+
+
 def test_another_setting_is_named(ranks: Ranks, tiny_config: Config, image_folder: Path) -> None:
     """One that decides on the weights, and one that only decides on when the ranks meet."""
     dataset = load_dataset(image_folder)

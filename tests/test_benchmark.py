@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -143,6 +145,18 @@ def test_verdict_draws_the_line_at_97_percent():
     assert report.verdict(1000, 1400, 969, 0.3).endswith(
         "30 % of the time. Together they compete for the processors, too, and reach 969 images/s."
     )
+
+
+def test_json_goes_to_a_device_as_it_does_to_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    descriptor = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    report.write_json(pipe, {"loader": 1})
+    assert json.loads(os.read(descriptor, 100)) == {"loader": 1}
+    os.close(descriptor)
+    assert pipe.is_fifo()
+    report.write_json(tmp_path / "file", [1])
+    assert json.loads((tmp_path / "file").read_text()) == [1]
 
 
 def test_comparison_takes_ratios_within_rounds_against_the_better_decoder():

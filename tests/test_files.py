@@ -22,6 +22,20 @@ def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_of_a_link_the_file_that_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for target in (disk / "file", disk / "new", tmp_path / "link"):  # the last leads round in a circle
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with replacing(link) as temporary:
+            temporary.write_text("after")
+        assert link.is_symlink() == (target != link)
+        assert target.read_text() == "after"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "link", "new"]
+
+
 @pytest.mark.parametrize("before", [None, "before"])
 def test_what_fails_leaves_the_file_as_it_was_and_nothing_else(tmp_path: Path, before: str | None) -> None:
     path = tmp_path / "file"

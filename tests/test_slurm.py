@@ -27,7 +27,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     (tools / "scontrol").chmod(0o755)
     return {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-        "SLURM_JOB_ID": str(1_000_000 + free_port() - 20_000),
+        "SLURM_JOB_ID": str(1_000_000 + free_port() - 10_000),
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "node[1-2]",
         "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
@@ -123,4 +123,19 @@ def test_tasks_per_node(monkeypatch, tasks_per_node, node, expected):
     monkeypatch.setenv("MASTER_ADDR", "node1")
     assert distributed.is_worker()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
-    assert found == ["9", "20", "1", expected, "20007"]
+    assert found == ["9", "20", "1", expected, "10007"]
+
+
+@pytest.mark.parametrize(
+    ("job", "step", "port"), [("7", None, "10007"), ("7", "0", "10007"), ("7", "2", "25845"), ("1019999", "1", "17918")]
+)
+def test_jobs_and_steps_of_a_node_have_ports_of_their_own(job, step, port, monkeypatch):
+    """Below those that Linux gives to outgoing connections, from 32,768 on."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+    given = {"STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "2", "JOB_ID": job, "PROCID": "0", "LOCALID": "0"}
+    for name, value in {**given, "STEP_ID": step or ""}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert distributed.is_worker()
+    assert os.environ["MASTER_PORT"] == port

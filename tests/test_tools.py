@@ -1,18 +1,25 @@
-"""What all tools in tools/ have in common."""
+"""What all tools in tools/ have in common, and what measure_all.py takes as measured."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # where Python looks when a tool is run as a script
+
+import measure_all
 
 TOOLS = sorted(Path(__file__).parents[1].glob("tools/*.py"))
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("ctrl_c_is_minded")
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
 def test_ctrl_c_during_the_imports_ends_a_tool_without_a_traceback(tool: Path, tmp_path: Path) -> None:
     """Here in the first of the packages that take long."""
@@ -29,3 +36,30 @@ def test_ctrl_c_during_the_imports_ends_a_tool_without_a_traceback(tool: Path, t
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_what_was_measured_on_fewer_images_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int | None] = []
+
+    def run(measurement: Any, out: Path, seconds: float) -> dict[str, Any]:
+        measured.append(measurement.images)
+        (out / "it.txt").touch()
+        about = {"command": measurement.shown(), "images": measurement.images, "code": measure_all._code()}
+        return {**about, "exit_code": 0, "seconds": 1.0, "ended": "now"}
+
+    monkeypatch.setattr(measure_all, "run", run)
+    for images in (100, 100, 594, 594, None):
+        it = measure_all.Measurement("it", ("tool.py",), 1, images)
+        assert measure_all._measure([it], tmp_path, time.monotonic() + 60) == 0
+    assert measured == [100, 594, None]
+
+
+def test_which_measurements_are_of_the_drawn_images(tmp_path: Path) -> None:
+    for gpus in (0, 1, 2):
+        planned = measure_all.plan(gpus, tmp_path / "new", tmp_path, 77)
+        of_images = {m.name for m in planned if m.images == 77}
+        assert of_images == {m.name for m in planned if "--data" in m.command}
+        assert of_images
+        assert not of_images & {"jpegs", "kernels", "ddp", "step-128"}
+    (tmp_path / "own").mkdir()
+    assert {m.images for m in measure_all.plan(0, tmp_path / "own", tmp_path)} == {None}

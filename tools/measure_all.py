@@ -7,7 +7,7 @@
 Each measurement is a command of another tool, in a process of its own and with a time limit: where one fails or takes
 too long, the others are made all the same. The folder --out gets NAME.txt, what a measurement printed, for most also
 NAME.json, their figures, and summary.md, which is written anew after each measurement. What was measured with other
-code, or with other versions of the packages, is measured again.
+code, with other versions of the packages or on another number of drawn JPEGs, is measured again.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Measurement:
     """A tool in this file's folder, and its arguments."""
     minutes: float
     """Time limit, after which the command is ended."""
+    images: int | None = None
+    """How many drawn JPEGs it measures on; None where it takes none, or a data set of the user's."""
 
     def files(self) -> list[str]:
         """What it leaves in the folder of the results."""
@@ -64,10 +66,13 @@ def plan(gpus: int, data: Path, out: Path, count: int | None = None) -> list[Mea
     JPEGs are drawn if `data` does not exist, or holds drawn JPEGs, of which some may still be missing.
     """
     measurements: list[Measurement] = []
+    images = None
 
     def add(name: str, minutes: float, tool: str, *arguments: str | int | Path, has_json: bool = True) -> None:
         to = ("--json", str(out / f"{name}.json")) if has_json else ()
-        measurements.append(Measurement(name, (tool, *map(str, arguments), *to), minutes))
+        measurements.append(
+            Measurement(name, (tool, *map(str, arguments), *to), minutes, images if "--data" in arguments else None)
+        )
 
     if not data.exists() or (data / "make_jpegs.json").exists():
         images = count or (IMAGES_ON_GPU if gpus else IMAGES_ON_CPU)
@@ -141,6 +146,7 @@ def run(measurement: Measurement, out: Path, seconds: float) -> dict[str, Any]:
             _end(process)
     return {
         "command": measurement.shown(),
+        "images": measurement.images,
         "exit_code": code,
         "seconds": round(time.monotonic() - began, 1),
         "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -257,8 +263,8 @@ def _measure(measurements: list[Measurement], out: Path, deadline: float) -> int
     for measurement in measurements:
         name, before = measurement.name, records.get(measurement.name, {})
         # make_jpegs.py goes on where it stopped, and finds out by itself that nothing is left to do.
-        same = before.get("command") == measurement.shown() and before.get("code") == _code()
-        done = same and before["exit_code"] == 0
+        now = {"command": measurement.shown(), "images": measurement.images, "code": _code()}
+        done = before.get("exit_code") == 0 and all(before.get(key) == value for key, value in now.items())
         if name != "jpegs" and done and all((out / file).exists() for file in measurement.files()):
             print(f"{name:<20} there already", flush=True)
             continue

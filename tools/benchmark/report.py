@@ -136,6 +136,10 @@ def check_folder(flag: str, path: Path) -> None:
 
 
 def write_json(path: Path, result: Mapping[str, Any] | list[Any]) -> None:
-    """Writes the file as a whole or not at all."""
+    """Writes the file as a whole or not at all; a device or pipe, such as /dev/stdout, is written to."""
+    text = json.dumps(result, indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
