@@ -121,46 +121,54 @@ def describe(settings: LoaderSettings) -> str:
 
 
 class _Trials:
-    """Remembers, in a file, which settings are tried: those that crash or hang the process are not tried a second time.
+    """Remembers, in a file, at which settings a process has ended: those that end two are not tried again.
 
-    Decoders may do either at settings that others do not use, and a run that is started again would end there again.
-    Collective.
+    Decoders may crash or hang at settings that others do not use, and a run that is started again would end there again
+    and again. Once is no reason, as the process may have been stopped there. Collective.
     """
+
+    _MOST = 2  # ends
 
     def __init__(self, path: Path, group: Group) -> None:
         self._path, self._is_main = path, group.is_main
-        self._fatal: list[LoaderSettings] = gather_objects(self._read() if group.is_main else None)[0]
 
     def begin(self, settings: LoaderSettings) -> bool:
-        """Call it before settings are tried; False for those with which a process has ended."""
-        if settings in self._fatal:
+        """Call it before settings are tried; False for those that are not to be."""
+        ends = gather_objects(self._read().get(_key(settings), 0) if self._is_main else None)[0]
+        if ends >= self._MOST:
             if self._is_main:
-                log.warning("autotune: %s is left out, as a process ended while it was tried", describe(settings))
+                log.warning("autotune: %s is left out, as %d processes ended at it", describe(settings), ends)
             return False
-        if self._is_main:
-            with suppress(OSError):  # then it is not remembered
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(self._path) as temporary:
-                    temporary.write_text(
-                        json.dumps([asdict(one) for one in (*self._fatal, settings)]), encoding="utf-8"
-                    )
+        self._note(settings, ends + 1)
         return True
 
+    def survived(self, settings: LoaderSettings) -> None:
+        """Call it after settings were tried."""
+        self._note(settings, 0)
+
     def done(self) -> None:
-        """Call it at the end of the search, which all settings have survived but those left out."""
+        """Call it at the end of the search."""
         if self._is_main:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
-    def _read(self) -> list[LoaderSettings]:
+    def _note(self, settings: LoaderSettings, ends: int) -> None:
+        if self._is_main:
+            with suppress(OSError):  # then it is not remembered
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self._path) as temporary:
+                    temporary.write_text(json.dumps({**self._read(), _key(settings): ends}), encoding="utf-8")
+
+    def _read(self) -> dict[str, int]:
         try:
-            return [_settings(fields) for fields in json.loads(self._path.read_text(encoding="utf-8"))]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {key: ends for key, ends in kept.items() if isinstance(ends, int)} if isinstance(kept, dict) else {}
 
 
-def _settings(fields: dict[str, Any]) -> LoaderSettings:
-    return LoaderSettings(fields["threads"], fields["prefetch"], Decoder(**fields["decoder"]))
+def _key(settings: LoaderSettings) -> str:
+    return json.dumps(asdict(settings), sort_keys=True)
 
 
 @contextmanager
@@ -201,10 +209,19 @@ def search(
     """Images/s over all ranks for the defaults and for each of the settings tried; 0 for settings that fail.
 
     One value after the other is varied on top of the best settings so far, the most important first. The deadline is a
-    time of `time.monotonic`. With `trials`, settings that a process did not survive count as failing. Collective.
+    time of `time.monotonic`. With `trials`, settings that ended processes before count as failing. Collective.
     """
     bad_samples: set[int] = set()
-    rates = {defaults: _rate(dataset, config, group, defaults, bad_samples, work)}
+
+    def rate(settings: LoaderSettings) -> float:
+        if trials is not None and not trials.begin(settings):
+            return 0.0
+        found = _rate(dataset, config, group, settings, bad_samples, work)
+        if trials is not None:
+            trials.survived(settings)
+        return found
+
+    rates = {defaults: rate(defaults)}
     best = defaults
     for alternatives in _alternatives(vary_threads=config.run.threads is None, group=group):
         for settings in alternatives(best):
@@ -212,10 +229,7 @@ def search(
                 continue
             if gather_objects(time.monotonic() > deadline)[0]:
                 return rates
-            if trials is not None and not trials.begin(settings):
-                rates[settings] = 0.0
-                continue
-            rates[settings] = _rate(dataset, config, group, settings, bad_samples, work)
+            rates[settings] = rate(settings)
             if rates[settings] > _GAIN * rates[best]:
                 best = settings
     return rates
@@ -305,7 +319,8 @@ def _read(path: Path, conditions: dict[str, Any]) -> LoaderSettings | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["conditions"] != conditions:
             return None
-        return _settings(kept["settings"])
+        settings = kept["settings"]
+        return LoaderSettings(settings["threads"], settings["prefetch"], Decoder(**settings["decoder"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
