@@ -72,11 +72,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields another name beside a file, to write to: what is written there replaces the file once the body has ended.
 
     It reaches the disk first, so that not even a loss of power leaves a file that is empty or cut short. If the body
-    raises, it is removed. Of processes that replace a file at once, the last one's content stays. Where the file is a
-    link, the one that it leads to is replaced.
+    raises, it is removed. Of processes that replace a file at once, the last one's content stays. A link is replaced
+    itself: what it leads to may be another set's, or another run's.
     """
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
     _remove_stale(path.parent)
     temporary = path.with_name(f".dali-vit-{uuid.uuid4().hex}.tmp")
     try:

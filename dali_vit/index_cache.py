@@ -93,7 +93,7 @@ def save(
     if times is None or count < _MIN_IMAGES or times.max() > time.time_ns() - _SETTLED_SECONDS * 1e9:
         return
     if len(times) > 1 and (times == times[0]).all():  # each folder has its own, to the nanosecond, where they are kept
-        _say(f"{folder} is listed anew each time: its file system does not tell when a folder was changed")
+        _say(f"{folder} is listed anew each time: the times of its folders do not tell whether one was changed")
         return
     columns = {
         "rule": _bytes(_rule(suffixes)),
@@ -108,7 +108,7 @@ def save(
         _write(folder / INDEX, columns)
         if os.stat(folder).st_mtime_ns == before:
             (folder / INDEX).unlink()
-            _say(f"{folder} is listed anew each time: its file system does not tell when a folder was changed")
+            _say(f"{folder} is listed anew each time: the times of its folders do not tell whether one was changed")
     except OSError as denied:
         try:
             fallback.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +109,33 @@ def test_where_folders_have_no_times_of_change_no_index_is_kept(
     for times in (1, 2):
         assert len(paths(folder)) == CLASSES * PER_CLASS
         assert len(listed) == times * CLASSES
-    assert caplog.text.count("is listed anew each time: its file system does not tell when a folder was changed") == 1
+    assert caplog.text.count("is listed anew each time: the times of its folders do not tell whether one") == 1
     assert not (folder / "train" / INDEX).exists()
     assert not list(folder.parent.rglob("*.npz"))
+
+
+def test_a_copy_made_of_links_has_an_index_of_its_own(folder: Path, listed: list[str], tmp_path: Path) -> None:
+    """As `cp -rs` makes it, with a link to the other's index."""
+    expected = [path.removeprefix(str(folder)) for path in paths(folder)]
+    copy, before = tmp_path / "copy", (folder / "train" / INDEX).read_bytes()
+    subprocess.run(["cp", "-rs", str(folder), str(copy)], check=True)
+    assert (copy / "train" / INDEX).is_symlink()
+    listed.clear()
+    for _ in range(2):
+        assert [path.removeprefix(str(copy)) for path in paths(copy)] == expected
+    assert len(listed) == CLASSES
+    assert (folder / "train" / INDEX).read_bytes() == before
+    assert not (copy / "train" / INDEX).is_symlink()
+
+
+def test_a_set_of_one_class_has_an_index_too(
+    tmp_path: Path, listed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_cache, "_SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(index_cache, "_MIN_IMAGES", 4)
+    root = link(tmp_path / "set", 1, 5)
+    assert len(paths(root)) == len(paths(root)) == 5
+    assert len(listed) == 1
 
 
 def test_files_that_come_go_or_are_renamed_are_noticed(
