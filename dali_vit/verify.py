@@ -95,10 +95,6 @@ class Report:
         }
 
 
-# Of a link that leads nowhere and of what is no regular file; other errors may pass, or are of the disk or permissions.
-_NO_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL)
-
-
 def verify(arguments: VerifyArguments) -> Report:
     """Carries out `dali-vit verify` and logs a summary; UserError for a set that cannot be listed."""
     if not 0 < arguments.max_megapixels < math.inf:

@@ -187,40 +187,6 @@ def test_a_damaged_file_is_made_anew(
     assert found.prefetch == json.loads(path.read_text())["settings"]["prefetch"] == 4
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '[{"threads": 1}]'])
-def test_settings_that_end_the_process_are_tried_once(
-    damage: str, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    """A crash in a decoder, or a hang that the watchdog ends; the run, started again, comes to its end."""
-    path = autotune.cache_path(autotune._conditions(dataset, config, CPU)).with_suffix(".trying")
-    path.parent.mkdir(parents=True)
-    path.write_text(damage)
-    asked: list[LoaderSettings] = []
-    fatal = [3, 4]
-
-    def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, *_: Any) -> float:
-        asked.append(settings)
-        if settings.prefetch in fatal:
-            raise SystemExit(139)
-        return 100.0 * settings.threads
-
-    monkeypatch.setattr(autotune, "_rate", rate)
-    for _ in fatal:
-        with pytest.raises(SystemExit):
-            autotune.loader_settings(dataset, config, CPU, MODEL)
-    assert [settings.prefetch for settings in asked if settings.prefetch in fatal] == fatal
-    asked.clear()
-    threads = loaders.num_threads(config, CPU)
-    found = autotune.loader_settings(dataset, config, CPU, MODEL)
-    assert found == LoaderSettings(threads + threads // 2)
-    assert [settings.prefetch for settings in asked] == [2, 2, 2]
-    assert [message for message in caplog.messages if "left out" in message][-2:] == [
-        f"autotune: threads {found.threads}, prefetch {n} is left out, as a process ended while it was tried"
-        for n in fatal
-    ]
-    assert not path.exists()
-
-
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), DecodeError("too many bad", [])])
 def test_settings_that_fail_are_passed_over(
     error: Exception, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch

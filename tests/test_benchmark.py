@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -23,6 +24,7 @@ from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
 from dali_vit import loaders
+from dali_vit.config import UserError
 from dali_vit.distributed import Group
 from dali_vit.metrics import StepTimer
 from dali_vit.model import create_model
@@ -157,6 +159,35 @@ def test_json_goes_to_a_device_as_it_does_to_a_file(tmp_path):
     assert pipe.is_fifo()
     report.write_json(tmp_path / "file", [1])
     assert json.loads((tmp_path / "file").read_text()) == [1]
+
+
+@pytest.mark.parametrize("mode", ["wb", "ab"])
+def test_json_to_stdout_comes_after_what_was_printed(mode, tmp_path):
+    program = "import sys; sys.path.insert(0, 'tools'); from pathlib import Path; from benchmark import report\n"
+    program += "path = Path('/dev/stdout'); print('table'); report.check_json(path); report.write_json(path, [1])"
+    (tmp_path / "out").write_text("before\n")
+    with (tmp_path / "out").open(mode) as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, cwd=ROOT)
+    before = "before\n" if mode == "ab" else ""
+    assert (tmp_path / "out").read_text() == f"{before}table\n[\n  1\n]\n"
+
+
+def test_what_json_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    asked = []
+
+    def access(path, how):
+        asked.append((path.name, how))
+        return False
+
+    monkeypatch.setattr(os, "access", access)
+    for path in (tmp_path / "pipe", tmp_path / "file", tmp_path / "new", tmp_path, tmp_path / "none/file"):
+        with pytest.raises(
+            UserError, match=f"^--json {path}: cannot be written; name a file in a folder that is there"
+        ):
+            report.check_json(path)
+    assert asked == [("pipe", os.W_OK), (tmp_path.name, os.W_OK), (tmp_path.name, os.W_OK)]
 
 
 def test_comparison_takes_ratios_within_rounds_against_the_better_decoder():

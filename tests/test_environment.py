@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dali_vit import doctor, environment, files, process
+from dali_vit import cli, doctor, environment, files, process
 
 V1 = "9:name=systemd:/init\n4:memory:/m\n1:{controllers}:{path}\n0::/"
 
@@ -251,6 +251,8 @@ def test_doctor_says_whether_a_machine_is_fit_to_train(monkeypatch: pytest.Monke
         return words, fit
 
     assert verdict() == ("fit to train on the GPU", True)
+    monkeypatch.setattr(environment, "jpeg_engine", lambda _: "none known")
+    assert verdict() == ("fit to train on the GPU", True)
     monkeypatch.setattr(environment, "jpeg_engine", lambda _: "unusable: no library")
     monkeypatch.setattr(doctor.windows, "fault", lambda: "it crashes")
     assert verdict() == ("fit to train on the GPU, but slower than it could: see jpeg engine, jpeg windows", True)
@@ -267,6 +269,16 @@ def test_doctor_says_whether_a_machine_is_fit_to_train(monkeypatch: pytest.Monke
     assert verdict() == ("not fit to train: input fails", False)
     monkeypatch.setattr(doctor, "_input_fault", lambda _: None)
     assert verdict() == ("fit to train on the CPU", True)  # where nothing is compiled unless asked for
+
+
+@pytest.mark.parametrize(("fit", "code"), [(True, 0), (False, 2)])
+def test_doctor_ends_with_2_on_a_machine_that_is_not_fit(
+    fit: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "report", lambda: ("verdict  it", fit))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+    assert (ended.value.code, capsys.readouterr().out) == (code, "verdict  it\n")
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ def test_the_watchdog_names_a_hanging_process_before_the_others_give_it_up():
 )
 def test_stages_are_given_as_long_as_they_may_take(stage, patience, at_least):
     """at_least: seconds that what comes before the first step is given in any case."""
+    assert stopping._PREPARATION == 600
     program = (
         "import time, torch; from dali_vit import stopping; from dali_vit.distributed import Group\n"
         f"stopping._PREPARATION = {at_least}\n"

@@ -176,7 +176,8 @@ def test_a_note_that_cannot_be_read_is_named(content, tmp_path, capsys):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.usefixtures("ctrl_c_is_minded")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_its_workers_end_with_it(number, tmp_path):
     command = [*TOOL, "--out", str(tmp_path / "out"), "--count", "100000", "--classes", "2", "--workers", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
@@ -187,8 +188,8 @@ def test_its_workers_end_with_it(number, tmp_path):
         assert len(workers) == 2
         running.send_signal(number)
         _, said = running.communicate(timeout=60)
-    assert running.returncode == (130 if number == signal.SIGTERM else -number)
-    assert said == ("make_jpegs.py: stopped; the same command goes on from here\n" * (number == signal.SIGTERM))
+    assert running.returncode == (-number if number == signal.SIGKILL else 130)
+    assert said == ("make_jpegs.py: stopped; the same command goes on from here\n" * (number != signal.SIGKILL))
     wait_for_the_end_of(*map(int, workers))
 
 

@@ -210,3 +210,17 @@ def test_a_run_is_locked_by_a_file_as_nfs_takes_no_lock_of_a_folder_to_other_mac
         with runfolder.locked(tiny_config, cpu):
             assert locked[-1] == str(tiny_config.run_dir / ".lock")
         assert caplog.text == "" if not said else said in caplog.text
+
+
+def test_the_lock_ends_with_the_run_and_others_may_take_it(tiny_config: Config, cpu: Group) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with runfolder.locked(tiny_config, cpu):
+            second = os.open(tiny_config.run_dir / ".lock", os.O_WRONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(second)
+    assert len(os.listdir("/proc/self/fd")) == before
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tiny_config.run_dir / ".lock").stat().st_mode & 0o777 == 0o666 & ~mask  # the group's, where it may write

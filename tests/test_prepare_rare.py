@@ -65,6 +65,16 @@ def test_a_tar_of_ilsvrc_left_beside_what_was_unpacked_of_it_does_not_matter(tmp
         prepare(PrepareArguments(source, tmp_path / "other"))
 
 
+@pytest.mark.parametrize("folder", ["train", "val"])
+def test_a_tar_of_ilsvrc_is_no_split_that_is_left_out(folder: str, tmp_path: Path) -> None:
+    """Of a download of which one tar alone was unpacked."""
+    source = datasets.write_folder(tmp_path / "source", IMAGES)
+    (source / folder).rename(tmp_path / "away")
+    (source / "ILSVRC2012_img_val.tar").touch()
+    with pytest.raises(UserError, match=r"has no ILSVRC2012_img_train\.tar"):
+        prepare(PrepareArguments(source, tmp_path / "set"))
+
+
 def test_there_are_no_more_shards_than_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dali_vit.prepare.targets._TAR_OVERHEAD", 3_000_000)
     arguments = write_source("folder", tmp_path / "source")
@@ -96,11 +106,16 @@ def test_of_a_set_that_is_there_nothing_is_unpacked_again(
 
     monkeypatch.setattr("dali_vit.prepare.records.write_receipt", fail)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "parquet-train-00000.json").write_text('{"origin": [], "rows": []}')  # none of ours
     caplog.set_level(logging.INFO)
     assert prepare(arguments) == made
     assert caplog.messages[-1] == f"{made} is there already, made of this source with these settings"
     assert contents(made) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "parquet-train-00000.json",
+        "set",
+        "source",
+    ]
 
     # What was unpacked for another set of this name is not removed, and no longer without a word.
     left = tmp_path / "set.partial/.state/parquet-train-00000.bin"

@@ -19,7 +19,6 @@ from dali_vit.data import load_dataset
 from dali_vit.inspection import Problem
 from dali_vit.manifest import MANIFEST
 from dali_vit.prepare import PrepareArguments, prepare
-from dali_vit.prepare.sources import read_sample
 from dali_vit.quarantine import move_aside
 from dali_vit.verify import VerifyArguments, verify
 from tests import datasets
@@ -329,22 +328,3 @@ def test_what_no_copy_can_be_made_of_is_named(tmp_path: Path, monkeypatch: pytes
     assert str(raised.value).startswith(f"{pipe} is no file and stays on its disk (")
     assert str(raised.value).endswith("): remove it and run verify again")
     assert (tmp_path / "aside/quarantined.tsv").read_text() == ""
-
-
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE])
-def test_what_could_not_be_read_is_not_moved(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image may be good, and the disk away for a moment."""
-    root, aside = tmp_path / "set", tmp_path / "aside"
-    write_source("folder", root)
-
-    def read(samples: Any, index: int) -> bytes:
-        if index % 2:
-            raise OSError(number, os.strerror(number))
-        return read_sample(samples, index)
-
-    monkeypatch.setattr("dali_vit.verify.read_sample", read)
-    report = verify(VerifyArguments(root, quarantine=aside))
-    half = sum(count // 2 for count in report.counts.values())
-    assert [problem.kind for problem in report.problems if problem.hurts] == ["not read"] * half
-    assert (report.quarantined, report.exit_code) == (0, 2)
-    assert not aside.exists()

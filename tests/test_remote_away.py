@@ -67,6 +67,7 @@ def test_a_whole_copy_is_used_where_the_store_cannot_be_asked(
     assert first.startswith(f"{URI}: ")
     assert said in first
     assert first.endswith(f"; the copy in {copy} is used")
+    assert all(record.of_machine for record in caplog.records if record.levelno == logging.WARNING)  # told once there
 
     (copy / "train" / "shard-000000.tar").write_bytes(b"")
     assert remote.fetch(URI, ("val",)) == copy
@@ -90,6 +91,23 @@ def test_a_copy_that_was_made_before_is_remembered_at_its_next_use(
     remembered.write_bytes(b"{}")
     with pytest.raises(UserError, match="is denied"):
         remote.fetch(URI, BOTH)
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_obstacle_to_a_copy_that_is_there(
+    shards: Path,  # noqa: F811
+    client: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upload(client, shards)
+    copy = remote.fetch(URI, BOTH)
+    (remembered,) = (cache_folder() / "sets").glob("*.json")
+    remembered.unlink()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(remote, "replacing", refuse)
+    assert remote.fetch(URI, BOTH) == copy
 
 
 def test_a_set_that_is_gone_from_the_store_is_no_reason_to_use_a_copy(

@@ -149,6 +149,10 @@ def test_why_no_gpu_is_used_is_said_unless_none_was_asked_for(
     group = Group(0, 2, 0, 2, torch.device("cpu"))
     text = summary(config, dataset(minival=1, val=2), group, **given, threads=1)
     assert f"devices   2 x CPU, {said}" in text.splitlines()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+    on_gpu = replace(group, device=torch.device("cuda", 0))
+    text = summary(config, dataset(minival=1, val=2), on_gpu, **given, threads=1)
+    assert "devices   2 x H200, bf16 autocast, float32 residual stream" in text.splitlines()
 
 
 def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

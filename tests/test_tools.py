@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,19 +38,14 @@ def test_ctrl_c_during_the_imports_ends_a_tool_without_a_traceback(tool: Path, t
 
 
 def test_what_was_measured_on_fewer_images_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[int | None] = []
-
-    def run(measurement: Any, out: Path, seconds: float) -> dict[str, Any]:
-        measured.append(measurement.images)
-        (out / "it.txt").touch()
-        about = {"command": measurement.shown(), "images": measurement.images, "code": measure_all._code()}
-        return {**about, "exit_code": 0, "seconds": 1.0, "ended": "now"}
-
-    monkeypatch.setattr(measure_all, "run", run)
-    for images in (100, 100, 594, 594, None):
-        it = measure_all.Measurement("it", ("tool.py",), 1, images)
+    tools, lines = tmp_path / "tools", tmp_path / "lines"
+    tools.mkdir()
+    (tools / "tool.py").write_text("import sys; print('x', file=open(sys.argv[1], 'a'))")
+    monkeypatch.setattr(measure_all, "TOOLS", tools)
+    for images, expected in ((100, 1), (100, 1), (594, 2), (594, 2), (None, 3)):
+        it = measure_all.Measurement("it", ("tool.py", str(lines)), 1, images)
         assert measure_all._measure([it], tmp_path, time.monotonic() + 60) == 0
-    assert measured == [100, 594, None]
+        assert lines.read_text().count("x") == expected
 
 
 def test_which_measurements_are_of_the_drawn_images(tmp_path: Path) -> None:

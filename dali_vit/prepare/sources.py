@@ -137,8 +137,8 @@ def byte_ranges(shards: Sequence[str], rows: list[Row], classes: Sequence[str]) 
 def _recognise(root: Path) -> Format:
     names = [path.relative_to(root).as_posix() for depth in ("*", "*/*") for path in root.glob(depth)]
     kind = kind_of_archives(names)
-    unpacked = kind == "ilsvrc" and (root / "train").is_dir() and not (root / _TRAIN_TAR).exists()
-    return "folder" if unpacked or kind in (None, "webdataset") else cast(Format, kind)
+    unpacked = all((root / name).is_dir() for name in ("train", "val")) and not (root / _TRAIN_TAR).exists()
+    return "folder" if kind in (None, "webdataset") or (kind == "ilsvrc" and unpacked) else cast(Format, kind)
 
 
 def _open_folder(root: Path) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,10 @@ def sweep_table(trials: list[Trial], best: Trial) -> str:
 
 def check_json(path: Path | None) -> None:
     """UserError, before anything is measured, if a file of results could not be written."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+    if path is None or _is_stdout(path):
+        return
+    is_device = path.exists() and not path.is_file() and not path.is_dir()
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if is_device else path.parent, os.W_OK):
         raise UserError(f"--json {path}: cannot be written; name a file in a folder that is there")
 
 
@@ -136,10 +140,21 @@ def check_folder(flag: str, path: Path) -> None:
 
 
 def write_json(path: Path, result: Mapping[str, Any] | list[Any]) -> None:
-    """Writes the file as a whole or not at all; a device or pipe, such as /dev/stdout, is written to."""
+    """Writes the file as a whole or not at all; a device or pipe is written to, and so is stdout by whatever name."""
     text = json.dumps(result, indent=2) + "\n"
+    if _is_stdout(path):
+        print(text, end="")
+        return
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether this is what stdout goes to, such as /dev/stdout: replaced, it would lose what was printed before."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):  # ValueError: stdout has no descriptor
+        return False
