@@ -137,11 +137,14 @@ def _lock(config: Config, held: ExitStack) -> None:
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(config.run_dir, os.O_RDONLY)
-        held.callback(os.close, descriptor)
-        lock = os.open(config.run_dir / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        held.callback(os.close, lock)
     except OSError as error:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
+    held.callback(os.close, descriptor)
+    try:
+        lock = os.open(config.run_dir / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+        held.callback(os.close, lock)
+    except OSError:  # the folder may be read-only, and the run finished
+        lock = descriptor
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -224,3 +224,25 @@ def test_the_lock_ends_with_the_run_and_others_may_take_it(tiny_config: Config, 
     mask = os.umask(0)
     os.umask(mask)
     assert (tiny_config.run_dir / ".lock").stat().st_mode & 0o777 == 0o666 & ~mask  # the group's, where it may write
+
+
+def test_a_folder_that_takes_no_file_is_locked_itself(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a finished run, which is to say so wherever it lies."""
+    before = os.open
+
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if os.path.basename(path) == ".lock":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return before(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with runfolder.locked(tiny_config, cpu):
+        second = before(tiny_config.run_dir, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(second)
+        with pytest.raises(UserError, match="another process is running it"), runfolder.locked(tiny_config, cpu):
+            pass
+    assert caplog.text == ""
