@@ -232,7 +232,8 @@ def _label_names(root: Path) -> list[str] | None:
     """Class names that TensorFlow Datasets writes beside its records."""
     for path in (root / "label.labels.txt", *sorted(root.glob("*/label.labels.txt"))):
         if path.is_file():
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or None
+            text = path.read_text(encoding="utf-8").rstrip("\n")
+            return text.split("\n") if text else None
     return None
 
 
