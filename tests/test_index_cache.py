@@ -105,7 +105,7 @@ def test_where_folders_have_no_times_of_change_no_index_is_kept(
         return found
 
     monkeypatch.setattr(index_cache.os, "stat", constant)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "dali_vit")
     for times in (1, 2):
         assert len(paths(folder)) == CLASSES * PER_CLASS
         assert len(listed) == times * CLASSES

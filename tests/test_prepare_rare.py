@@ -107,7 +107,7 @@ def test_of_a_set_that_is_there_nothing_is_unpacked_again(
     monkeypatch.setattr("dali_vit.prepare.records.write_receipt", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "parquet-train-00000.json").write_text('{"origin": [], "rows": []}')  # none of ours
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "dali_vit")
     assert prepare(arguments) == made
     assert caplog.messages[-1] == f"{made} is there already, made of this source with these settings"
     assert contents(made) == before

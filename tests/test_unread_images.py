@@ -20,7 +20,7 @@ def test_what_could_not_be_read_is_not_moved(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The image may be good, and the disk away for a moment."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "dali_vit")
     root, aside = tmp_path / "set", tmp_path / "aside"
     write_source("folder", root)
 
