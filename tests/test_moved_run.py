@@ -64,7 +64,7 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
         return renaming, how
 
     monkeypatch.setattr(dali_vit.train, "build_update", build)
-    with caplog.at_level(logging.INFO), runfolder.locked(tiny_config, cpu):
+    with caplog.at_level(logging.INFO, "dali_vit"), runfolder.locked(tiny_config, cpu):
         metrics = train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
     assert sorted(path.name for path in (now / "checkpoints").glob("step_*")) == [
