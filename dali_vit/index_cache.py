@@ -107,7 +107,7 @@ def save(
         before = os.stat(folder).st_mtime_ns
         _write(folder / INDEX, columns)
         if os.stat(folder).st_mtime_ns == before:
-            (folder / INDEX).unlink()
+            (folder / INDEX).unlink(missing_ok=True)  # another process may have come to the same end
             _say(f"{folder} is listed anew each time: the times of its folders do not tell whether one was changed")
     except OSError as denied:
         try:

@@ -114,6 +114,15 @@ def test_where_folders_have_no_times_of_change_no_index_is_kept(
     assert not list(folder.parent.rglob("*.npz"))
 
 
+def test_another_process_that_removes_such_an_index_is_no_reason_to_keep_it_elsewhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(index_cache, "_write", lambda path, columns: written.append(path))  # it is gone at once
+    assert len(paths(folder)) == CLASSES * PER_CLASS
+    assert written == [folder / "train" / INDEX]
+
+
 def test_a_copy_made_of_links_has_an_index_of_its_own(folder: Path, listed: list[str], tmp_path: Path) -> None:
     """As `cp -rs` makes it, with a link to the other's index."""
     expected = [path.removeprefix(str(folder)) for path in paths(folder)]

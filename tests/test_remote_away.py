@@ -40,6 +40,20 @@ def refusal(code: str) -> ClientError:
     return ClientError({"Error": {"Code": code, "Message": "no"}}, "GetObject")
 
 
+@pytest.fixture
+def copy(shards: Path, client: Any) -> Path:  # noqa: F811
+    """A whole copy of a set in a store."""
+    upload(client, shards)
+    return remote.fetch(URI, BOTH)
+
+
+def forget() -> Path:
+    """Removes what is remembered of the set in the store; returns where that was."""
+    (remembered,) = (cache_folder() / "sets").glob("*.json")
+    remembered.unlink()
+    return remembered
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -51,16 +65,9 @@ def refusal(code: str) -> ClientError:
     ids=["denied", "expired", "away", "no credentials"],
 )
 def test_a_whole_copy_is_used_where_the_store_cannot_be_asked(
-    error: Exception,
-    said: str,
-    shards: Path,  # noqa: F811
-    client: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    error: Exception, said: str, copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As when a run is started again after hours, with a token that has expired."""
-    upload(client, shards)
-    copy = remote.fetch(URI, BOTH)
     answer(monkeypatch, error)
     assert remote.fetch(URI, BOTH) == remote.fetch(f"{URI}/", ("val",)) == copy
     first, _ = warnings(caplog)
@@ -75,17 +82,9 @@ def test_a_whole_copy_is_used_where_the_store_cannot_be_asked(
         remote.fetch(URI, BOTH)
 
 
-def test_a_copy_that_was_made_before_is_remembered_at_its_next_use(
-    shards: Path,  # noqa: F811
-    client: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    upload(client, shards)
-    copy = remote.fetch(URI, BOTH)
-    (remembered,) = (cache_folder() / "sets").glob("*.json")
-    remembered.unlink()
+def test_a_copy_that_was_made_before_is_remembered_at_its_next_use(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered = forget()
     remote.fetch(URI, BOTH)
-    assert remembered.exists()
     answer(monkeypatch, refusal("AccessDenied"))
     assert remote.fetch(URI, BOTH) == copy
     remembered.write_bytes(b"{}")
@@ -94,29 +93,21 @@ def test_a_copy_that_was_made_before_is_remembered_at_its_next_use(
 
 
 def test_a_cache_that_cannot_be_written_to_is_no_obstacle_to_a_copy_that_is_there(
-    shards: Path,  # noqa: F811
-    client: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload(client, shards)
-    copy = remote.fetch(URI, BOTH)
-    (remembered,) = (cache_folder() / "sets").glob("*.json")
-    remembered.unlink()
-
     def refuse(path: Path) -> None:
         raise PermissionError(path)
 
+    forget()
     monkeypatch.setattr(remote, "replacing", refuse)
     assert remote.fetch(URI, BOTH) == copy
 
 
+@pytest.mark.usefixtures("copy")
 def test_a_set_that_is_gone_from_the_store_is_no_reason_to_use_a_copy(
-    shards: Path,  # noqa: F811
     client: Any,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    upload(client, shards)
-    remote.fetch(URI, BOTH)
     client.delete_object(Bucket="images", Key="sets/ours/dataset.json")
     with pytest.raises(UserError, match=r"there is no dataset\.json"):
         remote.fetch(URI, BOTH)
