@@ -90,6 +90,15 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {_unwritable(config, error)}") from error
 
 
+def open_folder(config: Config, start: int, evaluation_due: bool) -> MetricLog:
+    """The log of a run that goes on from step `start`, 0 if it begins, in its folder, which has the run's files then.
+
+    evaluation_due: whether it begins by the evaluation of that step. UserError for a folder that cannot be written to.
+    """
+    write_run_files(config, anew=start == 0)
+    return MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
+
+
 def _set_aside(run_dir: Path) -> None:
     """Renames metrics.jsonl, config.yaml and env.txt to metrics.jsonl.1 and so on, if anything was logged."""
     metrics = run_dir / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""The training loop, phases in the order they run: model, restore, data and logs, checkpoints and evaluation, loop.
+"""The training loop, phases in the order they run: model, restore, data, logs, loop.
 
 How a run starts: from the newest checkpoint in its own folder where there is one; else from scratch, with
 weights that depend on the seed alone. Order and augmentation of the data are pure functions of (seed, step)
@@ -8,7 +8,6 @@ uninterrupted run bit for bit.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -22,15 +21,14 @@ from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, together
-from dali_vit.evaluate import evaluate_splits
-from dali_vit.loaders import EvalLoader, train_loader
-from dali_vit.metric_log import MetricLog
+from dali_vit.loaders import train_loader
+from dali_vit.milestones import Milestones
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.progress import Progress
-from dali_vit.runfolder import current, log_samples, log_texts, profiling, write_run_files
+from dali_vit.runfolder import current, log_samples, log_texts, open_folder, profiling
 from dali_vit.saving import Saver, restore, tidy_up
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
@@ -84,61 +82,32 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         settings = loader_settings(dataset, config, group, model)
         bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
         loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
+        next_batch = name_lack_of_memory(loader.__next__, config, group)
 
-    # The run's folder and its logs.
-    next_batch = name_lack_of_memory(loader.__next__, config, group)
-    together(lambda: write_run_files(config, anew=start == 0) if group.is_main else None)
-
-    writer = together(
-        lambda: (
-            MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
-            if group.is_main
-            else None
-        )
-    )
-    if writer is not None:
-        summary = report.summary(
-            config,
-            dataset,
-            group,
-            model=report.model_line(config.model, num_parameters(model), forward_flops, config.data.resolution),
-            how=how,
-            total_steps=total,
-            checkpoint=checkpoint,
-            bad_samples=len(bad_samples),
-            threads=settings.threads,
-        )
-        log.info("%s", summary)
-        log_texts(writer, config, summary)
-
-    # Checkpoint and evaluation.
-    saver = Saver(config, group, planned, optimizer, loader, writer)
-    watchdog = Watchdog(group, config.run.hang_timeout)
-    eval_loaders: dict[str, EvalLoader] = {}
-
-    def evaluate(done: int) -> dict[str, float] | None:
-        """Of the weights after `done` steps; None where the run is to stop meanwhile."""
-        batches = itertools.count(1)
-
-        def before_batch() -> None:
-            watchdog.enter("evaluation", done - 1)
-            if stop.agreed(next(batches)):
-                raise Interrupted
-
-        try:
-            found = evaluate_splits(model, dataset, config, group, eval_loaders, before_batch)
-        except Interrupted:
-            return None
-        if found:  # a data set may have neither val nor minival
-            log.info("%s", report.evaluation_line(done, total, found))
-        return found
+        # The run's folder and its logs, which are rank 0's.
+        writer = together(lambda: open_folder(config, start, evaluation_due) if group.is_main else None)
+        if writer is not None:
+            summary = report.summary(
+                config,
+                dataset,
+                group,
+                model=report.model_line(config.model, num_parameters(model), forward_flops, config.data.resolution),
+                how=how,
+                total_steps=total,
+                checkpoint=checkpoint,
+                bad_samples=len(bad_samples),
+                threads=settings.threads,
+            )
+            log.info("%s", summary)
+            log_texts(writer, config, summary)
 
     # The loop.
+    watchdog = Watchdog(group, config.run.hang_timeout)
+    saver = Saver(config, group, planned, optimizer, loader, writer)
+    milestones = Milestones(config, group, planned, saver, writer, stop, watchdog)
     model.train()
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
-    steps, done = range(start, total), start
-    stop_reason: str | None = None
-    metrics: dict[str, float] = {}
+    done = start
     with (
         stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
         writer or nullcontext(),
@@ -146,23 +115,15 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         closing(loader),
         watchdog,
         report.progress_bar(total, start, visible=group.is_main) as bar,
-        profiling(config, group, len(steps)) as profiler,
+        profiling(config, group, total - start) as profiler,
     ):
-        if evaluation_due:
-            found = evaluate(start)
-            if found is None:
-                steps, stop_reason = range(0), stop.reason()
-            else:
-                metrics = found
-                if writer and metrics:
-                    writer.scalars(start, metrics)
-                saver.add_metrics(start, metrics)
+        stop_reason = milestones.evaluate(start) if evaluation_due else None
         stop.start_clock()
         began = time.perf_counter()
         progress = Progress(
             config, group, planned, loader, saver, writer, forward_flops=forward_flops, bad_samples=bad_samples
         )
-        for step in steps:
+        for step in range(start, total) if not stop_reason else ():
             watchdog.enter("loader", step)
             with progress.timer.waiting():
                 images, labels = next_batch()  # uint8 [N, S, S, 3], int64 [N]
@@ -180,39 +141,10 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             stop_reason = stop.agreed(done) if done < total else None
             evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
             saving = evaluating or stop_reason or done % config.run.checkpoint_every == 0
-            if not saving and done % config.run.log_every:
-                continue
-
-            progress.log_line(done, lr)
-            scalars = {}
-            # Since a step that was left out the weights may diverge, and are to displace no good ones, but at the end.
-            last = stop_reason is not None or done == total
-            saved = saving and (progress.window.healthy or last)
-            if saved:  # before the evaluation, which may end the run
-                watchdog.enter("checkpoint", step)
-                stalled_since = time.perf_counter()
-                saver.save(done, evaluation_due=evaluating)
-                progress.timer.reset()  # waits for the copy on a GPU
-                scalars["perf/checkpoint_stall_ms"] = 1e3 * (time.perf_counter() - stalled_since)
-            elif saving and group.is_main:
-                log.warning("no checkpoint at step %d, because that step was left out", done)
-
-            found = None
-            if evaluating and not stop_reason:
-                stalled_since = time.perf_counter()
-                found = evaluate(done)
-                if found is None:
-                    stop_reason = stop.reason()
-                    if not saved:  # the step was left out, but a run that ends keeps what it has
-                        saver.save(done, evaluation_due=True)
-                else:
-                    metrics = found
-                    scalars |= {**metrics, "perf/evaluation_s": time.perf_counter() - stalled_since}
-                progress.timer.reset()
-            if writer and scalars:
-                writer.scalars(done, scalars)
-            if found is not None and saved:  # after the log, which a run that goes on from here does not write again
-                saver.add_metrics(done, metrics)
+            if saving or done % config.run.log_every == 0:
+                progress.log_line(done, lr)
+            if saving:
+                stop_reason = milestones.reach(done, progress, evaluating=evaluating, stop_reason=stop_reason)
             if stop_reason:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
@@ -221,7 +153,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
 
     if stop_reason:
         raise Interrupted(f"{stop_reason} after step {done}; start the same command again to go on")
-    metrics = _check_finite(metrics, config)
+    metrics = _check_finite(milestones.metrics, config)
     log.info("done in %s: %s", report.duration(time.perf_counter() - began), current(config))
     return metrics
 

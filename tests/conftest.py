@@ -142,3 +142,9 @@ def run_interpreted(name: str, timeout: float) -> int:
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_scalars(run_dir: Path) -> dict[str, float]:
+    """All that a run has logged at its last step, scalars by name."""
+    lines = read_metrics(run_dir)
+    return {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}

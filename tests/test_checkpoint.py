@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import dali_vit.train
+import dali_vit.milestones
 from dali_vit import checkpoint
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
 from dali_vit.model import create_model
@@ -120,7 +120,7 @@ def test_an_evaluation_that_fails_loses_nothing(tiny_config, cpu, monkeypatch):
         raise DecodeError("2 of 28 samples cannot be read or decoded", [])
 
     with monkeypatch.context() as patch:
-        patch.setattr(dali_vit.train, "evaluate_splits", fail)
+        patch.setattr(dali_vit.milestones, "evaluate_splits", fail)
         with pytest.raises(DecodeError):
             train(config, cpu, plan(config, 1))
     found = checkpoint.newest(config.run_dir)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import dropout
 
 import dali_vit.train as loop
-from dali_vit import checkpoint, loaders
+from dali_vit import checkpoint, loaders, milestones
 from dali_vit import data as datasets
 from dali_vit import plan as planning
 from dali_vit.config import Config, ModelConfig, UserError
@@ -174,7 +174,7 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
         return fail_at_2, how
 
     def stop(*_: Any) -> None:
-        raise Interrupted
+        raise Interrupted("stopped by SIGTERM")
 
     config = replace(
         tiny_config,
@@ -182,10 +182,9 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
         run=replace(tiny_config.run, eval_every=2 * 8 / 54, checkpoint_every=100),
     )
     monkeypatch.setattr(loop, "build_update", build_failing)
-    monkeypatch.setattr(loop, "evaluate_splits", stop)
+    monkeypatch.setattr(milestones, "evaluate_splits", stop)
     monkeypatch.setattr(loop.Stop, "agreed", lambda self, step: None)
-    monkeypatch.setattr(loop.Stop, "reason", lambda self: "stopped by SIGTERM")
-    with pytest.raises(Interrupted, match="after step 2;"):
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM after step 2;"):
         train(config, cpu, plan(config, 1))
     kept = checkpoint.newest(config.run_dir)
     assert kept is not None

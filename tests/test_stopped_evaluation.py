@@ -16,8 +16,8 @@ pytestmark = pytest.mark.timeout(240)
 # Evaluations that take half a minute before they begin; the file says that one has been entered.
 SLOW = """
 import pathlib, sys, time
-import dali_vit.train
-real = dali_vit.train.evaluate_splits
+import dali_vit.milestones
+real = dali_vit.milestones.evaluate_splits
 
 def slowly(*arguments):
     pathlib.Path(sys.argv[1]).touch()
@@ -26,7 +26,7 @@ def slowly(*arguments):
         time.sleep(0.05)
     return real(*arguments)
 
-dali_vit.train.evaluate_splits = slowly
+dali_vit.milestones.evaluate_splits = slowly
 from dali_vit.cli import main
 main(sys.argv[2:])
 """
