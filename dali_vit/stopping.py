@@ -111,7 +111,7 @@ class Watchdog:
     scheduler that suspends jobs) does not count.
     """
 
-    def __init__(self, group: Group, seconds: float, stage: str = "step", step: int = 0) -> None:
+    def __init__(self, group: Group, seconds: float, stage: str, step: int) -> None:
         self._rank, self._seconds = group.rank, seconds
         self.enter(stage, step)
         self._ended = threading.Event()

@@ -102,7 +102,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             log_texts(writer, config, summary)
 
     # The loop.
-    watchdog = Watchdog(group, config.run.hang_timeout)
+    watchdog = Watchdog(group, config.run.hang_timeout, "loader", start)
     saver = Saver(config, group, planned, optimizer, loader, writer)
     milestones = Milestones(config, group, planned, saver, writer, stop, watchdog)
     model.train()

@@ -191,6 +191,42 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
     assert (kept.step, kept.loader["evaluation_due"]) == (2, True)
 
 
+@pytest.mark.timeout(60)
+def test_the_watchdog_is_told_what_runs(tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of which step, in a run that goes on, too. The first three steps of each start may compile."""
+    config = replace(
+        tiny_config,
+        optim=replace(tiny_config.optim, steps=8),
+        run=replace(tiny_config.run, eval_every=2 * 8 / 54, checkpoint_every=100),
+    )
+    told: list[tuple[str, int]] = []
+
+    def tell(watchdog: Any, stage: str, step: int) -> None:
+        if told[-1:] != [(stage, step)]:
+            told.append((stage, step))
+
+    def stop_at_3(stop: Any, step: int) -> str | None:
+        return "stopped" if step == 3 and told[-1][0] == "compilation" else None
+
+    def expected(start: int, stages: list[str]) -> list[tuple[str, int]]:
+        return [
+            ("preparation", start),
+            *((stage, step) for step, names in enumerate(stages, start) for stage in ("loader", *names.split())),
+        ]
+
+    monkeypatch.setattr(loop.Watchdog, "enter", tell)
+    monkeypatch.setattr(loop.Watchdog, "_watch", lambda self: None)
+    monkeypatch.setattr(loop.Stop, "agreed", stop_at_3)
+    with pytest.raises(Interrupted):
+        train(config, cpu, plan(config, 1))
+    evaluated = "checkpoint evaluation"
+    assert told == expected(0, ["compilation", f"compilation {evaluated}", "compilation checkpoint"])
+    told.clear()
+    train(config, cpu, plan(config, 1))
+    stages = [f"compilation {evaluated}", "compilation", f"compilation {evaluated}", "step", f"step {evaluated}"]
+    assert told == [*expected(3, stages), ("checkpoint", 7)]
+
+
 def test_the_variants_are_big_visions() -> None:
     """Width, blocks, width of the MLP, heads: of these no count of parameters tells the last."""
     assert {name: tuple(sizes) for name, sizes in VARIANTS.items()} == {
