@@ -6,13 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # where Python looks when a tool is run as a script
 
 import measure_all
+import measure_ddp
+
+from dali_vit.distributed import Group
 
 TOOLS = sorted(Path(__file__).parents[1].glob("tools/*.py"))
 
@@ -57,3 +63,22 @@ def test_which_measurements_are_of_the_drawn_images(tmp_path: Path) -> None:
         assert not of_images & {"jpegs", "kernels", "ddp", "step-128"}
     (tmp_path / "own").mkdir()
     assert {m.images for m in measure_all.plan(0, tmp_path / "own", tmp_path)} == {None}
+
+
+@pytest.mark.timeout(60)
+def test_one_setting_of_ddp_alone_is_compiled_in_one_piece(cpu: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is measured after the other, as torch.compile's code is not kept apart by it."""
+    turns: list[tuple[list[str], bool]] = []
+
+    def take_turns(steps: dict[str, Any], *_: Any) -> dict[str, float]:
+        turns.append((list(steps), torch._dynamo.config.optimize_ddp))
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(measure_ddp, "make", lambda name, *_: name)
+    monkeypatch.setattr(measure_ddp, "take_turns", take_turns)
+    measure_ddp.measure(Namespace(compile="default"), cpu)
+    one_piece = "both, compiled in one piece"
+    assert turns == [([name], name != one_piece) for name in measure_ddp.SETTINGS]
+    turns.clear()
+    measure_ddp.measure(Namespace(compile="off"), cpu)
+    assert turns == [([name for name in measure_ddp.SETTINGS if name != one_piece], True)]
