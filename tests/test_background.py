@@ -43,6 +43,19 @@ def test_a_write_is_not_waited_for_and_holds_the_state_of_its_submission():
     assert [float(state["weight"].sum()) for state in write.written] == [0, 1000]
 
 
+def test_a_snapshot_shares_no_memory_with_the_state():
+    """Nor do single numbers, such as AdamW's count of steps, whose memory is used again for the next snapshot."""
+    state = {"step": torch.tensor(7.0), "weight": torch.ones(3)}
+    first, _ = snapshot(state)
+    for tensor in state.values():
+        tensor += 1
+    assert {name: tensor.tolist() for name, tensor in first.items()} == {"step": 7.0, "weight": [1.0] * 3}
+    second, _ = snapshot(state, first)
+    for tensor in state.values():
+        tensor += 1
+    assert {name: tensor.tolist() for name, tensor in second.items()} == {"step": 8.0, "weight": [2.0] * 3}
+
+
 @pytest.mark.timeout(60)
 def test_what_is_behind_a_write_that_fails_is_waited_for():
     background, second = BackgroundWriter(), HeldWrite()

@@ -95,6 +95,24 @@ def test_measure_by_a_clock_of_its_own(monkeypatch, cpu):
     assert measured.wait_fraction == (3 * 64 / 256) / (3.5 - 3 / 256)
 
 
+def test_a_step_that_becomes_faster_is_measured_in_more_windows(monkeypatch, cpu):
+    """All of them count in the worst batch and in the wait for data: here a quarter of each step."""
+    clock = Clock(monkeypatch)
+    timer = StepTimer(CPU)
+    steps = iter([1 / 64] * 160 + [1 / 128] * 4 + [0.25] + [1 / 128] * 251)
+
+    def step() -> None:
+        took = next(steps)
+        with timer.waiting():
+            clock.sleep(took / 4)
+        clock.sleep(3 * took / 4)
+
+    measured = measure(step, timer, images=8, seconds=2, group=cpu)
+    assert (measured.window_images, measured.window_seconds) == (64 * 8, (0.75 - 1 / 128, 0.5, 0.5, 0.5))
+    assert measured.worst_batch_ms == 250.0
+    assert measured.wait_fraction == 0.25
+
+
 def test_a_window_lasts_as_long_as_on_the_slowest_rank(monkeypatch, cpu):
     clock = Clock(monkeypatch)
     timer = StepTimer(CPU)

@@ -151,6 +151,33 @@ def test_a_window_knows_the_longest_wait_of_all_ranks(monkeypatch: pytest.Monkey
     assert metrics.speed(3, 1.0, 1.1, batch_size=8, train_flops=1.0, group=group)["perf/data_wait_pct"] == 100
 
 
+def test_a_window_is_healthy_if_its_last_step_was_taken() -> None:
+    """A step left out earlier keeps no checkpoint from being written, and one taken earlier has none written."""
+    window = Window(Group(0, 1, 0, 1, torch.device("cpu")))
+    found = []
+    for norms in ((2.0, math.nan, 2.0), (2.0, 2.0, math.nan), (2.0, 2.0, 2.0)):
+        for norm in norms:
+            window.add(torch.tensor(1.0), torch.tensor(norm))
+        assert window.read(0, 0.0) == (1.0, 2.0, 0.0)
+        found.append((window.healthy, window.skipped))
+    assert found == [(True, 1), (False, 2), (True, 2)]
+
+
+def test_every_rank_knows_when_one_of_them_finds_another_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows is collective: a rank that did not know would leave the others waiting."""
+    cpu = torch.device("cpu")
+    windows = [Window(Group(rank, 2, rank, 2, cpu)) for rank in range(2)]
+    found = []
+    for counts in ((1, 0), (1, 0), (1, 1)):
+        total = torch.tensor([2.0, 2.0, 2.0, sum(counts), 0.0, 0.0], dtype=torch.float64)
+        monkeypatch.setattr(metrics, "sum_over_ranks", lambda sent, total=total: total)
+        for window, count in zip(windows, counts, strict=True):
+            window.add(torch.tensor(1.0), torch.tensor(1.0))
+            window.read(count, 0.0)
+        found.append([window.more_bad_samples for window in windows])
+    assert found == [[True, True], [False, False], [True, True]]
+
+
 def test_the_time_left_forgets_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """50 seconds of compilation, then a step a second."""
     now = 100.0

@@ -134,20 +134,21 @@ def linear() -> nn.Linear:
         return nn.Linear(4, 3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw-bfloat16"])
-def test_adamw_follows_the_formula(name: str) -> None:
-    model, config = linear(), OPTIMIZERS[name]
+@pytest.mark.parametrize(("name", "momentum"), [("adamw", 0.9), ("adamw-bfloat16", 0.9), ("adamw-bfloat16", 0.8)])
+def test_adamw_follows_the_formula(name: str, momentum: float) -> None:
+    model, config = linear(), dataclasses.replace(OPTIMIZERS[name], beta1=momentum)
     expected = [p.detach().double() for p in (model.weight, model.bias)]
     low_precision = config.first_moment == "bfloat16"
     run(model, create_optimizer(model, config), range(5))
 
     mu, nu = [torch.zeros_like(p) for p in expected], [torch.zeros_like(p) for p in expected]
-    beta1 = 0.8984375 if low_precision else 0.9  # 0.9 in bfloat16
+    # 0.9 and 0.8 in bfloat16
+    beta1 = {0.9: 0.8984375, 0.8: 0.80078125}[momentum] if low_precision else momentum
     for step in range(5):
         for i, (p, g) in enumerate(zip(expected, gradients(step), strict=True)):
-            new_mu = beta1 * mu[i] + 0.1 * g.double()
+            new_mu = beta1 * mu[i] + (1 - momentum) * g.double()
             nu[i] = 0.999 * nu[i] + 0.001 * g.double() ** 2
-            update = (new_mu / (1 - 0.9 ** (step + 1))) / ((nu[i] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            update = (new_mu / (1 - momentum ** (step + 1))) / ((nu[i] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
             p -= 0.01 * update + 0.01 * (0.1 * p if i == 0 else 0)  # the kernel decays by 1e-4 / lr, the bias does not
             mu[i] = new_mu.bfloat16().double() if low_precision else new_mu
     # A float32 sum that falls on the edge between two bfloat16 values may round to the other one.

@@ -159,6 +159,20 @@ def test_contrast_mean_blends_with_the_mean_of_the_image() -> None:
         assert np.abs(result.astype(int) - expected).max() <= 1
 
 
+def test_the_last_pixel_of_an_odd_number_counts() -> None:
+    """Of 17 x 17 pixels all but the last are 0: that one is the brightest, and equalize makes it white."""
+    image = np.zeros((1, 17, 17, 3), np.uint8)
+    image[0, -1, -1] = 200
+    expected = np.where(image == 200, 255, 0)
+    np.testing.assert_array_equal(run_op(image, "equalize", magnitude=10), expected)
+
+
+def test_the_mean_of_a_gray_image_is_its_level() -> None:
+    """Then contrast changes nothing."""
+    image = np.full((1, 10, 10, 3), 100, np.uint8)
+    np.testing.assert_array_equal(run_op(image, "contrast", magnitude=0, contrast="mean"), image)
+
+
 def variants_of(images: np.ndarray, magnitude: float, center: tuple[float, float]) -> np.ndarray:
     """Each operation with each sign on each image: [32, N, S, S, 3]."""
     graphs = [

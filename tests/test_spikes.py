@@ -59,6 +59,9 @@ def test_statistics_are_the_mean_and_variance_of_the_losses():
     for _ in range(3 * MEMORY):
         is_spike(seen, torch.tensor(4.0), 10.0)
     assert seen[1].item() == pytest.approx(4.0, abs=(losses.mean() - 4) * math.exp(-3) * 1.01)
+    before = seen[1].item()
+    is_spike(seen, torch.tensor(5.0), 10.0)
+    assert seen[1].item() == pytest.approx(before + (5.0 - before) / MEMORY, abs=2e-7)
 
 
 @pytest.mark.parametrize(
