@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
-from dali_vit import process
+from dali_vit import parsing, process
 from dali_vit.arguments import (
     ConvertArguments,
     DoctorArguments,
@@ -44,7 +44,7 @@ T = TypeVar("T")
 def run() -> NoReturn:
     """`dali-vit` as a process."""
     process.end_at_ctrl_c()
-    process.run(main)
+    process.run(main, PROGRAM)
 
 
 def _tell(line: str) -> None:
@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _rank() -> int:
-    """This process's rank among those a launcher started. `distributed` is not asked: it imports torch, and has not
-    taken over srun's variables yet."""
+    """This process's rank; `distributed` is not asked, as it imports torch and has not taken over srun's variables."""
     rank, tasks = process.int_from_environment("RANK", 0), process.int_from_environment("SLURM_STEP_NUM_TASKS", 1)
     if os.environ.get("RANK"):
         return rank if os.environ.get("WORLD_SIZE") else 0
@@ -286,6 +285,7 @@ def _prepare(argv: list[str]) -> int:
 
     process.tidy_up_at_ctrl_c()
     prepare(parse(PrepareArguments, argv, "prepare"))
+    parsing.check_log()
     return 0
 
 
@@ -300,6 +300,7 @@ def _verify(argv: list[str]) -> int:
     report = verify(arguments)
     if arguments.json:
         _say(json.dumps(report.to_json()))
+    parsing.check_log()
     return report.exit_code
 
 
@@ -313,9 +314,8 @@ def _preview(argv: list[str]) -> int:
     process.tidy_up_at_ctrl_c()
     config = arguments.config
     with distributed.connect(config.run.gpus) as group:
-        written = _by_main_alone(
-            group, lambda: preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images)
-        )
+        asked = {"step": arguments.at_step, "count": arguments.images}
+        written = _by_main_alone(group, lambda: preview(config, group, arguments.out, **asked))
     if written is not None:
         _say(written)
     return 0
@@ -339,7 +339,7 @@ def _keep_stdout() -> None:
 
 
 def _set_up_logging(rank: int) -> None:
-    handler = logging.StreamHandler(sys.stdout)
+    handler = parsing.LogHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     if process.int_from_environment("LOCAL_RANK", process.int_from_environment("SLURM_LOCALID", 0)):
         # Of what a machine lacks, and what all its processes find, the first of them tells.

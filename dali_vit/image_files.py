@@ -47,7 +47,10 @@ def _images_of(argument: Path) -> Iterator[str]:
     if argument.is_dir():
         return _walk(str(argument), ())
     if not argument.is_file():
-        raise UserError(f"{argument}: no such image file")
+        if fault := dead_link(argument):
+            raise UserError(fault)
+        fault = "not a regular file; name an image or a folder" if argument.exists() else "no such image file"
+        raise UserError(f"{argument}: {fault}")
     return iter((str(argument),))  # whatever its suffix
 
 

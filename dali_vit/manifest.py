@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dali_vit.config import UserError
-from dali_vit.files import file_sha256
+from dali_vit.files import dead_link, file_sha256
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
 
@@ -133,7 +133,8 @@ def read_manifest(root: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        refused = f"{path} cannot be read ({error.strerror}): check its permissions"
+        raise UserError(dead_link(root) or dead_link(path) or refused) from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a manifest that prepare wrote ({error}): prepare the set again") from error
 

@@ -34,7 +34,8 @@ class MetricLog:
     from metrics.jsonl (TensorBoard shows both, which are the same). UserError where metrics.jsonl cannot be opened.
     Where writing fails later (a full disk, a folder that became read-only), a warning says so: metrics.jsonl lacks the
     lines in question, and TensorBoard gets no more events. `now` returns where the folder is, should it be moved during
-    the run; the few events that are still to be written at that moment are lost.
+    the run; the few events that are still to be written at that moment are lost. Where metrics.jsonl is removed, alone
+    or with the folder, both go on in new files.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class MetricLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars by name at a step, counted from 1; NaN and infinity are null in metrics.jsonl."""
+        if not os.fstat(self._lines.fileno()).st_nlink:
+            self._begin_anew(step)
 
         def to_events(events: SummaryWriter) -> None:
             for name, value in values.items():
@@ -115,7 +118,25 @@ class MetricLog:
         if not (isinstance(failed.exc_value, OSError) and getattr(failed.thread, "exception", None)):
             self._report_thread(failed)
 
-    def _open_events(self, purge_step: int) -> None:
+    def _begin_anew(self, step: int) -> None:
+        """Opens new files where metrics.jsonl was removed; they stay as they are where that cannot be done."""
+        folder = self._now()
+        path = folder / "metrics.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = path.open("ab", buffering=0)
+        except OSError:
+            return
+        self._lines.close()
+        self._lines = lines
+        log.warning("%s was removed: a new one begins with step %d", path, step)
+        if self._events is not None and not any(folder.glob("events.out.tfevents.*")):
+            self._run_dir = folder
+            with suppress(OSError):
+                self._events.close()
+            self._open_events(purge_step=None)
+
+    def _open_events(self, purge_step: int | None) -> None:
         with self._warning_of_events():
             _put_events_before_now(self._run_dir)
             self._events = SummaryWriter(str(self._run_dir), purge_step=purge_step)

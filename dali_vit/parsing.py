@@ -6,21 +6,32 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import tyro
 
 from dali_vit import recipes
 from dali_vit.config import Config, ModelConfig, UserError, mendable
 from dali_vit.config_file import expand, named_file
+from dali_vit.process import NOBODY_READS
 from dali_vit.variants import TIMM_PREFIX
 
-__all__ = ["PROGRAM", "named_recipe", "naming_file", "parse", "parse_train", "stdout_may_be_full"]
+__all__ = [
+    "PROGRAM",
+    "LogHandler",
+    "check_log",
+    "named_recipe",
+    "naming_file",
+    "parse",
+    "parse_train",
+    "stdout_may_be_full",
+]
 
 PROGRAM = "dali-vit"
 
@@ -157,6 +168,27 @@ def stdout_may_be_full() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         error.filename = "stdout"
         raise mendable(error) or error from None
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Prints what is logged, and goes on where that fails."""
+
+    failure: OSError | None = None
+    """Why a line could not be printed, the last of them, other than that nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError) and error.errno not in NOBODY_READS:
+            self.failure = error
+        super().handleError(record)
+
+
+def check_log() -> None:
+    """UserError where lines of the log could not be printed, as stdout is on a full disk."""
+    for handler in logging.getLogger("dali_vit").handlers:
+        if isinstance(handler, LogHandler) and handler.failure is not None and handler.stream is sys.stdout:
+            with stdout_may_be_full():
+                raise handler.failure
 
 
 def _one_line(box: str, command: str, argv: list[str]) -> str:

@@ -168,7 +168,8 @@ def _lock(config: Config, held: ExitStack) -> None:
 def current(config: Config) -> Path:
     """The present path of the run's folder, which may have been moved or renamed; a warning is logged for each move.
 
-    Another run may meanwhile have a folder of the old name. The old path is returned if the folder was removed.
+    Another run may meanwhile have a folder of the old name. If the folder was removed the old path is returned, and a
+    warning logged.
     """
     descriptor = _locks.get(config.run_dir)
     if descriptor is None or _is_open_as(config.run_dir, descriptor):
@@ -178,6 +179,9 @@ def current(config: Config) -> Path:
     except OSError:  # not Linux
         return config.run_dir
     if not _is_open_as(path, descriptor):
+        if not os.fstat(descriptor).st_nlink and _moves.get(config.run_dir) != config.run_dir:
+            _moves[config.run_dir] = config.run_dir
+            log.warning("%s was removed while it runs: it goes on in a new one, without what was there", config.run_dir)
         return config.run_dir
     if _moves.get(config.run_dir) != path:
         _moves[config.run_dir] = path

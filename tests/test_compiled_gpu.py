@@ -141,7 +141,7 @@ def main():
 begun = threading.Event()
 torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
 compiled_gpu.try_out, compiled_gpu._PATIENCE = hang, 2.0
-process.run(main)
+process.run(main, "program")
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, env=environment(), check=False

@@ -94,6 +94,9 @@ def test_a_folder_that_may_be_meant_for_train(name, tmp_path):
     make_split(tmp_path, name, "a", 1)
     told = f"{tmp_path} has no train/: if {name}/ is meant, rename it to train/"
     assert fails(lambda: load_dataset(tmp_path)) == told
+    (tmp_path / "set").symlink_to("set")
+    told = f"{tmp_path}/set is a link to set, which leads round in a circle: remove the link"
+    assert fails(lambda: load_dataset(tmp_path / "set")) == told
     make_split(tmp_path / "imagenet", "train", "a", 1)
     fails(lambda: load_dataset(tmp_path), f"{tmp_path} has no train/: did you mean {tmp_path / 'imagenet'}?")
 

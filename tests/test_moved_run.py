@@ -26,6 +26,7 @@ from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.step_folders import prune
 from dali_vit.train import train
 from tests.conftest import read_metrics
+from tests.processes import wait_for
 
 
 def test_the_folder_is_followed_while_it_is_locked(
@@ -40,9 +41,12 @@ def test_the_folder_is_followed_while_it_is_locked(
         assert runfolder.current(tiny_config) == now
         assert caplog.messages == [f"{before} was moved to {now} while it runs: what it writes goes there"]
         shutil.rmtree(now)
-        assert runfolder.current(tiny_config) == before
+        for _ in range(2):
+            assert runfolder.current(tiny_config) == before
     assert runfolder.current(tiny_config) == before
-    assert len(caplog.messages) == 1
+    assert caplog.messages[1:] == [
+        f"{before} was removed while it runs: it goes on in a new one, without what was there"
+    ]
 
 
 @pytest.mark.timeout(60)
@@ -79,6 +83,45 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
     assert caplog.messages[-1].endswith(f": {now}")
     renamed = replace(tiny_config, run=replace(tiny_config.run, name="renamed"))
     assert train(renamed, cpu, plan(renamed, 1)) == metrics
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("removed", ["the folder", "metrics.jsonl"])
+def test_a_run_goes_on_where_its_folder_or_log_is_removed(
+    removed: str, tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In new ones, from which it can be continued; each loss is warned of once."""
+    config = replace(tiny_config, run=replace(tiny_config.run, log_every=1))
+    folder = config.run_dir
+    steps: list[int] = []
+
+    def build(*arguments: Any) -> Any:
+        update, how = dali_vit.step.build_update(*arguments)
+
+        def removing(*batch: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 7:
+                wait_for(lambda: checkpoint.newest(folder) is not None, "the checkpoint of step 5")
+                shutil.rmtree(folder) if removed == "the folder" else (folder / "metrics.jsonl").unlink()
+            return update(*batch)
+
+        return removing, how
+
+    monkeypatch.setattr(dali_vit.train, "build_update", build)
+    with runfolder.locked(config, cpu):
+        metrics = train(config, cpu, plan(config, 1))
+    told = [f"{folder}/metrics.jsonl was removed: a new one begins with step 7"]
+    if removed == "the folder":
+        told.insert(0, f"{folder} was removed while it runs: it goes on in a new one, without what was there")
+    assert [message for message in caplog.messages if "removed" in message] == told
+    assert [line["step"] for line in read_metrics(folder) if "train/loss" in line] == list(range(7, 13))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    first = 7 if removed == "the folder" else 1
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(first, 13))
+    assert checkpoint.newest(folder).step == 12
+    monkeypatch.undo()
+    assert train(config, cpu, plan(config, 1)) == metrics
 
 
 @pytest.mark.timeout(60)

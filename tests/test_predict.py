@@ -91,6 +91,21 @@ def test_a_folder_without_images_is_named(tmp_path):
         list_images([tmp_path / "a"])
 
 
+def test_what_is_no_image_file_is_told_as_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "lost.jpg").symlink_to("nowhere")
+    for name, told in {
+        "pipe.jpg": ": not a regular file; name an image or a folder",
+        "loop.jpg": " is a link to loop.jpg, which leads round in a circle: remove the link",
+        "lost.jpg": " is a link to nowhere, which is not there: mount the disk or remove the link",
+        "none.jpg": ": no such image file",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            list_images([tmp_path / name])
+        assert str(refused.value) == f"{tmp_path / name}{told}"
+
+
 @pytest.mark.timeout(60)
 def test_a_link_that_leads_nowhere_is_named_after_the_other_images(data, tmp_path, capsys):
     model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))

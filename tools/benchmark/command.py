@@ -75,7 +75,7 @@ def run(main: Callable[[], object]) -> NoReturn:
                 code = code or 2
         sys.exit(code)  # type: ignore[arg-type]
 
-    process.run(to_its_end)
+    process.run(to_its_end, Path(sys.argv[0]).name)
 
 
 __all__ = ["Parser", "run"]
