@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         rank = _rank()
         _set_up_logging(rank)
-        code = _dispatch(argv)
+        code = parsing.after_log(_dispatch(argv))
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -285,7 +285,6 @@ def _prepare(argv: list[str]) -> int:
 
     process.tidy_up_at_ctrl_c()
     prepare(parse(PrepareArguments, argv, "prepare"))
-    parsing.check_log()
     return 0
 
 
@@ -300,7 +299,6 @@ def _verify(argv: list[str]) -> int:
     report = verify(arguments)
     if arguments.json:
         _say(json.dumps(report.to_json()))
-    parsing.check_log()
     return report.exit_code
 
 
@@ -314,8 +312,9 @@ def _preview(argv: list[str]) -> int:
     process.tidy_up_at_ctrl_c()
     config = arguments.config
     with distributed.connect(config.run.gpus) as group:
-        asked = {"step": arguments.at_step, "count": arguments.images}
-        written = _by_main_alone(group, lambda: preview(config, group, arguments.out, **asked))
+        written = _by_main_alone(
+            group, lambda: preview(config, group, arguments.out, step=arguments.at_step, count=arguments.images)
+        )
     if written is not None:
         _say(written)
     return 0

@@ -34,8 +34,8 @@ class MetricLog:
     from metrics.jsonl (TensorBoard shows both, which are the same). UserError where metrics.jsonl cannot be opened.
     Where writing fails later (a full disk, a folder that became read-only), a warning says so: metrics.jsonl lacks the
     lines in question, and TensorBoard gets no more events. `now` returns where the folder is, should it be moved during
-    the run; the few events that are still to be written at that moment are lost. Where metrics.jsonl is removed, alone
-    or with the folder, both go on in new files.
+    the run; the few events that are still to be written at that moment are lost. Where metrics.jsonl is removed or
+    replaced, alone or with the folder, the lines go to the file that has its name.
     """
 
     def __init__(
@@ -65,17 +65,10 @@ class MetricLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Scalars by name at a step, counted from 1; NaN and infinity are null in metrics.jsonl."""
-        if not os.fstat(self._lines.fileno()).st_nlink:
-            self._begin_anew(step)
-
-        def to_events(events: SummaryWriter) -> None:
-            for name, value in values.items():
-                events.add_scalar(name, value, step)
-
-        self._to_tensorboard(to_events)
         # JSON has no NaN or infinity: they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
+            self._follow(step)
             _append(self._lines, json.dumps({"step": step, **finite}).encode() + b"\n")
         except OSError as error:
             if self._writable:
@@ -87,6 +80,12 @@ class MetricLog:
             self._writable = False
         else:
             self._writable = True
+
+        def to_events(events: SummaryWriter) -> None:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+        self._to_tensorboard(to_events)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """One image, uint8 [H, W, 3]."""
@@ -118,18 +117,24 @@ class MetricLog:
         if not (isinstance(failed.exc_value, OSError) and getattr(failed.thread, "exception", None)):
             self._report_thread(failed)
 
-    def _begin_anew(self, step: int) -> None:
-        """Opens new files where metrics.jsonl was removed; they stay as they are where that cannot be done."""
+    def _follow(self, step: int) -> None:
+        """Opens the file that has the name of metrics.jsonl, if that is another by now; OSError if it cannot be.
+
+        So it is on NFS, too, which keeps what is removed, under another name, as long as it is open.
+        """
         folder = self._now()
         path = folder / "metrics.jsonl"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = path.open("ab", buffering=0)
-        except OSError:
-            return
-        self._lines.close()
-        self._lines = lines
-        log.warning("%s was removed: a new one begins with step %d", path, step)
+            if os.path.samestat(path.stat(), os.fstat(self._lines.fileno())):
+                return
+            warning = f"{path} was replaced: what is logged from step {step} on is added to what is there now"
+        except FileNotFoundError:
+            warning = f"{path} was removed: a new one begins with step {step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        before, self._lines = self._lines, path.open("ab", buffering=0)
+        log.warning("%s", warning)
+        with suppress(OSError):
+            before.close()
         if self._events is not None and not any(folder.glob("events.out.tfevents.*")):
             self._run_dir = folder
             with suppress(OSError):

@@ -76,6 +76,7 @@ class Milestones:
             if reason := self._stop.agreed(next(batches)):
                 raise Interrupted(reason)
 
+        self._watchdog.enter("evaluation", done - 1)
         planned, began = self._planned, time.perf_counter()
         try:
             self.metrics = evaluate_splits(

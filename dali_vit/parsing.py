@@ -25,7 +25,7 @@ from dali_vit.variants import TIMM_PREFIX
 __all__ = [
     "PROGRAM",
     "LogHandler",
-    "check_log",
+    "after_log",
     "named_recipe",
     "naming_file",
     "parse",
@@ -183,12 +183,15 @@ class LogHandler(logging.StreamHandler[TextIO]):
         super().handleError(record)
 
 
-def check_log() -> None:
-    """UserError where lines of the log could not be printed, as stdout is on a full disk."""
+def after_log(code: int) -> int:
+    """The exit code given; UserError instead of 0 or 2 where a full disk under stdout did not take lines of the log."""
     for handler in logging.getLogger("dali_vit").handlers:
-        if isinstance(handler, LogHandler) and handler.failure is not None and handler.stream is sys.stdout:
-            with stdout_may_be_full():
-                raise handler.failure
+        failure = handler.failure if isinstance(handler, LogHandler) and handler.stream is sys.stdout else None
+        if code in (0, 2) and failure is not None:
+            with stdout_may_be_full():  # a buffer has kept the lines, and may be written by now
+                if not isinstance(sys.stdout.buffer, io.BufferedWriter):
+                    raise failure
+    return code
 
 
 def _one_line(box: str, command: str, argv: list[str]) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 """File in a run's folder that the process which runs it has locked; it stays when the run ends."""
 
-_locks: dict[Path, int] = {}  # run folders by their first names, and the descriptors that were locked
+_locks: dict[Path, tuple[int, ExitStack]] = {}  # run folders by their first names, their descriptors, what holds them
+_relocking = threading.Lock()
 _moves: dict[Path, Path] = {}  # run folders by their first names, and the new names that were warned of
 
 PROFILE_AFTER = 10  # steps: a trace leaves out compilation and the first filling of the queues
@@ -160,28 +162,35 @@ def _lock(config: Config, held: ExitStack) -> None:
         raise UserError(f"{config.run_dir}: another process is running it; wait for it or choose --name") from None
     except OSError as error:
         log.warning("%s: its file system has no locks (%s), so see that nothing else runs it", config.run_dir, error)
-    _locks[config.run_dir] = descriptor
-    held.callback(_locks.pop, config.run_dir)
+    _locks[config.run_dir] = descriptor, held
+    held.callback(_locks.pop, config.run_dir, None)
     held.callback(_moves.pop, config.run_dir, None)
 
 
 def current(config: Config) -> Path:
     """The present path of the run's folder, which may have been moved or renamed; a warning is logged for each move.
 
-    Another run may meanwhile have a folder of the old name. If the folder was removed the old path is returned, and a
-    warning logged.
+    Another run may meanwhile have a folder of the old name. If the folder was removed it is made and locked anew, with
+    a warning; UserError if another process has begun to run there.
     """
-    descriptor = _locks.get(config.run_dir)
-    if descriptor is None or _is_open_as(config.run_dir, descriptor):
+    lock = _locks.get(config.run_dir)
+    if lock is None or _is_open_as(config.run_dir, lock[0]):
         return config.run_dir
+    descriptor = lock[0]
     try:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
     except OSError:  # not Linux
         return config.run_dir
     if not _is_open_as(path, descriptor):
-        if not os.fstat(descriptor).st_nlink and _moves.get(config.run_dir) != config.run_dir:
-            _moves[config.run_dir] = config.run_dir
-            log.warning("%s was removed while it runs: it goes on in a new one, without what was there", config.run_dir)
+        with _relocking:  # one of the threads that ask
+            if _locks[config.run_dir] is lock and _was_removed(descriptor):
+                try:
+                    config.run_dir.mkdir(parents=True, exist_ok=True)
+                except OSError:  # what writes there will say so
+                    return config.run_dir
+                _lock(config, lock[1])
+                _moves.pop(config.run_dir, None)
+                log.warning("%s was removed while it runs: it goes on in a new one", config.run_dir)
         return config.run_dir
     if _moves.get(config.run_dir) != path:
         _moves[config.run_dir] = path
@@ -209,6 +218,13 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
         return False
+
+
+def _was_removed(descriptor: int) -> bool:
+    try:
+        return not os.fstat(descriptor).st_nlink
+    except OSError as error:
+        return error.errno == errno.ESTALE  # on NFS, by another machine
 
 
 def log_texts(writer: MetricLog, config: Config, summary: str) -> None:

@@ -140,9 +140,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             done = step + 1
             stop_reason = stop.agreed(done) if done < total else None
             evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
-            saving = evaluating or stop_reason or done % config.run.checkpoint_every == 0
+            saving = evaluating or stop_reason is not None or done % config.run.checkpoint_every == 0
             if saving or done % config.run.log_every == 0:
-                progress.log_line(done, lr)
+                progress.log_line(done, lr)  # reads the losses, and so whether the step was taken or left out
             if saving:
                 stop_reason = milestones.reach(done, progress, evaluating=evaluating, stop_reason=stop_reason)
             if stop_reason:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 
 from dali_vit import checkpoint
 from dali_vit.background import BackgroundWriter, snapshot
+from dali_vit.config import Config
+from dali_vit.distributed import Group
 from dali_vit.plan import plan
+from dali_vit.saving import Saver
 from dali_vit.train import train
 from tests.conftest import read_metrics
 
@@ -54,6 +58,22 @@ def test_a_snapshot_shares_no_memory_with_the_state():
     for tensor in state.values():
         tensor += 1
     assert {name: tensor.tolist() for name, tensor in second.items()} == {"step": 8.0, "weight": [2.0] * 3}
+
+
+@pytest.mark.timeout(60)
+def test_the_newest_checkpoint_is_the_one_that_is_being_written(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go, save = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given, **named: may_go.wait(30) and save(*given, **named))
+    planned = plan(tiny_config, 1)
+    loader: Any = SimpleNamespace(state_dict=lambda: {"num_samples": 54})
+    with Saver(tiny_config, cpu, planned, torch.optim.SGD(planned.model.parameters()), loader, None) as saver:
+        saver.save(3, evaluation_due=False)
+        threading.Timer(0.3, may_go.set).start()
+        newest = saver.newest()
+    assert newest is not None
+    assert newest.step == 3
 
 
 @pytest.mark.timeout(60)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,23 +22,9 @@ from dali_vit.metric_log import MetricLog
 from dali_vit.model import create_model
 from dali_vit.plan import plan
 from dali_vit.saving import _close
-from tests.conftest import environment, read_metrics
+from tests.conftest import read_metrics
 from tests.processes import LAUNCH, command, dali_vit, logged_steps, run_to_end, running, wait_for
 from tests.test_checkpoint import save
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 def fill(disk: Path) -> Path:
@@ -287,47 +271,3 @@ def test_what_to_do_about_a_last_checkpoint_that_was_not_written(error, cause, r
     error.__cause__ = cause
     with pytest.raises(UserError, match=f"; {remedy} and start again$"):
         _close(SimpleNamespace(close=lambda: (_ for _ in ()).throw(error)))
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("name", ["verify", "prepare"])
-def test_a_full_disk_under_a_report_is_told(name: str, unbuffered: str, image_folder: Path, tmp_path: Path) -> None:
-    """What is lost depends on Python's buffer, which PYTHONUNBUFFERED turns off."""
-    arguments = [name, str(image_folder), *([str(tmp_path / "set")] if name == "prepare" else [])]
-    variables = {**environment(), "PYTHONUNBUFFERED": unbuffered}
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "dali_vit", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=variables,
-            timeout=100,
-            check=False,
-        )
-    assert (ended.returncode, ended.stderr) == (2, "dali-vit: stdout: No space left on device; make room\n")
-    assert name == "verify" or (tmp_path / "set" / "dataset.json").exists()
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("same", [False, True])
-def test_a_full_disk_under_the_lines_of_a_run_is_told_at_its_end(same: bool) -> None:
-    """Without a traceback, also where stderr is on it, and with the code of what it did."""
-    program = (
-        "from dali_vit import cli\n"
-        "cli.main = lambda: (cli._set_up_logging(0), cli.logging.getLogger('dali_vit').info('x'), cli.sys.exit(75))\n"
-        "cli.run()"
-    )
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-c", program],
-            stdout=full,
-            stderr=full if same else subprocess.PIPE,
-            text=True,
-            env={**environment(), "PYTHONUNBUFFERED": ""},
-            timeout=100,
-            check=False,
-        )
-    assert ended.returncode == 75
-    assert same or ended.stderr == "dali-vit: stdout: No space left on device; what was printed is incomplete\n"

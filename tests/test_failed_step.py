@@ -62,3 +62,26 @@ def test_what_fails_once_is_done_again(
     failing[training.step] = 3
     with pytest.raises(RuntimeError, match="Input/output error"):
         next(training)
+
+
+def test_a_step_that_begins_with_a_bad_sample_is_done_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sample by which DALI is tried is one that is not left out."""
+    files = write(tmp_path / "images", with_bad(40, {17: BAD["text"]}))
+    expected = take(loader(files), 60)
+    training, run = loader(files), Pipeline.run
+    failing = {next(step for step in range(1, 60) if training._order.indices(step)[0] == 17)}
+    caplog.clear()
+
+    def once(pipeline: Pipeline) -> Any:
+        if pipeline in training._pipelines and training.step in failing:
+            failing.clear()
+            raise RuntimeError("Input/output error")
+        return run(pipeline)
+
+    (step,) = failing
+    monkeypatch.setattr(Pipeline, "run", once)
+    assert_equal(take(training, 60), expected)
+    told = [message for message in caplog.messages if "left out" not in message]
+    assert told == [f"step {step} is loaded again, as DALI failed at no image that is bad: Input/output error"]

@@ -98,6 +98,24 @@ def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config,
     assert plan(with_data(shards), 1).checkpoint.step == 12
 
 
+@pytest.mark.timeout(120)
+def test_a_run_begun_with_small_images_does_not_go_on_with_the_originals(tmp_path, tiny_config, cpu):
+    folder = write_image_folder(tmp_path / "images")
+    small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
+
+    def with_data(root: Path):
+        return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(root)))
+
+    train(with_data(small), cpu, plan(with_data(small), 1))
+    assert plan(with_data(small), 1).checkpoint.step == 12
+    with pytest.raises(UserError) as refused:
+        plan(with_data(folder), 1)
+    assert str(refused.value) == (
+        f"--data {folder}: its images were never resized, those {tiny_config.run_dir} was begun with were resized to a"
+        " shorter side of 24 pixels at JPEG quality 92; give those, or choose another --name"
+    )
+
+
 def test_names_of_many_lengths_are_taken_apart_in_chunks(monkeypatch):
     names = [f"c{i}/{'x' * (i % 13)}.jpg" for i in range(50)]
     files = FileList.from_paths([f"/data/{name}" for name in names], [0] * 50)

@@ -198,22 +198,27 @@ def test_json_stands_alone_on_stdout(data, tmp_path, capsys):
 
 
 @pytest.mark.timeout(60)
-def test_minival_is_by_default_what_the_run_held_out(tmp_path, capsys):
+@pytest.mark.parametrize(("share", "minival", "train"), [(0.2, 12, 48), (0.0, None, 60)])
+def test_minival_is_by_default_what_the_run_held_out(share, minival, train, tmp_path, capsys):
     for name, colour in (("a", RED), ("b", GREEN), ("c", BLUE)):
         paint(tmp_path / "data/train" / name, *[colour] * 20)
     run_dir = tmp_path / "runs/run"
     step = checkpoint.save(
         run_dir,
         step=3,
-        config=Config(DataConfig(minival=0.2, resolution=32), CONFIG),
+        config=Config(DataConfig(minival=share, resolution=32), CONFIG),
         classes=("a", "b", "c"),
         model_state=colour_model(3).state_dict(),
         trainer_state={},
         loader_state={},
     )
-    for path, count in ((run_dir, 12), (step, 12), (step / "model.safetensors", 1)):  # a file of weights does not say
-        result = evaluate("--checkpoint", path, "--data", tmp_path / "data", "--split", "minival", capsys=capsys)
-        assert result["minival/count"] == count
+    found = {}
+    for split in ("minival", "train") if minival else ("train",):
+        for path in (run_dir, step, step / "model.safetensors"):
+            result = evaluate("--checkpoint", path, "--data", tmp_path / "data", "--split", split, capsys=capsys)
+            found.setdefault(split, []).append(result[f"{split}/count"])
+    assert found.pop("train") == [train, train, 59]  # a file of weights does not say
+    assert found == ({"minival": [minival, minival, 1]} if minival else {})
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,37 @@ def test_that_nothing_is_evaluated_is_said(
 
 
 @pytest.mark.timeout(60)
+def test_an_evaluation_of_weights_that_were_not_saved_is_added_to_no_checkpoint(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is left out: it is evaluated, but there is no checkpoint of it."""
+    build, added, saved = loop.build_update, [], []
+
+    def build_failing(*arguments: Any) -> Any:
+        update, how = build(*arguments)
+        steps = itertools.count(1)
+
+        def fail_at_2(*batch: Any) -> Any:
+            loss, norm = update(*batch)
+            return loss, torch.full_like(norm, math.nan) if next(steps) == 2 else norm
+
+        return fail_at_2, how
+
+    add, save = loop.Saver.add_metrics, loop.Saver.save
+    monkeypatch.setattr(loop.Saver, "add_metrics", lambda *given: (added.append(given[1]), add(*given)))
+    monkeypatch.setattr(loop.Saver, "save", lambda *given, **named: (saved.append(given[1]), save(*given, **named)))
+    monkeypatch.setattr(loop, "build_update", build_failing)
+    config = replace(
+        tiny_config,
+        optim=replace(tiny_config.optim, steps=6, batch_size=8),
+        run=replace(tiny_config.run, eval_every=2 * 8 / 54, checkpoint_every=100),
+    )
+    train(config, cpu, plan(config, 1))
+    assert (saved, added) == ([4, 6], [4, 6])
+    assert [line["step"] for line in read_metrics(config.run_dir) if "val/top1" in line] == [2, 4, 6]
+
+
+@pytest.mark.timeout(60)
 def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_checkpoint(
     tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -14,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.summary.writer import event_file_writer
 
-from dali_vit import metrics, report
+from dali_vit import metric_log, metrics, report
 from dali_vit.distributed import Group
 from dali_vit.metric_log import MetricLog
 from dali_vit.metrics import StepTimer, Window, peak_flops
 from dali_vit.train import _is_evaluated
+from tests.conftest import read_metrics
 
 
 def attempt(run_dir: Path, start: int, steps: range, value: float) -> None:
@@ -223,3 +227,78 @@ def test_texts_of_a_run_that_goes_on_stand_at_the_step_it_goes_on_from(tmp_path:
     events.Reload()
     texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("config/text_summary")]
     assert texts == [(0, "```\nfirst\n```"), (7, "```\nsecond\n```")]
+
+
+@pytest.mark.parametrize("removed", ["the folder", "metrics.jsonl"])
+def test_new_events_begin_where_they_were_removed(removed: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log = log_of_two_steps(folder)
+    shutil.rmtree(folder) if removed == "the folder" else (folder / "metrics.jsonl").unlink()
+    log.scalars(3, {"a": 1.0})
+    log.scalars(4, {"a": 1.0})
+    log.close()
+    found = [[e.file_version or e.step for e in EventFileLoader(str(f)).Load()] for f in folder.glob("events.*")]
+    # A file begins with its version; one of a start has that twice, and where it begins.
+    version = "brain.Event:2"
+    assert found == [[version, 3, 4] if removed == "the folder" else [version, version, 0, 1, 2, 3, 4]]
+    assert [line["step"] for line in read_metrics(folder)] == [3, 4]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_log_that_is_replaced_or_that_a_network_disk_keeps_is_noticed(
+    kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An editor replaces the file; NFS gives one that is open another name when it is removed."""
+    log, path = log_of_two_steps(tmp_path), tmp_path / "metrics.jsonl"
+    if kept:
+        path.rename(tmp_path / ".nfs0001")
+    else:
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").replace(path)
+    for step in (3, 4):
+        log.scalars(step, {"a": 1.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == ([3, 4] if kept else [1, 2, 3, 4])
+    removed = "removed: a new one begins with step 3"
+    replaced = "replaced: what is logged from step 3 on is added to what is there now"
+    assert caplog.messages == [f"{path} was {removed if kept else replaced}"]
+
+
+def test_a_folder_that_cannot_be_made_again_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = log_of_two_steps(tmp_path / "a" / "run")
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").touch()
+    for step in (3, 4):
+        log.scalars(step, {"a": 1.0})
+    path = tmp_path / "a/run/metrics.jsonl"
+    assert caplog.messages == [
+        f"{path} cannot be written to (Not a directory); training goes on without these lines",
+        "no more TensorBoard events are written (Not a directory); training goes on",
+    ]
+
+
+def test_a_file_system_that_fails_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = log_of_two_steps(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metric_log.os.path, "samestat", fail)
+        log.scalars(3, {"a": 1.0})
+    log.scalars(4, {"a": 1.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 4]
+    told = f"{tmp_path}/metrics.jsonl cannot be written to (Stale file handle); training goes on without these lines"
+    assert caplog.messages == [told]
+
+
+def log_of_two_steps(folder: Path) -> MetricLog:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = MetricLog(folder, 0)
+    for step in (1, 2):
+        log.scalars(step, {"a": 1.0})
+    log.flush()
+    return log

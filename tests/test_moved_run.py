@@ -21,6 +21,7 @@ from dali_vit import checkpoint, runfolder
 from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
+from dali_vit.metric_log import MetricLog
 from dali_vit.plan import plan
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.step_folders import prune
@@ -40,13 +41,60 @@ def test_the_folder_is_followed_while_it_is_locked(
         before.mkdir()  # another run of the old name
         assert runfolder.current(tiny_config) == now
         assert caplog.messages == [f"{before} was moved to {now} while it runs: what it writes goes there"]
+        caplog.clear()
+        shutil.rmtree(before)
+        assert runfolder.current(tiny_config) == now
         shutil.rmtree(now)
         for _ in range(2):
             assert runfolder.current(tiny_config) == before
+        with pytest.raises(UserError, match="another process is running it"), runfolder.locked(tiny_config, cpu):
+            pass
+        before.rename(now)  # the new one is followed, too
+        assert runfolder.current(tiny_config) == now
     assert runfolder.current(tiny_config) == before
-    assert caplog.messages[1:] == [
-        f"{before} was removed while it runs: it goes on in a new one, without what was there"
+    assert caplog.messages == [
+        f"{before} was removed while it runs: it goes on in a new one",
+        f"{before} was moved to {now} while it runs: what it writes goes there",
     ]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_where_the_folder_is_removed_no_other_run_is_disturbed(moved: bool, tiny_config: Config, cpu: Group) -> None:
+    """One that has begun there is the only one to go on; here in the same process, which the lock does not mind."""
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
+    with runfolder.locked(tiny_config, cpu):
+        log = MetricLog(before, 0, now=lambda: runfolder.current(tiny_config))
+        log.scalars(1, {"train/loss": 1.0})
+        log.flush()  # else TensorBoard's thread would write a file while they are removed
+        if moved:
+            before.rename(now)
+        shutil.rmtree(now if moved else before)
+        before.mkdir()
+        with open(before / runfolder.LOCK, "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match=f"^{before}: another process is running it"):
+                log.scalars(2, {"train/loss": 1.0})
+        assert os.listdir(before) == [runfolder.LOCK]
+
+
+def test_a_folder_that_cannot_be_found_is_not_said_to_be_removed(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that is renamed again at that moment, or one on a file system that fails."""
+    before = tiny_config.run_dir
+    with runfolder.locked(tiny_config, cpu):
+        before.rename(before.parent / "elsewhere")
+        monkeypatch.setattr(runfolder.os, "readlink", lambda _: str(before.parent / "gone"))
+        assert runfolder.current(tiny_config) == before
+
+        def fail(descriptor: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runfolder.os, "fstat", fail)
+            found = runfolder.current(tiny_config)
+        assert found == before
+    assert caplog.messages == []
 
 
 @pytest.mark.timeout(60)
@@ -112,7 +160,7 @@ def test_a_run_goes_on_where_its_folder_or_log_is_removed(
         metrics = train(config, cpu, plan(config, 1))
     told = [f"{folder}/metrics.jsonl was removed: a new one begins with step 7"]
     if removed == "the folder":
-        told.insert(0, f"{folder} was removed while it runs: it goes on in a new one, without what was there")
+        told.insert(0, f"{folder} was removed while it runs: it goes on in a new one")
     assert [message for message in caplog.messages if "removed" in message] == told
     assert [line["step"] for line in read_metrics(folder) if "train/loss" in line] == list(range(7, 13))
     events = EventAccumulator(str(folder))

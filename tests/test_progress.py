@@ -74,6 +74,20 @@ def test_what_a_run_says_of_its_steps(
     assert said == [(str(step), f"{step / 6.75:.2f}") for step in range(1, 13)]
 
 
+@pytest.mark.timeout(60)
+def test_a_checkpoint_stalls_the_training_until_its_copy_is_made(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For which, on a GPU, the timer waits as it begins anew."""
+    reset = metrics.StepTimer.reset
+    monkeypatch.setattr(metrics.StepTimer, "reset", lambda timer: (time.sleep(0.2), reset(timer)))
+    train(tiny_config, cpu, plan(tiny_config, 1))
+    name = "perf/checkpoint_stall_ms"
+    stalls = {line["step"]: line[name] for line in read_metrics(tiny_config.run_dir) if name in line}
+    assert list(stalls) == [5, 10, 12]
+    assert min(stalls.values()) >= 200
+
+
 def test_the_time_left_of_a_run_that_goes_on_is_of_the_steps_it_took(
     tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,14 @@ def test_value_operations_stay_within_a_level_on_every_pixel(size: int, magnitud
             assert difference.max() <= 1, f"{name} at {magnitude} on {kind}"
 
 
+@pytest.mark.parametrize("magnitude", [1, 4])
+def test_sharpness_is_exact_on_most_pixels(magnitude: float) -> None:
+    """Which rounds to a level on others, by how the blend is ordered at small and at large factors."""
+    images = np.stack(list(awkward_images(64).values()))
+    expected = np.stack([EXPECTED["sharpness"](image, magnitude / 10) for image in images])
+    assert (run_op(images, "sharpness", magnitude=magnitude) == expected).mean() > 0.63
+
+
 @pytest.mark.parametrize("name", ["solarize", "solarize_add"])
 def test_levels_are_cut_off_and_not_rounded(name: str) -> None:
     """256 x 0.78 and 110 x 0.78 have fractions above a half."""
