@@ -57,7 +57,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
-    evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))  # the run was stopped in it
+    # Whether the run was stopped while it evaluated the weights of its newest checkpoint.
+    evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))
     if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         if group.is_main:
@@ -101,7 +102,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             log.info("%s", summary)
             log_texts(writer, config, summary)
 
-    # The loop.
+    # The loop. What it opens is closed in reverse: the last write is waited for before signals end a process at once.
     watchdog = Watchdog(group, config.run.hang_timeout, "loader", start)
     saver = Saver(config, group, planned, optimizer, loader, writer)
     milestones = Milestones(config, group, planned, saver, writer, stop, watchdog)
@@ -109,7 +110,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     epoch_steps = len(dataset.split("train")) / config.optim.batch_size
     done = start
     with (
-        stop.watching(),  # until the last write is done, so that no launcher's signal breaks it off
+        stop.watching(),
         writer or nullcontext(),
         saver,
         closing(loader),
@@ -138,7 +139,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
             profiler.step()
 
             done = step + 1
-            stop_reason = stop.agreed(done) if done < total else None
+            stop_reason = stop.agreed(done) if done < total else None  # after the last step nothing is left to stop
             evaluating = done == total or _is_evaluated(done, config.run.eval_every * epoch_steps)
             saving = evaluating or stop_reason is not None or done % config.run.checkpoint_every == 0
             if saving or done % config.run.log_every == 0:
@@ -167,5 +168,6 @@ def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]
 
 def _is_evaluated(done: int, every: float) -> bool:
     """Whether step `done` has reached a multiple of `every`, which need not be a whole number; never if that is 0."""
-    # Of the smallest numbers the quotient is infinite.
-    return 0 < every < 1 or (every > 0 and math.floor(done / every) > math.floor((done - 1) / every))
+    if every < 1:  # every step reaches one; and of the smallest numbers the quotients below are infinite
+        return every > 0
+    return math.floor(done / every) > math.floor((done - 1) / every)

@@ -245,6 +245,13 @@ def test_the_watchdog_is_told_what_runs(tiny_config: Config, cpu: Group, monkeyp
             *((stage, step) for step, names in enumerate(stages, start) for stage in ("loader", *names.split())),
         ]
 
+    evaluate, evaluated_in = milestones.evaluate_splits, []
+
+    def evaluate_splits(*given: Any) -> dict[str, float]:
+        evaluated_in.append(told[-1])  # where its loader may hang, too
+        return evaluate(*given)
+
+    monkeypatch.setattr(milestones, "evaluate_splits", evaluate_splits)
     monkeypatch.setattr(loop.Watchdog, "enter", tell)
     monkeypatch.setattr(loop.Watchdog, "_watch", lambda self: None)
     monkeypatch.setattr(loop.Stop, "agreed", stop_at_3)
@@ -256,6 +263,7 @@ def test_the_watchdog_is_told_what_runs(tiny_config: Config, cpu: Group, monkeyp
     train(config, cpu, plan(config, 1))
     stages = [f"compilation {evaluated}", "compilation", f"compilation {evaluated}", "step", f"step {evaluated}"]
     assert told == [*expected(3, stages), ("checkpoint", 7)]
+    assert evaluated_in == [("evaluation", step) for step in (1, 3, 5, 7)]
 
 
 def test_the_variants_are_big_visions() -> None:

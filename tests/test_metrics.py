@@ -270,6 +270,7 @@ def test_a_folder_that_cannot_be_made_again_ends_no_run(tmp_path: Path, caplog: 
     (tmp_path / "a").touch()
     for step in (3, 4):
         log.scalars(step, {"a": 1.0})
+    log.close()
     path = tmp_path / "a/run/metrics.jsonl"
     assert caplog.messages == [
         f"{path} cannot be written to (Not a directory); training goes on without these lines",
