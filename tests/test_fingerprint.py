@@ -1,11 +1,12 @@
 """A run goes on only with the images it was begun with, recognised by their names in any layout."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
 
-from dali_vit.config import UserError
+from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
 from dali_vit.names import chunks_of_names, fingerprint
 from dali_vit.plan import plan, up_to_date
@@ -77,14 +78,15 @@ def test_a_run_that_goes_on_with_other_images_in_val_says_so(tmp_path, tiny_conf
     assert f"{folder}: val has other images than before" in caplog.text
 
 
+def with_data_of(config: Config, root: Path) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(root)))
+
+
 @pytest.mark.timeout(120)
 def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config, cpu):
     folder = write_image_folder(tmp_path / "images")
     small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
-
-    def with_data(root: Path):
-        return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(root)))
-
+    with_data = functools.partial(with_data_of, tiny_config)
     train(with_data(folder), cpu, plan(with_data(folder), 1))
     with pytest.raises(UserError) as refused:
         plan(with_data(small), 1)
@@ -102,10 +104,7 @@ def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config,
 def test_a_run_begun_with_small_images_does_not_go_on_with_the_originals(tmp_path, tiny_config, cpu):
     folder = write_image_folder(tmp_path / "images")
     small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
-
-    def with_data(root: Path):
-        return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, data=str(root)))
-
+    with_data = functools.partial(with_data_of, tiny_config)
     train(with_data(small), cpu, plan(with_data(small), 1))
     assert plan(with_data(small), 1).checkpoint.step == 12
     with pytest.raises(UserError) as refused:

@@ -156,12 +156,8 @@ def test_that_nothing_is_evaluated_is_said(
     assert caplog.messages[0] == f"{folder} has no val/, and --minival leaves none: nothing is evaluated"
 
 
-@pytest.mark.timeout(60)
-def test_an_evaluation_of_weights_that_were_not_saved_is_added_to_no_checkpoint(
-    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Step 2 is left out: it is evaluated, but there is no checkpoint of it."""
-    build, added, saved = loop.build_update, [], []
+def leave_out_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = loop.build_update
 
     def build_failing(*arguments: Any) -> Any:
         update, how = build(*arguments)
@@ -173,10 +169,19 @@ def test_an_evaluation_of_weights_that_were_not_saved_is_added_to_no_checkpoint(
 
         return fail_at_2, how
 
+    monkeypatch.setattr(loop, "build_update", build_failing)
+
+
+@pytest.mark.timeout(60)
+def test_an_evaluation_of_weights_that_were_not_saved_is_added_to_no_checkpoint(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is left out: it is evaluated, but there is no checkpoint of it."""
+    added, saved = [], []
     add, save = loop.Saver.add_metrics, loop.Saver.save
     monkeypatch.setattr(loop.Saver, "add_metrics", lambda *given: (added.append(given[1]), add(*given)))
     monkeypatch.setattr(loop.Saver, "save", lambda *given, **named: (saved.append(given[1]), save(*given, **named)))
-    monkeypatch.setattr(loop, "build_update", build_failing)
+    leave_out_step_2(monkeypatch)
     config = replace(
         tiny_config,
         optim=replace(tiny_config.optim, steps=6, batch_size=8),
@@ -192,17 +197,6 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
     tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that is stopped at that step has; the evaluation is made up for when it goes on."""
-    build = loop.build_update
-
-    def build_failing(*arguments: Any) -> Any:
-        update, how = build(*arguments)
-        steps = itertools.count(1)
-
-        def fail_at_2(*batch: Any) -> Any:
-            loss, norm = update(*batch)
-            return loss, torch.full_like(norm, math.nan) if next(steps) == 2 else norm
-
-        return fail_at_2, how
 
     def stop(*_: Any) -> None:
         raise Interrupted("stopped by SIGTERM")
@@ -212,7 +206,7 @@ def test_a_run_stopped_in_the_evaluation_after_a_step_that_was_left_out_has_a_ch
         optim=replace(tiny_config.optim, steps=6, batch_size=8),
         run=replace(tiny_config.run, eval_every=2 * 8 / 54, checkpoint_every=100),
     )
-    monkeypatch.setattr(loop, "build_update", build_failing)
+    leave_out_step_2(monkeypatch)
     monkeypatch.setattr(milestones, "evaluate_splits", stop)
     monkeypatch.setattr(loop.Stop, "agreed", lambda self, step: None)
     with pytest.raises(Interrupted, match=r"^stopped by SIGTERM after step 2;"):
