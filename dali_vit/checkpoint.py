@@ -234,7 +234,7 @@ def read(folder: Path) -> Checkpoint:
             path=folder,
             step=record["step"],
             config=config,
-            classes=tuple(map(_as_utf8, record["classes"])),
+            classes=tuple(record["classes"]),
             loader=record["loader"],
             metrics=record["metrics"],
         )
@@ -273,7 +273,7 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         if description["format"] != FORMAT:
             raise UserError(f"format {description['format']}, this version reads {FORMAT}")
         config = from_dict({"model": description["model"]}).model
-        classes = description["classes"] and tuple(map(_as_utf8, description["classes"]))
+        classes = description["classes"] and tuple(description["classes"])
         native, step = int(description["resolution"]), description["step"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: this version cannot read its description of the model ({error})") from error
@@ -300,11 +300,6 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
         step,
         made_by.config.data.minival if made_by else None,
     )
-
-
-def _as_utf8(name: str) -> str:
-    """A class's name as `listing.utf8_name` gives it; older checkpoints have it as read in the locale, UTF-8 or not."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def load_model(path: str | Path) -> torch.nn.Module:

@@ -265,10 +265,9 @@ def test_checkpoints_are_local(data, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "m.safetensors"]
 
 
-def test_class_names_that_were_recorded_without_utf8_are_the_same_classes(tmp_path):
-    recorded = ("a", "Größe".encode().decode("ascii", "surrogateescape"), os.fsdecode(b"\xff"))
-    model = save(tmp_path / "m.safetensors", 3, recorded)
-    assert checkpoint.open_model(model).classes == ("a", "Größe", os.fsdecode(b"\xff"))
+def test_class_names_may_be_any_bytes(tmp_path):
+    names = ("a", "Größe", os.fsdecode(b"\xff"))
+    assert checkpoint.open_model(save(tmp_path / "m.safetensors", 3, names)).classes == names
 
 
 @torch.no_grad()
