@@ -95,14 +95,36 @@ def save(
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)
         flush(run_dir)
-    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary, before = folder / f".tmp-{final.name}-{os.getpid()}", folder / f".tmp-old-{final.name}"
     remove_unfinished(folder)
     try:
-        return _write(final, temporary, step, config, classes, model_state, trainer_state, loader_state)
+        temporary.mkdir()
+        save_model(temporary / "model.safetensors", model_state, config.model, config.data.resolution, classes, step)
+        torch.save(dict(trainer_state), temporary / "trainer.pt")
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "config": to_dict(config),
+            "classes": list(classes),
+            "loader": dict(loader_state),
+            "metrics": {},
+            "sha256": {name: file_sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
+        }
+        (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            flush(file)
+        flush(temporary)
+        if final.exists():  # the same step, written before an interruption: replace it by a whole one
+            os.replace(final, before)
+        os.replace(temporary, final)
+        flush(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        prune(folder, config.run.keep_checkpoints, final)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = _refusal(error, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{final}: {reason}") from error
+    return final
 
 
 def _refusal(error: Exception, folder: Path) -> str:
@@ -116,41 +138,6 @@ def _refusal(error: Exception, folder: Path) -> str:
     if os.strerror(errno.ENOSPC) in str(error) or "unexpected pos" in str(error):  # torch counts what was written
         return "no space left on the disk, or a quota or limit is reached"
     return str(error).splitlines()[0]
-
-
-def _write(
-    final: Path,
-    temporary: Path,
-    step: int,
-    config: Config,
-    classes: tuple[str, ...],
-    model_state: Mapping[str, torch.Tensor],
-    trainer_state: Mapping[str, Any],
-    loader_state: Mapping[str, Any],
-) -> Path:
-    temporary.mkdir()
-    save_model(temporary / "model.safetensors", model_state, config.model, config.data.resolution, classes, step)
-    torch.save(dict(trainer_state), temporary / "trainer.pt")
-    record = {
-        "format": FORMAT,
-        "step": step,
-        "config": to_dict(config),
-        "classes": list(classes),
-        "loader": dict(loader_state),
-        "metrics": {},
-        "sha256": {name: file_sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
-    }
-    (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for file in temporary.iterdir():
-        flush(file)
-    flush(temporary)
-    if final.exists():  # the same step, written before an interruption: replace it by a whole one
-        os.replace(final, final.parent / f".tmp-old-{final.name}")
-    os.replace(temporary, final)
-    flush(final.parent)
-    shutil.rmtree(final.parent / f".tmp-old-{final.name}", ignore_errors=True)
-    prune(final.parent, config.run.keep_checkpoints, final)
-    return final
 
 
 def add_metrics(run_dir: Path, *, step: int, metrics: Mapping[str, float], keep: int) -> None:
