@@ -220,7 +220,10 @@ def contents(root: Path, *, minival: float = 0) -> dict[str, dict[str, tuple[int
     dataset = load_dataset(root, minival=minival)
     splits = {"train": dataset.train, "minival": dataset.minival, "val": dataset.val}
     return {
-        split: {name: (int(samples.labels[i]), read_sample(samples, i)) for i, name in enumerate(sample_names(samples))}
+        split: {
+            name: (int(samples.labels[i]), read_sample(samples, i))
+            for i, name in enumerate(sample_names(samples, dataset.classes))
+        }
         for split, samples in splits.items()
         if samples is not None
     }

@@ -125,7 +125,7 @@ def test_prepare_verify_train_eval(kind, to, images, sources, expected, labels, 
     assert f"{truncated['path']} cannot be read, decoded or cropped" in out
     # Every epoch holds every good sample once, by class, and a blank in the place of the bad one.
     dataset = load_dataset(data, minival=MINIVAL / NUM_TRAIN)
-    held_out = Counter(name.split("/")[0] for name in sample_names(dataset.split("minival")))
+    held_out = Counter(name.split("/")[0] for name in sample_names(dataset.split("minival"), WNIDS))
     counts = {label: TRAIN_PER_CLASS - held_out[wnid] for label, wnid in enumerate(WNIDS)}
     counts[WNIDS.index(images["train"][TRUNCATED][0])] -= 1
     for epoch in torch.tensor(labels).reshape(EPOCHS, NUM_TRAIN - MINIVAL).tolist():
@@ -182,7 +182,7 @@ def test_a_resized_set_goes_the_same_way_in_processes_of_its_own(images, sources
     }
     assert (manifest["settings"]["shorter_side"], manifest["settings"]["quality"]) == (side, 92)
     samples, truncated = load_dataset(data, minival=0).split("train"), "/".join(images["train"][TRUNCATED][:2])
-    whole = [i for i, name in enumerate(sample_names(samples)) if name != truncated]
+    whole = [i for i, name in enumerate(sample_names(samples, WNIDS)) if name != truncated]
     sizes = [Image.open(io.BytesIO(read_sample(samples, i))).size for i in whole]
     assert max(min(size) for size in sizes) == side
 

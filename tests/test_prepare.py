@@ -302,7 +302,7 @@ def test_names_of_hugging_face_that_do_not_tell_the_classes_stay(change, tmp_pat
     parquet.write_table(table, tmp_path / "source/train.parquet")
     dataset = load_dataset(prepare(PrepareArguments(tmp_path / "source", tmp_path / "set", workers=1)), minival=0)
     assert dataset.classes == WORDS
-    assert sorted(sample_names(dataset.train)) == sorted(f"{WORDS[label]}/{name}" for _, name, label in rows)
+    assert sorted(sample_names(dataset.train, WORDS)) == sorted(f"{WORDS[label]}/{name}" for _, name, label in rows)
 
 
 def test_a_tar_beside_images_in_folders_does_not_matter(tmp_path):

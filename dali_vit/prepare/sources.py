@@ -98,12 +98,10 @@ def not_in_place() -> UserError:
     return UserError("--to index: images can be read in place from tars and TFRecords alone; choose --to shards")
 
 
-def sample_names(samples: ImageList, classes: Sequence[str] | None = None) -> list[str]:
-    """`class/file` of every sample. Files that do not lie in a folder of their class need `classes`, names by index."""
+def sample_names(samples: ImageList, classes: Sequence[str]) -> list[str]:
+    """`class/file` of every sample, whose files need not lie in a folder of their class; classes: names by index."""
     if isinstance(samples, ShardList):
         return [samples.names.path(i) for i in range(len(samples))]
-    if classes is None:
-        return ["/".join(samples.path(i).rsplit("/", 2)[1:]) for i in range(len(samples))]
     folders = [folder_name(name) for name in classes]
     return [f"{folders[label]}/{os.path.basename(samples.path(i))}" for i, label in enumerate(samples.labels.tolist())]
 
