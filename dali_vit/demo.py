@@ -6,18 +6,17 @@ for all of them. A texture fills its image, so that nearly every crop shows the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from dali_vit.config import UserError
@@ -64,7 +63,7 @@ def make_demo(folder: Path, train_per_class: int = _TRAIN_PER_CLASS, val_per_cla
     if _is_whole(folder, per_class):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(folder.name + ".lock")):
+    with FileLock(folder.with_name(folder.name + ".lock")):
         if _is_whole(folder, per_class):  # drawn by the process that held the lock
             return
         _log.info("drawing the demo dataset into %s", folder)
@@ -139,14 +138,6 @@ def _is_whole(folder: Path, per_class: dict[str, int]) -> bool:
         return False
     num_bytes = sum(path.stat().st_size for path in folder.glob("*/*/*.jpg"))
     return bool(manifest == {"per_class": per_class, "bytes": num_bytes})
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock, which the system releases however the process ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _draw_size(rng: np.random.Generator) -> tuple[int, int]:
