@@ -148,12 +148,8 @@ def find_undecodable(images: Sequence[bytes], num_threads: int) -> list[int]:
 @contextmanager
 def _no_messages() -> Iterator[None]:
     """Suppresses the messages that the decoders' libraries print about images without naming them."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        with _stderr_to(nowhere):
-            yield
-    finally:
-        os.close(nowhere)
+    with open(os.devnull, "w") as nowhere, _stderr_to(nowhere.fileno()):
+        yield
 
 
 @contextmanager
