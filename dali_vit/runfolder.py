@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -245,17 +246,12 @@ def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
         log.warning("%s is not written (%s); training goes on", run_dir / "samples", error.strerror)
 
 
-class _NoProfiler:
-    def step(self) -> None:
-        pass
-
-
 @contextmanager
 def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
     """Yields a profiler whose `step` is to be called after each step. It traces --profile of the steps and writes the
     trace, for TensorBoard and Perfetto, into `profile/` of the run's folder; without --profile it does nothing."""
     if not (config.run.profile and steps):
-        yield _NoProfiler()
+        yield SimpleNamespace(step=lambda: None)
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
     if group.device.type == "cuda":
