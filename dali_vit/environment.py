@@ -52,7 +52,7 @@ def cpu_count() -> int:
 
 def usable_cores() -> set[int]:
     """Numbers of the cores this process may run on."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0)
 
 
 def machine() -> str:
@@ -131,12 +131,9 @@ def _read_text(path: Path) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name as Linux reports it, or `unknown`; on other systems what `platform` knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    """The processor's model name as Linux reports it, or `unknown`."""
+    found = re.search(r"^model name\s*:(.*)$", _read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return found[1].strip() if found else "unknown"
 
 
 def gpu_names() -> list[str]:

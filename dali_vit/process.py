@@ -168,9 +168,8 @@ def run(main: Callable[[], object], name: str) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Asks the kernel for a SIGTERM to this process when the one that started it dies; on Linux alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Asks the kernel for a SIGTERM to this process when the one that started it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_surroundings() -> None:
