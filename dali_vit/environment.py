@@ -216,9 +216,9 @@ def _one_line(value: str) -> str:
     return value.replace("\n", "\\n").replace("\r", "\\r")  # the command or a path may have line breaks
 
 
-def describe_environment() -> str:
-    """The environment as `name: value` lines, for env.txt."""
-    lines = {
+def describe_environment() -> dict[str, str]:
+    """The environment, for env.txt and for what a tool measured: values by name, each on one line."""
+    found = {
         "command": shlex.join(sys.argv),
         "commit": git_commit() or "unknown",
         **versions(),
@@ -230,4 +230,4 @@ def describe_environment() -> str:
         "platform": platform.platform(),
         "host": platform.node(),
     }
-    return "".join(f"{name}: {_one_line(value)}\n" for name, value in lines.items())
+    return {name: _one_line(value) for name, value in found.items()}

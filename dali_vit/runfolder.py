@@ -85,7 +85,8 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if anew:
             _set_aside(config.run_dir)
-        for name, text in (("config.yaml", to_yaml(config)), ("env.txt", describe_environment())):
+        environment = "".join(f"{name}: {value}\n" for name, value in describe_environment().items())
+        for name, text in (("config.yaml", to_yaml(config)), ("env.txt", environment)):
             with replacing(config.run_dir / name) as temporary:
                 temporary.write_bytes(text.encode(errors="surrogateescape"))  # paths may be any bytes
         flush(config.run_dir.parent)  # the run's folder may be new

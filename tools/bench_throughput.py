@@ -188,7 +188,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     set_step_stream(options.step_stream, group)
     planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=False))
     dataset, seconds = planned.dataset, options.seconds
-    environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
+    environment = describe_environment()
     load, cores = os.getloadavg()[0], cpu_count()
     environment |= {"load average before": f"{load:.2f}", "torch threads": str(torch.get_num_threads())}
     measured_options = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(options).items()}

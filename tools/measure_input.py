@@ -79,7 +79,7 @@ def main() -> None:
         )
         sys.exit(2)
     result = {
-        "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
+        "environment": describe_environment(),
         "threads": arguments.threads,
         **measured,
     }

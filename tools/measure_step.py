@@ -87,7 +87,7 @@ def _main() -> int:
         optim=replace(recipe.optim, batch_size=arguments.batch_size),
     )
     result: dict[str, Any] = {
-        "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
+        "environment": describe_environment(),
         "config": to_dict(config) | {"timm_blocks": arguments.timm_blocks},
         "inductor": {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")} | settings,
     }

@@ -85,7 +85,7 @@ def _main() -> None:
     config = ModelConfig(arguments.model, depth=arguments.depth, residual=arguments.residual)
 
     result: dict[str, Any] = {
-        "environment": dict(line.split(": ", 1) for line in describe_environment().splitlines()),
+        "environment": describe_environment(),
         "config": {name: getattr(arguments, name) for name in ("model", "depth", "residual", "batch_size")},
     }
     print(f"{'MB an image':<18} {'forward':>10} {'backward':>10} {'both':>10} {'generated kernels':>20}")
