@@ -19,6 +19,7 @@ from dali_vit import index_cache
 from dali_vit.config import UserError
 from dali_vit.files import dead_link
 from dali_vit.index_cache import Listing
+from pipelines.bad_samples import some
 from pipelines.readers import FileList
 
 __all__ = [
@@ -321,9 +322,3 @@ def check_same_classes(root: Path, train: list[str], val: list[str]) -> None:
         remedy = f"; for a class without images in val, make an empty val/{missing}/" if missing else ""
         differing = f"{root}: train/ and val/ differ in their classes, {'; '.join(faults)}: make them equal"
         raise UserError(differing + remedy)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from pipelines import probe
 from pipelines.crop import Decoder
 from pipelines.readers import Samples
 
-__all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "still_bad"]
+__all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "some", "still_bad"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 
@@ -90,7 +90,7 @@ class BadSamples:
             return False
         if len(bad) and not self._max:
             names = [self._samples.path(i) for i in bad.tolist()]
-            raise DecodeError(f"cannot read, decode or crop {_some(names)}: replace or remove the file", names)
+            raise DecodeError(f"cannot read, decode or crop {some(names)}: replace or remove the file", names)
         if make is self._make_on_cpu:
             self.tried[indices[:tried]] = True
         self.tried[bad] = True
@@ -132,13 +132,15 @@ class BadSamples:
             names = [self._samples.path(i) for i in bad]
             raise DecodeError(
                 f"{len(bad)} of {len(self._samples)} samples cannot be read, decoded or cropped, more than"
-                f" the {self._max} that are passed over (--max-bad-share): {_some(names)}; put good ones in"
+                f" the {self._max} that are passed over (--max-bad-share): {some(names)}; put good ones in"
                 " their place, or prepare shards again (`dali-vit verify` lists all), or go on with a higher share",
                 names,
             )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
