@@ -259,8 +259,7 @@ class EvalLoader:
     Up to the share max_bad_share of all samples, in any case 1 unless the share is 0, may be images that cannot be
     read or decoded: they are named in a warning, and in their place comes a grey image of label -1. Raises
     DecodeError where there are more, DALI's RuntimeError when it fails for another reason, TooManyFiles where a batch
-    has more files than may be open at once, and ValueError for arguments that do not fit together. `bad_samples`,
-    those known from before, spares time.
+    has more files than may be open at once, and ValueError for arguments that do not fit together.
     """
 
     def __init__(
@@ -274,7 +273,6 @@ class EvalLoader:
         device: torch.device | str,
         num_threads: int,
         decoder: Decoder | None = None,
-        bad_samples: Sequence[int] = (),
         max_bad_share: float = 0.0,
     ) -> None:
         _check_at_least(1, image_size=image_size, num_threads=num_threads)
@@ -290,7 +288,7 @@ class EvalLoader:
         make = functools.partial(eval_pipeline, **decoding)
         # At the same size, as an image may be too long and thin for one and not for another.
         failing = functools.partial(make, image_size=image_size)
-        self._bad = BadSamples(samples, failing, bad_samples, max_bad_share, _on_cpu(decoding))
+        self._bad = BadSamples(samples, failing, (), max_bad_share, _on_cpu(decoding))
         self._make_pipeline = functools.partial(make, samples, self._order, image_size=image_size, bad=self._bad.mask)
         self._idle: Pipeline | None = None
 
