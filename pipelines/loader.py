@@ -170,15 +170,8 @@ class TrainLoader:
         return self._bad.indices
 
     def state_dict(self) -> dict[str, Any]:
-        """The bad samples, which a loader that goes on is to be given, and, for checks, what the stream was made of and
-        the step that it had come to."""
-        return {
-            "step": self._step,
-            "seed": self._order.seed,
-            "batch_size": self._order.batch_size,
-            "num_samples": self._order.num_samples,
-            "bad_samples": list(self.bad_samples),
-        }
+        """The bad samples, which a loader that goes on is to be given, and the number of all, by which to check it."""
+        return {"num_samples": self._order.num_samples, "bad_samples": list(self.bad_samples)}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
