@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from dali_vit.validation import check_range
 _SOURCES = 40  # JPEGs to link to, as ext4 allows a file 65,000 links
 
 
+@command.telling_mistakes("measure_index.py")
 def main() -> None:
     parser = command.Parser(__doc__)
     parser.add_argument(
@@ -46,23 +46,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    try:
-        check_range("--classes", arguments.classes, 1)
-        check_range("--steps", arguments.steps, 1)
-        for images in arguments.images:
-            check_range("--images", images, arguments.classes, 60_000 * _SOURCES)
-        check_range("--batch-size", arguments.batch_size, 1, min(arguments.images))
-        report.check_json(arguments.json)
-    except UserError as error:
-        print(f"measure_index.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    check_range("--classes", arguments.classes, 1)
+    check_range("--steps", arguments.steps, 1)
+    for images in arguments.images:
+        check_range("--images", images, arguments.classes, 60_000 * _SOURCES)
+    check_range("--batch-size", arguments.batch_size, 1, min(arguments.images))
+    report.check_json(arguments.json)
     results = []
     for images in arguments.images:
         try:
             root = Path(tempfile.mkdtemp(prefix="measure-index-", dir=arguments.folder))
         except OSError as error:
-            print(f"measure_index.py: --folder {arguments.folder}: {error.strerror}; choose another", file=sys.stderr)
-            sys.exit(2)
+            raise UserError(f"--folder {arguments.folder}: {error.strerror}; choose another") from error
         try:
             _link(root, images, arguments.classes)
             time.sleep(3)  # an index is kept only of folders that have not changed for a while

@@ -10,7 +10,6 @@ decoder would read the rest: the rates of shards and of files are not to be comp
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def _graph(source: TrainSource, augment: Augment) -> Any:
     return drawn.labels, start, drawn.window, width, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
 
 
+@command.telling_mistakes("measure_input.py")
 def main() -> None:
-    """Exits with 2 for what the user can mend, one line on stderr."""
     parser = command.Parser(__doc__)
     parser.add_argument("--data", required=True, help="as for dali-vit train")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
@@ -54,16 +53,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="time measured; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    try:
-        check_range("--batch-size", arguments.batch_size, 1)
-        check_range("--threads", arguments.threads, 1, MAX_THREADS)
-        report.check_seconds(arguments.seconds)
-        report.check_json(arguments.json)
-        samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
-        allow_open_files(samples, arguments.batch_size)
-    except UserError as error:
-        print(f"measure_input.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    check_range("--batch-size", arguments.batch_size, 1)
+    check_range("--threads", arguments.threads, 1, MAX_THREADS)
+    report.check_seconds(arguments.seconds)
+    report.check_json(arguments.json)
+    samples = datasets.load_dataset(arguments.data, minival=0.0).split("train")
+    allow_open_files(samples, arguments.batch_size)
     augment = Augment()
     source = TrainSource(samples, TrainOrder(len(samples), arguments.batch_size, 0, 1, seed=0), numbers_drawn(augment))
     pipeline = _graph(source, augment, batch_size=arguments.batch_size, num_threads=arguments.threads, device_id=None)
@@ -72,12 +67,10 @@ def main() -> None:
     except RuntimeError as error:  # of DALI, most likely at an image's size
         cause = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
         reason = " ".join(cause.split())[:200]
-        print(
-            f"measure_input.py: --data {arguments.data}: cannot be loaded ({reason}); if an image is at fault,"
-            f" `dali-vit verify {arguments.data}` names it",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        raise UserError(
+            f"--data {arguments.data}: cannot be loaded ({reason}); if an image is at fault,"
+            f" `dali-vit verify {arguments.data}` names it"
+        ) from error
     result = {
         "environment": describe_environment(),
         "threads": arguments.threads,

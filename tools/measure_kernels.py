@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +48,7 @@ WARM_UP, RUNS = 3, 6  # batches in a repetition: untimed, then timed
 AHEAD = 2  # batches begun before the first is waited for
 
 
+@command.telling_mistakes("measure_kernels.py")
 def main() -> None:
     parser = command.Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, by the clock; default: the CPU, by its own time")
@@ -57,16 +57,12 @@ def main() -> None:
     parser.add_argument("--magnitude", type=float, default=10, help="of RandAugment, 0 to 10; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=8, help="runs of which the least counts; default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        if arguments.gpu and not torch.cuda.is_available():
-            raise UserError("--gpu: no GPU is visible here; leave it out for the CPU")
-        for flag in ("size", "batch_size", "repeats"):
-            check_range(f"--{flag.replace('_', '-')}", getattr(arguments, flag), 1)
-        if not 0 <= arguments.magnitude <= MAX_MAGNITUDE:
-            raise UserError(f"--magnitude {arguments.magnitude:g}: must be from 0 to 10")
-    except UserError as error:
-        print(f"measure_kernels.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if arguments.gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: no GPU is visible here; leave it out for the CPU")
+    for flag in ("size", "batch_size", "repeats"):
+        check_range(f"--{flag.replace('_', '-')}", getattr(arguments, flag), 1)
+    if not 0 <= arguments.magnitude <= MAX_MAGNITUDE:
+        raise UserError(f"--magnitude {arguments.magnitude:g}: must be from 0 to 10")
     rng = np.random.default_rng(0)
     squares = [noise(rng, arguments.size, arguments.size) for _ in range(arguments.batch_size)]
     names = [POLICY, *OPS] if arguments.size > 8 else [POLICY]

@@ -40,16 +40,9 @@ from dali_vit.validation import check_range
 NUM_CLASSES = 1000
 
 
+@command.telling_mistakes("measure_step.py")
 def main() -> None:
-    """Exits with 1 where a way of running the step fails, 2 for what the user can mend, one line on stderr."""
-    try:
-        sys.exit(_main())
-    except UserError as error:
-        print(f"measure_step.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _main() -> int:
+    """Exits with 1 where a way of running the step fails."""
     parser = command.Parser(__doc__)
     parser.add_argument("--gpus", type=int, choices=[0, 1], help="0: the CPU; default: one GPU, else the CPU")
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
@@ -105,7 +98,7 @@ def _main() -> int:
             free(group)
             if arguments.json is not None:  # what has been measured so far
                 report.write_json(arguments.json, result)
-    return int(any("fails" in result[mode] for mode in arguments.compile))
+    sys.exit(int(any("fails" in result[mode] for mode in arguments.compile)))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -11,7 +11,6 @@ with the latter and the attention of dali_vit/packed_attention.py. It relies on 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -56,16 +55,8 @@ class Counted(Exception):
     """Ends a step whose compilation is over."""
 
 
+@command.telling_mistakes("measure_traffic.py")
 def main() -> None:
-    """Exits with 2 for what the user can mend, one line on stderr."""
-    try:
-        _main()
-    except UserError as error:
-        print(f"measure_traffic.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _main() -> None:
     parser = command.Parser(__doc__)
     parser.add_argument("--model", default="S/16", help="as for dali-vit train; default: %(default)s")
     parser.add_argument("--depth", type=int, help="blocks of the model; default: the model's own")

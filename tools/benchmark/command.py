@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dali_vit import process
+from dali_vit.config import UserError
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:  # not where a test imports a tool
     process.end_at_ctrl_c()
@@ -27,6 +29,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+@contextmanager
+def telling_mistakes(program: str) -> Iterator[None]:
+    """Makes of a UserError one line on stderr and exit code 2; also as the decorator of a tool's `main`."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class _Stream(io.FileIO):
@@ -78,4 +90,4 @@ def run(main: Callable[[], object]) -> NoReturn:
     process.run(to_its_end, Path(sys.argv[0]).name)
 
 
-__all__ = ["Parser", "run"]
+__all__ = ["Parser", "run", "telling_mistakes"]
