@@ -302,6 +302,7 @@ def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict
         "data": str(dataset.root),
         "images": len(dataset.split("train")),
         "batch_size": config.optim.batch_size,
+        "parts": config.run.grad_accum_steps,
         "resolution": config.data.resolution,
         "model": asdict(config.model),
         "augment": [config.data.crop, config.data.antialias, config.data.randaug_layers],

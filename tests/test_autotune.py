@@ -275,6 +275,7 @@ def test_a_jpeg_engine_that_cannot_be_used_is_said_before_anything_is_loaded(
         ("data", {"resolution": 64}),
         ("optim", {"batch_size": 2}),
         ("run", {"threads": 3}),
+        ("run", {"grad_accum_steps": 2}),
         ("model", {"depth": 2}),
     ],
 )
