@@ -162,7 +162,7 @@ def _train(argv: list[str]) -> int:
             timm_name(config.model)
         _say(to_yaml(config).removesuffix("\n"))
         return 0
-    from dali_vit import distributed, plan, runfolder, train
+    from dali_vit import distributed, plan, runlock, train
     from dali_vit.launch import REQUEUE, launch
     from dali_vit.stopping import Interrupted
 
@@ -174,7 +174,7 @@ def _train(argv: list[str]) -> int:
     try:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
             planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=group.is_main))
-            with runfolder.locked(config, group):
+            with runlock.locked(config, group):
                 train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
     except Interrupted as stopped:
         if _rank() == 0:

@@ -16,7 +16,8 @@ from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.loaders import TrainLoader
 from dali_vit.metric_log import MetricLog
 from dali_vit.plan import Plan
-from dali_vit.runfolder import current, flush_logs, following
+from dali_vit.runfolder import flush_logs
+from dali_vit.runlock import current, following
 from dali_vit.step_folders import prune, remove_unfinished
 
 __all__ = ["Saver", "restore", "tidy_up"]

@@ -28,7 +28,8 @@ from dali_vit.model import flops_per_image, num_parameters
 from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.progress import Progress
-from dali_vit.runfolder import current, log_samples, log_texts, open_folder, profiling
+from dali_vit.runfolder import log_samples, log_texts, open_folder, profiling
+from dali_vit.runlock import current
 from dali_vit.saving import Saver, restore, tidy_up
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog

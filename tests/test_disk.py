@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from dali_vit import checkpoint, runfolder
+from dali_vit import checkpoint, runfolder, runlock
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metric_log import MetricLog
@@ -226,7 +226,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_told_before_anything_is_trained
     config = replace(tiny_config, run=replace(tiny_config.run, runs_dir=runs))
     (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / link).symlink_to("/mnt/none/x")
-    with pytest.raises(UserError) as raised, runfolder.locked(config, cpu):
+    with pytest.raises(UserError) as raised, runlock.locked(config, cpu):
         runfolder.write_run_files(config)
     told = f"{tmp_path / link} is a link to /mnt/none/x, which is not there: mount the disk or remove the link"
     assert str(raised.value) == f"--runs-dir {runs}: {told}"

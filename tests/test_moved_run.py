@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dali_vit.step
 import dali_vit.train
-from dali_vit import checkpoint, runfolder
+from dali_vit import checkpoint, runlock
 from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
@@ -34,24 +34,24 @@ def test_the_folder_is_followed_while_it_is_locked(
     tiny_config: Config, cpu: Group, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
-    with runfolder.locked(tiny_config, cpu):
-        assert runfolder.current(tiny_config) == before
+    with runlock.locked(tiny_config, cpu):
+        assert runlock.current(tiny_config) == before
         before.rename(now)
-        assert runfolder.current(tiny_config) == now
+        assert runlock.current(tiny_config) == now
         before.mkdir()  # another run of the old name
-        assert runfolder.current(tiny_config) == now
+        assert runlock.current(tiny_config) == now
         assert caplog.messages == [f"{before} was moved to {now} while it runs: what it writes goes there"]
         caplog.clear()
         shutil.rmtree(before)
-        assert runfolder.current(tiny_config) == now
+        assert runlock.current(tiny_config) == now
         shutil.rmtree(now)
         for _ in range(2):
-            assert runfolder.current(tiny_config) == before
-        with pytest.raises(UserError, match="another process is running it"), runfolder.locked(tiny_config, cpu):
+            assert runlock.current(tiny_config) == before
+        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
             pass
         before.rename(now)  # the new one is followed, too
-        assert runfolder.current(tiny_config) == now
-    assert runfolder.current(tiny_config) == before
+        assert runlock.current(tiny_config) == now
+    assert runlock.current(tiny_config) == before
     assert caplog.messages == [
         f"{before} was removed while it runs: it goes on in a new one",
         f"{before} was moved to {now} while it runs: what it writes goes there",
@@ -62,19 +62,19 @@ def test_the_folder_is_followed_while_it_is_locked(
 def test_where_the_folder_is_removed_no_other_run_is_disturbed(moved: bool, tiny_config: Config, cpu: Group) -> None:
     """One that has begun there is the only one to go on; here in the same process, which the lock does not mind."""
     before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
-    with runfolder.locked(tiny_config, cpu):
-        log = MetricLog(before, 0, now=lambda: runfolder.current(tiny_config))
+    with runlock.locked(tiny_config, cpu):
+        log = MetricLog(before, 0, now=lambda: runlock.current(tiny_config))
         log.scalars(1, {"train/loss": 1.0})
         log.flush()  # else TensorBoard's thread would write a file while they are removed
         if moved:
             before.rename(now)
         shutil.rmtree(now if moved else before)
         before.mkdir()
-        with open(before / runfolder.LOCK, "w") as other:
+        with open(before / runlock.LOCK, "w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(UserError, match=f"^{before}: another process is running it"):
                 log.scalars(2, {"train/loss": 1.0})
-        assert os.listdir(before) == [runfolder.LOCK]
+        assert os.listdir(before) == [runlock.LOCK]
 
 
 def test_a_folder_that_cannot_be_found_is_not_said_to_be_removed(
@@ -82,17 +82,17 @@ def test_a_folder_that_cannot_be_found_is_not_said_to_be_removed(
 ) -> None:
     """As one that is renamed again at that moment, or one on a file system that fails."""
     before = tiny_config.run_dir
-    with runfolder.locked(tiny_config, cpu):
+    with runlock.locked(tiny_config, cpu):
         before.rename(before.parent / "elsewhere")
-        monkeypatch.setattr(runfolder.os, "readlink", lambda _: str(before.parent / "gone"))
-        assert runfolder.current(tiny_config) == before
+        monkeypatch.setattr(runlock.os, "readlink", lambda _: str(before.parent / "gone"))
+        assert runlock.current(tiny_config) == before
 
         def fail(descriptor: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runfolder.os, "fstat", fail)
-            found = runfolder.current(tiny_config)
+            patch.setattr(runlock.os, "fstat", fail)
+            found = runlock.current(tiny_config)
         assert found == before
     assert caplog.messages == []
 
@@ -116,7 +116,7 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
         return renaming, how
 
     monkeypatch.setattr(dali_vit.train, "build_update", build)
-    with caplog.at_level(logging.INFO, "dali_vit"), runfolder.locked(tiny_config, cpu):
+    with caplog.at_level(logging.INFO, "dali_vit"), runlock.locked(tiny_config, cpu):
         metrics = train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
     assert sorted(path.name for path in (now / "checkpoints").glob("step_*")) == [
@@ -156,7 +156,7 @@ def test_a_run_goes_on_where_its_folder_or_log_is_removed(
         return removing, how
 
     monkeypatch.setattr(dali_vit.train, "build_update", build)
-    with runfolder.locked(config, cpu):
+    with runlock.locked(config, cpu):
         metrics = train(config, cpu, plan(config, 1))
     told = [f"{folder}/metrics.jsonl was removed: a new one begins with step 7"]
     if removed == "the folder":
@@ -186,7 +186,7 @@ def test_a_checkpoint_is_written_again_where_the_folder_is_renamed_meanwhile(
         return hash_of(path)
 
     monkeypatch.setattr(checkpoint, "file_sha256", renaming)
-    with runfolder.locked(tiny_config, cpu):
+    with runlock.locked(tiny_config, cpu):
         train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
     assert sorted(path.name for path in (now / "checkpoints").glob("step_*")) == [
@@ -298,7 +298,7 @@ def test_a_run_is_locked_by_a_file_as_nfs_takes_no_lock_of_a_folder_to_other_mac
         "",
         f"{tiny_config.run_dir}: its file system has no locks ([Errno 37] No locks available), so see that",
     ):
-        with runfolder.locked(tiny_config, cpu):
+        with runlock.locked(tiny_config, cpu):
             assert locked[-1] == str(tiny_config.run_dir / ".lock")
         assert caplog.text == "" if not said else said in caplog.text
 
@@ -306,7 +306,7 @@ def test_a_run_is_locked_by_a_file_as_nfs_takes_no_lock_of_a_folder_to_other_mac
 def test_the_lock_ends_with_the_run_and_others_may_take_it(tiny_config: Config, cpu: Group) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
-        with runfolder.locked(tiny_config, cpu):
+        with runlock.locked(tiny_config, cpu):
             second = os.open(tiny_config.run_dir / ".lock", os.O_WRONLY)
             with pytest.raises(BlockingIOError):
                 fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -329,11 +329,11 @@ def test_a_folder_that_takes_no_file_is_locked_itself(
         return before(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    with runfolder.locked(tiny_config, cpu):
+    with runlock.locked(tiny_config, cpu):
         second = before(tiny_config.run_dir, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(second)
-        with pytest.raises(UserError, match="another process is running it"), runfolder.locked(tiny_config, cpu):
+        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
             pass
     assert caplog.text == ""
