@@ -100,7 +100,10 @@ class ExportArguments:
 
 @dataclass(frozen=True)
 class PreviewArguments:
-    """Draws the images of a training step, each below the image it was made of, with its class."""
+    """Draws the images of a training step, each below the image it was made of, with its class.
+
+    It takes every setting of `train`, and its --config FILE.
+    """
 
     out: Path
     """PNG file to create; must not exist."""

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,6 +93,15 @@ def current(config: Config) -> Path:
         _moves[config.run_dir] = path
         log.warning("%s was moved to %s while it runs: what it writes goes there", config.run_dir, path)
     return path
+
+
+def how_to_go_on(config: Config) -> str:
+    """What to start so that a run which was stopped goes on, in words."""
+    now = current(config)
+    if now == config.run_dir:
+        return "start the same command again to go on"
+    where = shlex.join(["--runs-dir", str(now.parent), "--name", now.name])
+    return f"it is {now} now, and goes on with {where}"
 
 
 def following(config: Config, write: Callable[..., T]) -> Callable[..., T]:

@@ -29,7 +29,7 @@ from dali_vit.optim import create_optimizer, lr_schedule
 from dali_vit.plan import Plan
 from dali_vit.progress import Progress
 from dali_vit.runfolder import log_samples, log_texts, open_folder, profiling
-from dali_vit.runlock import current
+from dali_vit.runlock import current, how_to_go_on
 from dali_vit.saving import Saver, restore, tidy_up
 from dali_vit.step import build_update
 from dali_vit.stopping import Interrupted, Stop, Watchdog
@@ -154,7 +154,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         saver.close()
 
     if stop_reason:
-        raise Interrupted(f"{stop_reason} after step {done}; start the same command again to go on")
+        raise Interrupted(f"{stop_reason} after step {done}; {how_to_go_on(config)}")
     metrics = _check_finite(milestones.metrics, config)
     log.info("done in %s: %s", report.duration(time.perf_counter() - began), current(config))
     return metrics

@@ -174,7 +174,7 @@ def _inspect_split(
         try:
             data = read_sample(samples, i)
         except OSError as error:
-            kind = "unreadable" if error.errno in _NO_FILE else "not read"
+            kind = "no file" if error.errno in _NO_FILE else "not read"
             return None, [(kind, one_line(error.strerror or error))]
         digests[i] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
         with _naming_lack_of_memory(samples.path(i)):

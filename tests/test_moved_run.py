@@ -1,13 +1,14 @@
-"""A run's folder: locked while the run goes on, and followed where it is moved or renamed meanwhile."""
+"""Runs whose folder is moved or removed while they run, copies of runs, and where a run may lie."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,80 +22,31 @@ from dali_vit import checkpoint, runlock
 from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
-from dali_vit.metric_log import MetricLog
 from dali_vit.plan import plan
 from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.step_folders import prune
+from dali_vit.stopping import Interrupted
 from dali_vit.train import train
 from tests.conftest import read_metrics
 from tests.processes import wait_for
 
 
-def test_the_folder_is_followed_while_it_is_locked(
-    tiny_config: Config, cpu: Group, caplog: pytest.LogCaptureFixture
-) -> None:
-    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
-    with runlock.locked(tiny_config, cpu):
-        assert runlock.current(tiny_config) == before
-        before.rename(now)
-        assert runlock.current(tiny_config) == now
-        before.mkdir()  # another run of the old name
-        assert runlock.current(tiny_config) == now
-        assert caplog.messages == [f"{before} was moved to {now} while it runs: what it writes goes there"]
-        caplog.clear()
-        shutil.rmtree(before)
-        assert runlock.current(tiny_config) == now
-        shutil.rmtree(now)
-        for _ in range(2):
-            assert runlock.current(tiny_config) == before
-        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
-            pass
-        before.rename(now)  # the new one is followed, too
-        assert runlock.current(tiny_config) == now
-    assert runlock.current(tiny_config) == before
-    assert caplog.messages == [
-        f"{before} was removed while it runs: it goes on in a new one",
-        f"{before} was moved to {now} while it runs: what it writes goes there",
-    ]
+def before_step_7(act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a training run call `act` when the checkpoint of step 5 is begun, and steps 1 to 6 are taken."""
+    steps: list[int] = []
 
+    def build(*arguments: Any) -> Any:
+        update, how = dali_vit.step.build_update(*arguments)
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_where_the_folder_is_removed_no_other_run_is_disturbed(moved: bool, tiny_config: Config, cpu: Group) -> None:
-    """One that has begun there is the only one to go on; here in the same process, which the lock does not mind."""
-    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "elsewhere"
-    with runlock.locked(tiny_config, cpu):
-        log = MetricLog(before, 0, now=lambda: runlock.current(tiny_config))
-        log.scalars(1, {"train/loss": 1.0})
-        log.flush()  # else TensorBoard's thread would write a file while they are removed
-        if moved:
-            before.rename(now)
-        shutil.rmtree(now if moved else before)
-        before.mkdir()
-        with open(before / runlock.LOCK, "w") as other:
-            fcntl.flock(other, fcntl.LOCK_EX)
-            with pytest.raises(UserError, match=f"^{before}: another process is running it"):
-                log.scalars(2, {"train/loss": 1.0})
-        assert os.listdir(before) == [runlock.LOCK]
+        def acting(*batch: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 7:
+                act()
+            return update(*batch)
 
+        return acting, how
 
-def test_a_folder_that_cannot_be_found_is_not_said_to_be_removed(
-    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As one that is renamed again at that moment, or one on a file system that fails."""
-    before = tiny_config.run_dir
-    with runlock.locked(tiny_config, cpu):
-        before.rename(before.parent / "elsewhere")
-        monkeypatch.setattr(runlock.os, "readlink", lambda _: str(before.parent / "gone"))
-        assert runlock.current(tiny_config) == before
-
-        def fail(descriptor: int) -> None:
-            raise OSError(errno.EIO, "Input/output error")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(runlock.os, "fstat", fail)
-            found = runlock.current(tiny_config)
-        assert found == before
-    assert caplog.messages == []
+    monkeypatch.setattr(dali_vit.train, "build_update", build)
 
 
 @pytest.mark.timeout(60)
@@ -102,20 +54,7 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
     tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "renamed"
-    steps: list[int] = []
-
-    def build(*arguments: Any) -> Any:
-        update, how = dali_vit.step.build_update(*arguments)
-
-        def renaming(*batch: Any) -> Any:
-            steps.append(1)
-            if len(steps) == 7:  # after the checkpoint of step 5
-                before.rename(now)
-            return update(*batch)
-
-        return renaming, how
-
-    monkeypatch.setattr(dali_vit.train, "build_update", build)
+    before_step_7(lambda: before.rename(now), monkeypatch)
     with caplog.at_level(logging.INFO, "dali_vit"), runlock.locked(tiny_config, cpu):
         metrics = train(tiny_config, cpu, plan(tiny_config, 1))
     assert not before.exists()
@@ -134,6 +73,26 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
 
 
 @pytest.mark.timeout(60)
+def test_a_renamed_run_that_is_stopped_says_under_which_name_it_goes_on(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would begin another run."""
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "a new name"
+
+    def rename_and_stop() -> None:
+        before.rename(now)
+        signal.raise_signal(signal.SIGTERM)
+
+    before_step_7(rename_and_stop, monkeypatch)
+    with pytest.raises(Interrupted) as stopped, runlock.locked(tiny_config, cpu):
+        train(tiny_config, cpu, plan(tiny_config, 1))
+    flags = f"--runs-dir {now.parent} --name 'a new name'"
+    assert str(stopped.value) == f"stopped by SIGTERM after step 7; it is {now} now, and goes on with {flags}"
+    renamed = replace(tiny_config, run=replace(tiny_config.run, name="a new name"))
+    assert plan(renamed, 1).checkpoint.step == 7
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("removed", ["the folder", "metrics.jsonl"])
 def test_a_run_goes_on_where_its_folder_or_log_is_removed(
     removed: str, tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -141,21 +100,12 @@ def test_a_run_goes_on_where_its_folder_or_log_is_removed(
     """In new ones, from which it can be continued; each loss is warned of once."""
     config = replace(tiny_config, run=replace(tiny_config.run, log_every=1))
     folder = config.run_dir
-    steps: list[int] = []
 
-    def build(*arguments: Any) -> Any:
-        update, how = dali_vit.step.build_update(*arguments)
+    def remove() -> None:
+        wait_for(lambda: checkpoint.newest(folder) is not None, "the checkpoint of step 5")
+        shutil.rmtree(folder) if removed == "the folder" else (folder / "metrics.jsonl").unlink()
 
-        def removing(*batch: Any) -> Any:
-            steps.append(1)
-            if len(steps) == 7:
-                wait_for(lambda: checkpoint.newest(folder) is not None, "the checkpoint of step 5")
-                shutil.rmtree(folder) if removed == "the folder" else (folder / "metrics.jsonl").unlink()
-            return update(*batch)
-
-        return removing, how
-
-    monkeypatch.setattr(dali_vit.train, "build_update", build)
+    before_step_7(remove, monkeypatch)
     with runlock.locked(config, cpu):
         metrics = train(config, cpu, plan(config, 1))
     told = [f"{folder}/metrics.jsonl was removed: a new one begins with step 7"]
@@ -279,61 +229,3 @@ def test_a_run_may_lie_within_a_class_and_among_shards(tiny_config: Config, tmp_
     shards = prepare(PrepareArguments(Path(tiny_config.data.data), tmp_path / "shards"))
     among = replace(tiny_config, data=replace(tiny_config.data, data=str(shards)))
     assert plan(replace(among, run=replace(tiny_config.run, runs_dir=shards / "train")), 1).checkpoint is None
-
-
-def test_a_run_is_locked_by_a_file_as_nfs_takes_no_lock_of_a_folder_to_other_machines(
-    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    locked: list[str] = []
-
-    def flock(descriptor: int, how: int) -> None:
-        locked.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        assert how == fcntl.LOCK_EX | fcntl.LOCK_NB
-        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY  # which NFS needs for such a lock
-        if len(locked) > 1:
-            raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    for said in (
-        "",
-        f"{tiny_config.run_dir}: its file system has no locks ([Errno 37] No locks available), so see that",
-    ):
-        with runlock.locked(tiny_config, cpu):
-            assert locked[-1] == str(tiny_config.run_dir / ".lock")
-        assert caplog.text == "" if not said else said in caplog.text
-
-
-def test_the_lock_ends_with_the_run_and_others_may_take_it(tiny_config: Config, cpu: Group) -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        with runlock.locked(tiny_config, cpu):
-            second = os.open(tiny_config.run_dir / ".lock", os.O_WRONLY)
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.close(second)
-    assert len(os.listdir("/proc/self/fd")) == before
-    mask = os.umask(0)
-    os.umask(mask)
-    assert (tiny_config.run_dir / ".lock").stat().st_mode & 0o777 == 0o666 & ~mask  # the group's, where it may write
-
-
-def test_a_folder_that_takes_no_file_is_locked_itself(
-    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of a finished run, which is to say so wherever it lies."""
-    before = os.open
-
-    def refuse(path: Any, flags: int, *mode: int) -> int:
-        if os.path.basename(path) == ".lock":
-            raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return before(path, flags, *mode)
-
-    monkeypatch.setattr(os, "open", refuse)
-    with runlock.locked(tiny_config, cpu):
-        second = before(tiny_config.run_dir, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(second)
-        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
-            pass
-    assert caplog.text == ""

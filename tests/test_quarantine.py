@@ -33,7 +33,7 @@ def test_quarantine_moves_what_hurts_and_lists_it(tmp_path):
     (root / "val" / WNIDS[2] / "gone.JPEG").unlink()
     report = verify(VerifyArguments(root, quarantine=aside))
     assert (report.quarantined, report.exit_code) == (HURT - 1, 0)
-    moved = {path for kind in FOUND if kind not in ("CMYK", "other format", "unreadable") for path in FOUND[kind]}
+    moved = {path for kind in FOUND if kind not in ("CMYK", "other format", "no file") for path in FOUND[kind]}
     assert {str(path.relative_to(aside)) for path in aside.rglob("*.JPEG")} == moved
     lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
     assert {path.removeprefix(f"{root}/"): kind for path, kind, _ in lines} == {
@@ -63,7 +63,7 @@ def test_quarantine_takes_links_and_odd_names(tmp_path):
     lines = [line.split("\t") for line in (aside / "quarantined.tsv").read_text().splitlines()]
     assert sorted((line[0].removeprefix(f"{folder}/"), line[1]) for line in lines) == [
         (r"a\tb\nc.jpg", "not an image"),
-        ("gone.jpg", "unreadable"),
+        ("gone.jpg", "no file"),
         ("link.jpg", "not an image"),
     ]
     assert not list(folder.glob("*.jpg"))
@@ -112,7 +112,7 @@ def test_quarantine_takes_a_class_that_is_linked_twice(tmp_path):
     lines = [line.split("\t")[0] for line in (aside / "quarantined.tsv").read_text().splitlines()]
     assert sorted(lines) == [str(bad), str(bad.with_name("dead.jpg"))]
     kinds = [problem.kind for problem in report.problems if Path(problem.path).name in ("bad.jpg", "dead.jpg")]
-    assert sorted(kinds) == ["not an image", "not an image", "unreadable", "unreadable"]
+    assert sorted(kinds) == ["no file", "no file", "not an image", "not an image"]
     assert report.quarantined == sum(problem.hurts for problem in report.problems)
     assert report.exit_code == 0
 
@@ -324,7 +324,7 @@ def test_what_no_copy_can_be_made_of_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "rename", across)
     with pytest.raises(UserError) as raised:
-        move_aside(tmp_path / "set", tmp_path / "aside", [Problem("unreadable", "train", str(pipe), "")])
+        move_aside(tmp_path / "set", tmp_path / "aside", [Problem("no file", "train", str(pipe), "")])
     assert str(raised.value).startswith(f"{pipe} is no file and stays on its disk (")
     assert str(raised.value).endswith("): remove it and run verify again")
     assert (tmp_path / "aside/quarantined.tsv").read_text() == ""

@@ -50,4 +50,4 @@ def test_what_leads_to_no_file_is_told_from_what_could_not_be_read(
 
     monkeypatch.setattr("dali_vit.verify.read_sample", fail)
     report = verify(VerifyArguments(tmp_path / "set", workers=1))
-    assert {problem.kind for problem in report.problems} == {"unreadable"}
+    assert {problem.kind for problem in report.problems} == {"no file"}

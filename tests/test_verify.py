@@ -141,7 +141,7 @@ def broken_folder(root: Path) -> Path:
 
 
 FOUND = {
-    "unreadable": ["val/n02086910/gone.JPEG"],
+    "no file": ["val/n02086910/gone.JPEG"],
     "empty": ["train/n01443537/empty.JPEG", "val/n02086910/empty.JPEG"],
     "not an image": ["train/n01443537/text.JPEG"],
     "truncated": ["train/n01440764/truncated.JPEG"],
@@ -214,7 +214,7 @@ def test_shards_are_reported_on_and_never_changed(tmp_path):
     expected = {
         kind: [f"{shards[p.split('/')[0]]}: {p.split('/', 1)[1]}" for p in paths]
         for kind, paths in FOUND.items()
-        if kind != "unreadable"
+        if kind != "no file"
     }
     assert by_kind(report, Path("/nowhere")) == expected
 
@@ -266,7 +266,7 @@ def test_what_is_no_regular_file_is_reported_and_never_opened(tmp_path):
         os.mkfifo(root / name)
     (root / "val" / WNIDS[1] / "z.JPEG").symlink_to(root)
     report = verify(VerifyArguments(root, workers=1))
-    found = [(p.path.removeprefix(f"{root}/"), p.detail) for p in report.problems if p.kind == "unreadable"]
+    found = [(p.path.removeprefix(f"{root}/"), p.detail) for p in report.problems if p.kind == "no file"]
     assert found == [(name, "not a regular file") for name in (*pipes, f"val/{WNIDS[1]}/z.JPEG")]
     assert verify(VerifyArguments(root, quarantine=tmp_path / "aside")).exit_code == 0
     assert (tmp_path / "aside" / pipes[0]).is_fifo()

@@ -89,7 +89,7 @@ class Options:
 class Arguments:
     """All flags."""
 
-    bench: Options
+    bench: tyro.conf.FlagCreatePairsOff[Options]
     data: DataConfig
     model: ModelConfig
 
@@ -139,7 +139,7 @@ def parse(argv: list[str]) -> tuple[Options, Config]:
                 prog=PROGRAM,
                 description=__doc__,
                 default=Arguments(Options(), recipe.data, recipe.model),
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as request:
         if request.code in (0, None):
