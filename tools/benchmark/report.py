@@ -16,6 +16,9 @@ from benchmark.windows import Measurement
 from dali_vit.config import UserError
 from dali_vit.files import replacing
 
+# Training outruns neither its loader nor its step: where it does by more than this, the machine's speed has changed.
+_MOST_JOINT = 1.05
+
 # The goal for the joint rate, as a share of the step alone; from this share on the loader does not hinder training.
 UNHINDERED = 0.97
 
@@ -37,10 +40,15 @@ def details(result: Mapping[str, Any]) -> str:
 
 
 def verdict(loader: float, model: float, joint: float, stall: float) -> str:
-    """Which stage limits training and by how much.
+    """Which stage limits training and by how much, or that the rates do not go together.
 
     The three rates are in images/s; stall is the measured share of the joint time spent waiting for data.
     """
+    if joint > _MOST_JOINT * min(loader, model):
+        return (
+            f"Measure again, when nothing else runs here: {joint:,.0f} images/s together, more than loader"
+            f" ({loader:,.0f}) and step ({model:,.0f}) allow, so the machine's speed has changed meanwhile."
+        )
     waits = f"training waits for data {100 * stall:.0f} % of the time"
     if loader < model:
         limits = f"The loader limits: {loader:,.0f} images/s against {model:,.0f} of the step; {waits}."
