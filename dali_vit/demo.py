@@ -30,7 +30,7 @@ _TRAIN_PER_CLASS, _VAL_PER_CLASS = 200, 50
 # Written last, so a folder that has it is whole.
 _MANIFEST = "manifest.json"
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # A texture: coordinates u, v in periods (float32 [H, W]) -> signed distance to its outline, positive inside.
 Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
@@ -66,7 +66,7 @@ def make_demo(folder: Path, train_per_class: int = _TRAIN_PER_CLASS, val_per_cla
     with FileLock(folder.with_name(folder.name + ".lock")):
         if _is_whole(folder, per_class):  # drawn by the process that held the lock
             return
-        _log.info("drawing the demo dataset into %s", folder)
+        log.info("drawing the demo dataset into %s", folder)
         for remains in [folder, *folder.parent.glob(f"{folder.name}.partial-*")]:
             shutil.rmtree(remains, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))

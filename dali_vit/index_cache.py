@@ -34,7 +34,7 @@ _MIN_IMAGES = 10_000
 # File systems may record times this coarsely: a folder that changed so recently may change again at the same time.
 _SETTLED_SECONDS = 2.0
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 # What reading a damaged file, or something else under its name, may raise.
 _DAMAGED = (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -78,7 +78,7 @@ def load(folder: Path, classes: Sequence[str], times: np.ndarray | None, suffixe
             reason = f"cannot be used ({error})"
         if reason is None:
             return listing
-        _log.info("%s %s: the images are listed again", path, reason)
+        log.info("%s %s: the images are listed again", path, reason)
     return None
 
 
@@ -161,4 +161,4 @@ def _write(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 @functools.cache  # once a process
 def _say(message: str) -> None:
-    _log.info("%s", message)
+    log.info("%s", message)

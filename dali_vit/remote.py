@@ -27,7 +27,7 @@ from dali_vit.manifest import MANIFEST, read_manifest
 
 __all__ = ["fetch", "is_remote"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _SCHEMES = {"s3": None, "gs": "https://storage.googleapis.com"}
 _PARALLEL = 4  # files at a time; each is fetched in several ranges at once
@@ -150,7 +150,7 @@ def fetch(uri: str, splits: tuple[str, ...]) -> Path:
         root = _last_copy(store, latest, splits)
         if root is None:
             raise
-        _log.warning("%s; the copy in %s is used", error, root, extra={"of_machine": True})
+        log.warning("%s; the copy in %s is used", error, root, extra={"of_machine": True})
         return root
     root = _copy_of(store, text)
     try:
@@ -241,7 +241,7 @@ def _copy_files(store: _Store, root: Path, files: list[_File]) -> None:
             f"{store.uri}: {total / 2**30:.1f} GiB are to be copied to {root}, where {free / 2**30:.1f} GiB are free:"
             " make room there, or set DALI_VIT_CACHE to a folder on a larger disk"
         )
-    _log.info("%s is copied to %s: %d files, %.2f GiB", store.uri, root, len(missing), total / 2**30)
+    log.info("%s is copied to %s: %d files, %.2f GiB", store.uri, root, len(missing), total / 2**30)
     counting, given_up = threading.Lock(), threading.Event()
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="fetching", disable=None) as bar,

@@ -37,7 +37,7 @@ from pipelines.shards import ImageList, ShardList
 
 __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "verify"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _CHUNK = 256  # images that are decoded together, while the next are read
 # Of links that lead nowhere and of what is no regular file; other errors may pass, or are of the disk or permissions.
@@ -125,7 +125,7 @@ def verify(arguments: VerifyArguments) -> Report:
     moved = 0
     if arguments.quarantine is not None:
         if any(isinstance(samples, ShardList) for samples in splits.values()):
-            _log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
+            log.info("nothing is moved out of shards: mend the source, remove %s and prepare it again", dataset.root)
         else:
             moved = move_aside(dataset.root, at_home(arguments.quarantine).absolute(), problems)
     if moved:
@@ -134,9 +134,9 @@ def verify(arguments: VerifyArguments) -> Report:
     _summarise(report, arguments.quarantine)
     left = dataset if not moved or refused else load_with_faults(arguments.path)[0]
     if not refused and (absent := val_without_images(left)):
-        _log.warning("%s", absent)
+        log.warning("%s", absent)
     if "val" not in splits and (meant := other_val(dataset.root)):
-        _log.warning("%s has no val/; if %s/ is meant, rename it to val/", dataset.root, meant)
+        log.warning("%s has no val/; if %s/ is meant, rename it to val/", dataset.root, meant)
     return report
 
 
@@ -276,19 +276,19 @@ def _summarise(report: Report, quarantine: Path | None) -> None:
     for kind, meaning in KINDS.items():
         found = [problem for problem in report.problems if problem.kind == kind]
         if found:
-            _log.info("%s (%s): %s", kind, meaning, f"{len(found):,}")
+            log.info("%s (%s): %s", kind, meaning, f"{len(found):,}")
             for problem in found[:_SHOWN]:
-                _log.info("  %s  %s", problem.path, problem.detail)
+                log.info("  %s  %s", problem.path, problem.detail)
             if len(found) > _SHOWN:
-                _log.info("  and %s more: --json lists all", f"{len(found) - _SHOWN:,}")
+                log.info("  and %s more: --json lists all", f"{len(found) - _SHOWN:,}")
     for files in report.left_out:
-        _log.info("%s", files)
+        log.info("%s", files)
     if report.quarantined:
         moved = f"{report.quarantined:,} {'problem' if report.quarantined == 1 else 'problems'}"
-        _log.info("%s moved to %s and listed in %s there", moved, quarantine, LIST)
+        log.info("%s moved to %s and listed in %s there", moved, quarantine, LIST)
     for reason in report.refused:
-        _log.info("training refuses the set: %s", reason)
+        log.info("training refuses the set: %s", reason)
     hurt = sum(problem.hurts for problem in report.problems) - report.quarantined + len(report.refused)
     what = f"{hurt:,} {'problem' if hurt == 1 else 'problems'}" if hurt else "nothing"
     images = "image" if total == 1 else "images"
-    _log.info("%s %s of %s: %s that would hurt training", f"{total:,}", images, ", ".join(report.counts), what)
+    log.info("%s %s of %s: %s that would hurt training", f"{total:,}", images, ", ".join(report.counts), what)

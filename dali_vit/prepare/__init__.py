@@ -46,7 +46,7 @@ from pipelines.shards import ShardList
 
 __all__ = ["PrepareArguments", "prepare"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _FOLDERS = (".state", ".set")  # of TARGET.partial, beside the file `lock`
 
@@ -136,12 +136,12 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
         if not begun or (claim is not None and claim["plan"] == existing.plan):
             _remove(partial)
         elif claim is None:
-            _log.info(
+            log.info(
                 "%s holds what a prepare that was stopped has unpacked; remove it if that is not to go on", partial
             )
         if existing.plan != plan:
             raise UserError(refused)
-        _log.info("%s is there already, made of this source with these settings", target)
+        log.info("%s is there already, made of this source with these settings", target)
         return
     workers = arguments.workers or cpu_count()
     jobs = {
@@ -156,7 +156,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     write = {"shards": write_shards, "folder": write_folder, "index": write_index}[arguments.to]
     for name, job in jobs.items():
         splits[name] = split = write(job)
-        _log.info(
+        log.info(
             "%s: %s images of %.1f KB on average%s",
             name,
             f"{split.count:,}",
@@ -168,7 +168,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
     os.sync()
     folder.rename(target)
     _remove(partial)
-    _log.info("%s: %s classes, ready for --data", target, f"{len(source.classes):,}")
+    log.info("%s: %s classes, ready for --data", target, f"{len(source.classes):,}")
 
 
 def _check(arguments: PrepareArguments) -> None:
@@ -251,7 +251,7 @@ def _claim(state: Path, plan: str) -> None:
             " remove the folder"
         )
     else:
-        _log.info("going on with %s", state.parent)
+        log.info("going on with %s", state.parent)
 
 
 def _fingerprint(source: Source, layout: str, settings: Settings) -> str:

@@ -25,7 +25,7 @@ from dali_vit.prepare.tfrecord import read_tfrecord
 
 __all__ = ["open_parquet", "open_tfrecords"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # NAME-IIIII-of-NNNNN; Hugging Face's `datasets` once added a fingerprint, which differs from file to file.
 _NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)(-[0-9a-f]{16})?([^/]*)")
@@ -84,7 +84,7 @@ def open_parquet(root: Path, scratch: Path | None) -> Source:
             shards[split].append(str(unpacked))
             records[split] += [(i, offset, length, label, None, name) for offset, length, label, name in rows]
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        _log.warning("%s names its classes by %s, not by a list of texts: they are numbered", root, str(names)[:80])
+        log.warning("%s names its classes by %s, not by a list of texts: they are numbered", root, str(names)[:80])
         names = None
     return _assemble(root, shards, *_with_names_of_ilsvrc(records, names))
 
@@ -131,7 +131,7 @@ def _by_split(root: Path, files: list[Path], what: str) -> dict[str, list[Path]]
         _check_complete(root, paths)
     tests = [path for path in files if "test" in _words(root, path) and path not in splits["train"]]
     if tests and not splits["val"]:
-        _log.warning(
+        log.warning(
             "%s has no %s with 'val' in their names, so train alone is prepared: if those with 'test' are meant, such"
             " as %s, rename them",
             root,

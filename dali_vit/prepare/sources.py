@@ -48,7 +48,7 @@ _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _KAGGLE_COLUMNS = "ImageId,PredictionString"  # of LOC_val_solution.csv; the class is the first word of the second
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +85,11 @@ def open_source(
 
         source = records.open_tfrecords(root) if kind == "tfrecord" else records.open_parquet(root, scratch)
     counts = ", ".join(f"{name} {len(samples):,}" for name, samples in source.splits.items())
-    _log.info("%s (%s): %s images of %s classes", root, kind, counts, f"{len(source.classes):,}")
+    log.info("%s (%s): %s images of %s classes", root, kind, counts, f"{len(source.classes):,}")
     folders = [root / name / class_ for name in source.splits for class_ in source.classes]
     folders += [] if val_labels is None else [root / "val"]  # a flat val/ holds the images itself
     for files in left_out(folders) if kind == "folder" else ():
-        _log.info("%s", files)
+        log.info("%s", files)
     return source
 
 
@@ -143,7 +143,7 @@ def _open_folder(root: Path) -> Source:
     """An image folder, or a set that prepare made."""
     dataset = load_dataset(root, minival=0)
     if dataset.val is None and (name := other_val(root)):
-        _log.warning("%s has no val/, so train/ alone is prepared: if %s/ is meant, rename it to val/", root, name)
+        log.warning("%s has no val/, so train/ alone is prepared: if %s/ is meant, rename it to val/", root, name)
     found = {"train": dataset.train, "val": dataset.val}
     splits = {name: samples for name, samples in found.items() if samples is not None}
     return Source(dataset.classes, splits, dataset.resized)

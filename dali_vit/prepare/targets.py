@@ -51,7 +51,7 @@ _FOLDER_PART = 1000
 _LONGEST_NAME = 255  # bytes, on Linux's file systems
 _INDEX_VERSION = "v1.2"  # of DALI's wds2idx
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _carry_out(job: Job, parts: list[Part], cuts: list[int]) -> list[dict[str, A
     paths = [job.state / f"{job.split}-{i:06d}.json" for i in range(len(parts))]
     receipts = {i: receipt for i, path in enumerate(paths) if (receipt := read_receipt(path)) is not None}
     if receipts:
-        _log.info("%s: %d of %d parts are done already", job.split, len(receipts), len(parts))
+        log.info("%s: %d of %d parts are done already", job.split, len(receipts), len(parts))
     done = sum(cuts[i + 1] - cuts[i] for i in receipts)
     with (
         tqdm(total=cuts[-1], initial=done, desc=job.split, unit=" images", disable=None) as bar,
