@@ -119,7 +119,7 @@ def optimizer_step(
 def _losses_seen(optimizer: Optimizer, loss: Tensor) -> Tensor:
     """The statistics of `is_spike`, kept like the learning rate in a group, which is saved with the optimiser.
 
-    There are none yet where a run begins, or went on without --spike-threshold until now.
+    There are none yet where a run begins, or went on with --spike-threshold 0 until now.
     """
     group = optimizer.param_groups[0]
     seen = group.get("losses_seen")
@@ -139,6 +139,11 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, betas=betas, eps=eps, fused=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Checkpoints from before the fused kernel have bfloat16 moments, which torch widens, and no `fused` in groups.
+        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

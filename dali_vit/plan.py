@@ -37,7 +37,11 @@ class Plan:
     @property
     def has_other_val_images(self) -> bool:
         """Whether the run goes on, but with other images in val than those it was evaluated on."""
-        return self.checkpoint is not None and self.checkpoint.loader["val_names"] != self.val_fingerprint
+        # Checkpoints from before it was kept do not say.
+        return (
+            self.checkpoint is not None
+            and self.checkpoint.loader.get("val_names", self.val_fingerprint) != self.val_fingerprint
+        )
 
 
 def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
@@ -186,7 +190,7 @@ def _check_same_images(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
             f" {remedy}, or choose another --name"
         )
-    if (was := checkpoint.loader["resized"]) != dataset.resized:
+    if (was := checkpoint.loader.get("resized", dataset.resized)) != dataset.resized:
         how = [
             f"resized to a shorter side of {resized['shorter_side']} pixels at JPEG quality {resized['quality']}"
             if resized
@@ -197,7 +201,7 @@ def _check_same_images(
             f"--data {config.data.data}: its images were {how[0]}, those {config.run_dir} was begun with were {how[1]};"
             " give those, or choose another --name"
         )
-    if checkpoint.loader["train_names"] != train_fingerprint:
+    if checkpoint.loader.get("train_names", train_fingerprint) != train_fingerprint:  # older checkpoints have none
         raise UserError(
             f"--data {config.data.data}: as many training images as {config.run_dir} was begun with, but other names"
             " or classes of some; put back what was moved or renamed, or choose another --name"

@@ -126,7 +126,7 @@ def summary(
         rows["resuming"] = f"after step {checkpoint.step:,}"
         if bad_samples:
             rows["resuming"] += f", {bad_samples:,} image{'s' if bad_samples > 1 else ''} left out"
-        before = checkpoint.loader["world_size"]
+        before = checkpoint.loader.get("world_size", group.world_size)
         if before != group.world_size:
             processes = f"{group.world_size} process{'es' if group.world_size > 1 else ''}"
             rows["resuming"] += (

@@ -59,7 +59,7 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     for remark in remarks if group.is_main else ():
         log.warning("%s", remark)
     # Whether the run was stopped while it evaluated the weights of its newest checkpoint.
-    evaluation_due = bool(checkpoint and checkpoint.loader["evaluation_due"])
+    evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))
     if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         if group.is_main:
