@@ -43,7 +43,7 @@ _FORMATS = {
 
 
 KINDS = {
-    "no file": "is a link that leads nowhere, or a pipe or a device",
+    "no file": "is a link that leads to no file, or a pipe or a device",
     "not read": "could not be read, and stays: see to the disk and its permissions, and run verify again",
     "empty": "has no bytes",
     "not an image": "is of no format that DALI decodes",

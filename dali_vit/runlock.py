@@ -101,7 +101,7 @@ def how_to_go_on(config: Config) -> str:
     if now == config.run_dir:
         return "start the same command again to go on"
     where = shlex.join(["--runs-dir", str(now.parent), "--name", now.name])
-    return f"it is {now} now, and goes on with {where}"
+    return f"it is {now} now: start the same command with {where} to go on"
 
 
 def following(config: Config, write: Callable[..., T]) -> Callable[..., T]:

@@ -1,4 +1,4 @@
-"""What tools/bench_throughput.py measures and says, against numbers worked out by hand."""
+"""What tools/bench_throughput.py measures, against numbers worked out by hand."""
 # ruff: noqa: E402
 
 from __future__ import annotations

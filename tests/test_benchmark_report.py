@@ -52,11 +52,16 @@ def test_verdict_draws_the_line_at_97_percent():
     assert report.verdict(2000, 1000, 969, 0.03).startswith("Loader and step compete")
     assert report.verdict(1000, 1000, 970, 0.03).startswith("The step limits")
     assert report.verdict(1000, 1400, 970, 0.3).endswith("30 % of the time.")
-    assert report.verdict(1000, 1400, 1050, 0.3).startswith("The loader limits")
-    assert report.verdict(1000, 1400, 1051, 0.3).startswith("Measure again")
     assert report.verdict(1000, 1400, 969, 0.3).endswith(
         "30 % of the time. Together they compete for the processors, too, and reach 969 images/s."
     )
+
+
+def test_verdict_takes_no_joint_rate_beyond_105_percent_of_the_slower():
+    assert report.verdict(1000, 1400, 1050, 0.3).startswith("The loader limits")
+    assert report.verdict(1000, 1400, 1051, 0.3).startswith("Measure again")
+    assert report.verdict(1400, 1000, 1050, 0.0).startswith("The step limits")
+    assert report.verdict(1400, 1000, 1051, 0.0).startswith("Measure again")
 
 
 def test_json_goes_to_a_device_as_it_does_to_a_file(tmp_path):

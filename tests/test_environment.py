@@ -110,7 +110,6 @@ def test_cores_that_may_be_used(cores: int, quota: float, expected: int, monkeyp
     assert environment.cpu_count() == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binds itself to a core")
 def test_a_process_bound_to_one_core_has_one() -> None:
     before = os.sched_getaffinity(0)
     try:

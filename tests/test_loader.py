@@ -190,7 +190,6 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads threads from Linux's /proc")
 def test_pipelines_end_with_their_loader_whoever_holds_them(files: FileList) -> None:
     """The garbage collector may come by in a thread of another pipeline, which one freed there can wait for."""
     before = threads()
@@ -208,7 +207,6 @@ def test_pipelines_end_with_their_loader_whoever_holds_them(files: FileList) -> 
     assert all(map(torch.equal, batch, copies))
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory and threads from Linux's /proc")
 def test_memory_stays_flat_and_close_ends_the_threads(files: FileList) -> None:
     before = threads()
     loader = train_loader(files, batch_size=16, image_size=64, num_threads=3)

@@ -87,7 +87,8 @@ def test_a_renamed_run_that_is_stopped_says_under_which_name_it_goes_on(
     with pytest.raises(Interrupted) as stopped, runlock.locked(tiny_config, cpu):
         train(tiny_config, cpu, plan(tiny_config, 1))
     flags = f"--runs-dir {now.parent} --name 'a new name'"
-    assert str(stopped.value) == f"stopped by SIGTERM after step 7; it is {now} now, and goes on with {flags}"
+    told = f"stopped by SIGTERM after step 7; it is {now} now: start the same command with {flags} to go on"
+    assert str(stopped.value) == told
     renamed = replace(tiny_config, run=replace(tiny_config.run, name="a new name"))
     assert plan(renamed, 1).checkpoint.step == 7
 
