@@ -28,6 +28,7 @@ from dali_vit.environment import cpu_count, describe_environment
 from dali_vit.loaders import allow_open_files
 from dali_vit.validation import MAX_THREADS, check_range
 from pipelines import crop
+from pipelines.handover import shut_down
 from pipelines.order import TrainOrder
 from pipelines.readers import NUM_LAST_BYTES, TrainSource
 from pipelines.train import Augment, draw, numbers_drawn
@@ -65,6 +66,7 @@ def main() -> None:
     try:
         measured = measure(pipeline, arguments.batch_size, arguments.seconds)
     except RuntimeError as error:  # of DALI, most likely at an image's size
+        shut_down([pipeline])  # its threads may be at other images still, and print what is wrong with them
         cause = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
         reason = " ".join(cause.split())[:200]
         raise UserError(
