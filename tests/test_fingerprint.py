@@ -1,13 +1,13 @@
 """A run goes on only with the images it was begun with, recognised by their names in any layout."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import pytest
 
 from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
+from dali_vit.distributed import Group
 from dali_vit.names import chunks_of_names, fingerprint
 from dali_vit.plan import plan, up_to_date
 from dali_vit.prepare import PrepareArguments, prepare
@@ -78,41 +78,47 @@ def test_a_run_that_goes_on_with_other_images_in_val_says_so(tmp_path, tiny_conf
     assert f"{folder}: val has other images than before" in caplog.text
 
 
-def with_data_of(config: Config, root: Path) -> Config:
+def with_data(config: Config, root: Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(root)))
 
 
-@pytest.mark.timeout(120)
-def test_a_run_does_not_go_on_with_images_of_another_size(tmp_path, tiny_config, cpu):
-    folder = write_image_folder(tmp_path / "images")
-    small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
-    with_data = functools.partial(with_data_of, tiny_config)
-    train(with_data(folder), cpu, plan(with_data(folder), 1))
+def refusal(begun: Config, other: Config, cpu: Group) -> str:
+    """What is said where a run that was made with one set is to go on with another."""
+    train(begun, cpu, plan(begun, 1))
     with pytest.raises(UserError) as refused:
-        plan(with_data(small), 1)
-    assert str(refused.value) == (
+        plan(other, 1)
+    return str(refused.value)
+
+
+@pytest.fixture
+def originals(tmp_path):
+    return write_image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def small(originals, tmp_path):
+    return prepare(PrepareArguments(originals, tmp_path / "small", shorter_side=24))
+
+
+@pytest.mark.timeout(120)
+def test_a_run_does_not_go_on_with_images_of_another_size(originals, small, tmp_path, tiny_config, cpu):
+    assert refusal(with_data(tiny_config, originals), with_data(tiny_config, small), cpu) == (
         f"--data {small}: its images were resized to a shorter side of 24 pixels at JPEG quality 92, those"
         f" {tiny_config.run_dir} was begun with were never resized; give those, or choose another --name"
     )
     again = prepare(PrepareArguments(small, tmp_path / "again"))
     assert load_dataset(again).resized == load_dataset(small).resized is not None
-    shards = prepare(PrepareArguments(folder, tmp_path / "shards"))
-    assert plan(with_data(shards), 1).checkpoint.step == 12
+    shards = prepare(PrepareArguments(originals, tmp_path / "shards"))
+    assert plan(with_data(tiny_config, shards), 1).checkpoint.step == 12
 
 
 @pytest.mark.timeout(120)
-def test_a_run_begun_with_small_images_does_not_go_on_with_the_originals(tmp_path, tiny_config, cpu):
-    folder = write_image_folder(tmp_path / "images")
-    small = prepare(PrepareArguments(folder, tmp_path / "small", shorter_side=24))
-    with_data = functools.partial(with_data_of, tiny_config)
-    train(with_data(small), cpu, plan(with_data(small), 1))
-    assert plan(with_data(small), 1).checkpoint.step == 12
-    with pytest.raises(UserError) as refused:
-        plan(with_data(folder), 1)
-    assert str(refused.value) == (
-        f"--data {folder}: its images were never resized, those {tiny_config.run_dir} was begun with were resized to a"
-        " shorter side of 24 pixels at JPEG quality 92; give those, or choose another --name"
+def test_a_run_begun_with_small_images_does_not_go_on_with_the_originals(originals, small, tiny_config, cpu):
+    assert refusal(with_data(tiny_config, small), with_data(tiny_config, originals), cpu) == (
+        f"--data {originals}: its images were never resized, those {tiny_config.run_dir} was begun with were resized to"
+        " a shorter side of 24 pixels at JPEG quality 92; give those, or choose another --name"
     )
+    assert plan(with_data(tiny_config, small), 1).checkpoint.step == 12
 
 
 def test_names_of_many_lengths_are_taken_apart_in_chunks(monkeypatch):
