@@ -38,8 +38,9 @@ from dali_vit.config import UserError
         ),
         (
             (600.0, 250.0, 548.0, 0.0),
-            "Measure again, when nothing else runs here: 548 images/s together, more than loader (600) and step (250)"
-            " allow, so the machine's speed has changed meanwhile.",
+            "The step limits: 250 images/s against 600 of the loader; training runs at 219 % of the step alone and"
+            " waits for data 0 % of the time. Together they reach 548 images/s, more than the slower alone: the"
+            " machine's speed has changed meanwhile, so measure again when nothing else uses it.",
         ),
     ],
 )
@@ -57,11 +58,14 @@ def test_verdict_draws_the_line_at_97_percent():
     )
 
 
-def test_verdict_takes_no_joint_rate_beyond_105_percent_of_the_slower():
-    assert report.verdict(1000, 1400, 1050, 0.3).startswith("The loader limits")
-    assert report.verdict(1000, 1400, 1051, 0.3).startswith("Measure again")
-    assert report.verdict(1400, 1000, 1050, 0.0).startswith("The step limits")
-    assert report.verdict(1400, 1000, 1051, 0.0).startswith("Measure again")
+@pytest.mark.parametrize(
+    ("loader", "model", "limits"), [(1000, 1400, "The loader limits"), (1400, 1000, "The step limits")]
+)
+def test_verdict_doubts_a_joint_rate_beyond_105_percent_of_the_slower(loader, model, limits):
+    for joint in (1050, 1051):
+        sentence = report.verdict(loader, model, joint, 0.0)
+        assert sentence.startswith(limits)
+        assert ("measure again" in sentence) == (joint == 1051)
 
 
 def test_json_goes_to_a_device_as_it_does_to_a_file(tmp_path):

@@ -40,15 +40,20 @@ def details(result: Mapping[str, Any]) -> str:
 
 
 def verdict(loader: float, model: float, joint: float, stall: float) -> str:
-    """Which stage limits training and by how much, or that the rates do not go together.
+    """Which stage limits training and by how much; a second sentence where the rates cannot all be right.
 
     The three rates are in images/s; stall is the measured share of the joint time spent waiting for data.
     """
-    if joint > _MOST_JOINT * min(loader, model):
-        return (
-            f"Measure again, when nothing else runs here: {joint:,.0f} images/s together, more than loader"
-            f" ({loader:,.0f}) and step ({model:,.0f}) allow, so the machine's speed has changed meanwhile."
-        )
+    sentence = _limits(loader, model, joint, stall)
+    if joint <= _MOST_JOINT * min(loader, model):
+        return sentence
+    return (
+        f"{sentence} Together they reach {joint:,.0f} images/s, more than the slower alone: the machine's speed has"
+        " changed meanwhile, so measure again when nothing else uses it."
+    )
+
+
+def _limits(loader: float, model: float, joint: float, stall: float) -> str:
     waits = f"training waits for data {100 * stall:.0f} % of the time"
     if loader < model:
         limits = f"The loader limits: {loader:,.0f} images/s against {model:,.0f} of the step; {waits}."
