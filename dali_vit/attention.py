@@ -22,6 +22,7 @@ from dali_vit.blocks import has_lean_blocks
 from dali_vit.compiling import on_one_line
 from dali_vit.config import AttentionKernel, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
+from dali_vit.environment import is_lost
 
 log = logging.getLogger(__name__)
 
@@ -154,19 +155,12 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
         except Exception as error:  # kernels not built for this chip or these sizes; anything that Triton may raise
             faults[name] = on_one_line(error)
             log.debug("attention %s: %s", name, faults[name])
-            _check_still_usable(device, name, faults[name])
+            if is_lost(device):
+                raise LocalUserError(
+                    f"--attention {name}: on trial it broke this process's use of the GPU ({faults[name]}); give"
+                    f" another, such as --attention {'efficient' if name == 'flash' else 'flash'}"
+                ) from error
     return times, faults
-
-
-def _check_still_usable(device: torch.device, name: str, fault: str) -> None:
-    """LocalUserError where a kernel has failed in such a way that this process cannot use the GPU any more."""
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        raise LocalUserError(
-            f"--attention {name}: on trial it broke this process's use of the GPU ({fault}); give another, such as"
-            f" --attention {'efficient' if name == 'flash' else 'flash'}"
-        ) from error
 
 
 def _draw(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:

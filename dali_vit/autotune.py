@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from dali_vit import data as datasets
 from dali_vit import environment, loaders
-from dali_vit.config import Config
+from dali_vit.compiling import on_one_line
+from dali_vit.config import Config, LocalUserError
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.files import cache_folder, replacing
 from dali_vit.loaders import Decoder, LoaderSettings
 from dali_vit.mixup import normalize
+from dali_vit.trials import Trials, describe
 from pipelines import windows
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import REGIONS
@@ -45,6 +47,8 @@ _HW_LOADS: Sequence[dict[float, tuple[float, ...]]] = (
     {0.65: (0.5, 0.75), 0.35: (0.5, 0.2), 0.85: (0.75, 1.0)},
     {0.2: (0.1, 0.0)},
 )
+
+_DECODERS = ("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12")  # each has releases of its own
 
 Work = Callable[[Tensor], object]
 """Processes a batch's images, uint8 [N, S, S, 3], while the next batches are loaded."""
@@ -65,14 +69,14 @@ def loader_settings(dataset: datasets.Dataset, config: Config, group: Group, mod
     defaults = common_defaults(config, group)
     if not is_on(config, group):
         return defaults
-    conditions = _conditions(dataset, config, group)
+    conditions = _conditions(dataset, config, group, defaults)
     path = cache_path(conditions)
     found = gather_objects(_read(path, conditions) if group.is_main else None)[0]
     if found is not None:
         log.info("autotune: %s, as found before (%s)", describe(found), path)
         return found
     began = time.monotonic()
-    trials = _Trials(path.with_suffix(".trying"), group)
+    trials = Trials(path.with_suffix(".trying"), group)
     with _training_like(model, group, config.run.grad_accum_steps) as work:
         rates = search(dataset, config, group, defaults, began + MAX_SECONDS, work, trials)
     trials.done()
@@ -113,64 +117,6 @@ def common_defaults(config: Config, group: Group) -> LoaderSettings:
     return replace(of_ranks[0], threads=threads, decoder=replace(of_ranks[0].decoder, region=region))
 
 
-def describe(settings: LoaderSettings) -> str:
-    """The settings that a search may change, as `name value, ...`; the decoder's only where not the default."""
-    decoder = {key: value for key, value in asdict(settings.decoder).items() if value != asdict(Decoder())[key]}
-    values = {"threads": settings.threads, "prefetch": settings.prefetch} | decoder
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-class _Trials:
-    """Remembers, in a file, at which settings a process has ended: those that end two are not tried again.
-
-    Decoders may crash or hang at settings that others do not use, and a run that is started again would end there again
-    and again. Once is no reason, as the process may have been stopped there. Collective.
-    """
-
-    _MOST = 2  # ends
-
-    def __init__(self, path: Path, group: Group) -> None:
-        self._path, self._is_main = path, group.is_main
-
-    def begin(self, settings: LoaderSettings) -> bool:
-        """Call it before settings are tried; False for those that are not to be."""
-        ends = gather_objects(self._read().get(_key(settings), 0) if self._is_main else None)[0]
-        if ends >= self._MOST:
-            if self._is_main:
-                log.warning("autotune: %s is left out, as %d processes ended at it", describe(settings), ends)
-            return False
-        self._note(settings, ends + 1)
-        return True
-
-    def survived(self, settings: LoaderSettings) -> None:
-        """Call it after settings were tried."""
-        self._note(settings, 0)
-
-    def done(self) -> None:
-        """Call it at the end of the search."""
-        if self._is_main:
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-
-    def _note(self, settings: LoaderSettings, ends: int) -> None:
-        if self._is_main:
-            with suppress(OSError):  # then it is not remembered
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(self._path) as temporary:
-                    temporary.write_text(json.dumps({**self._read(), _key(settings): ends}), encoding="utf-8")
-
-    def _read(self) -> dict[str, int]:
-        try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return {key: ends for key, ends in kept.items() if isinstance(ends, int)} if isinstance(kept, dict) else {}
-
-
-def _key(settings: LoaderSettings) -> str:
-    return json.dumps(asdict(settings), sort_keys=True)
-
-
 @contextmanager
 def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[Work]:
     """Work that keeps a GPU as busy as a training step does; on the CPU, where it would take minutes, no work.
@@ -194,7 +140,8 @@ def _training_like(model: nn.Module, group: Group, parts: int = 1) -> Iterator[W
         yield forward
     finally:
         model.train(was_training)
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a GPU that is lost, which is told of already
+            torch.cuda.empty_cache()
 
 
 def search(
@@ -204,7 +151,7 @@ def search(
     defaults: LoaderSettings,
     deadline: float,
     work: Work = lambda images: None,
-    trials: _Trials | None = None,
+    trials: Trials | None = None,
 ) -> dict[LoaderSettings, float]:
     """Images/s over all ranks for the defaults and for each of the settings tried; 0 for settings that fail.
 
@@ -262,6 +209,7 @@ def _rate(
     """Images/s of the training stream beside the work, over all ranks at the pace of the slowest; 0 where it fails.
 
     Samples that cannot be decoded are added to `bad_samples`, so that later measurements need not find them again.
+    LocalUserError where the settings leave the GPU unusable to this process.
     """
     seconds, loader = float("inf"), None
     try:
@@ -277,6 +225,11 @@ def _rate(
     # report. If one rank raised either of them here, the other ranks would wait for it.
     except (RuntimeError, DecodeError) as error:
         log.debug("autotune: %s fails: %s", describe(settings), error)
+        if environment.is_lost(group.device):
+            raise LocalUserError(
+                f"autotune: {describe(settings)} broke this process's use of the GPU ({on_one_line(error)}); start"
+                " again, and settings at which two processes have ended are left out, or give --autotune off"
+            ) from error
     finally:
         if loader is not None:
             bad_samples.update(loader.bad_samples)
@@ -290,13 +243,15 @@ def _now(group: Group) -> float:
     return time.perf_counter()
 
 
-def _conditions(dataset: datasets.Dataset, config: Config, group: Group) -> dict[str, Any]:
+def _conditions(dataset: datasets.Dataset, config: Config, group: Group, defaults: LoaderSettings) -> dict[str, Any]:
     """All that the fastest settings may depend on."""
+    versions = environment.versions()
     return {
         "gpus": environment.gpu_names() if group.device.type == "cuda" else [],
         "driver": environment.gpu_driver(),
         "cpu": f"{environment.cpu_name()} x {environment.cpu_count()}",
-        "dali": environment.versions()["nvidia-dali-cuda120"],
+        "decoders": [versions[name] for name in _DECODERS] + [environment.jpeg_engine(group.device)],
+        "defaults": asdict(defaults),  # which tell whether windows can be decoded alone
         "processes": [group.local_world_size, group.world_size, group.cores],
         "threads": config.run.threads,
         "data": str(dataset.root),

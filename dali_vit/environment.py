@@ -26,6 +26,8 @@ PACKAGES = (
     "triton",
     "torchvision",
     "nvidia-dali-cuda120",
+    "nvidia-nvimgcodec-cu12",
+    "nvidia-nvjpeg-cu12",
     "timm",
     "numba",
     "numpy",
@@ -185,6 +187,16 @@ def jpeg_engine(device: torch.device) -> str:
             " NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
         )
     return "usable"
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU is of no more use to this process, as after a kernel that wrote where it must not; waits for it."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def gpu_driver() -> str | None:

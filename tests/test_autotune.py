@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_vit import autotune, loaders
+from dali_vit import autotune, environment, loaders
 from dali_vit import data as datasets
 from dali_vit.config import Config
 from dali_vit.distributed import Group
 from dali_vit.loaders import Decoder, LoaderSettings
+from dali_vit.trials import describe
 from pipelines.bad_samples import DecodeError
 
 CPU = Group(0, 1, 0, 1, torch.device("cpu"))
@@ -50,13 +51,18 @@ def dataset(config: Config) -> datasets.Dataset:
     return datasets.load_dataset(config.data.data, minival=0.0)
 
 
+def path_of(dataset: datasets.Dataset, config: Config) -> Path:
+    """The file that keeps what is found on one process of the CPU."""
+    return autotune.cache_path(autotune._conditions(dataset, config, CPU, loaders.default_settings(config, CPU)))
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> list[LoaderSettings]:
     """Rates instead of measurements: the sum of those whose name is in the settings; and what is asked for."""
     asked: list[LoaderSettings] = []
 
     def rate(dataset: Any, config: Any, group: Any, settings: LoaderSettings, *_: Any) -> float:
         asked.append(settings)
-        return 100.0 + sum(gain for name, gain in rates.items() if name in autotune.describe(settings).split(", "))
+        return 100.0 + sum(gain for name, gain in rates.items() if name in describe(settings).split(", "))
 
     monkeypatch.setattr(autotune, "_rate", rate)
     return asked
@@ -178,7 +184,7 @@ def test_ranks_that_differ_search_from_what_all_of_them_can_have(
 def test_a_damaged_file_is_made_anew(
     content: str, dataset: datasets.Dataset, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = autotune.cache_path(autotune._conditions(dataset, config, CPU))
+    path = path_of(dataset, config)
     path.parent.mkdir(parents=True)
     path.write_text(content)
     asked = pretend(monkeypatch, {"prefetch 4": 50})
@@ -205,7 +211,7 @@ def test_a_search_in_which_nothing_loads_is_not_kept(
     caplog.set_level(logging.INFO)
     assert autotune.loader_settings(dataset, config, CPU, MODEL) == LoaderSettings(CPU.cores)
     assert "not kept" in caplog.messages[-1]
-    assert not autotune.cache_path(autotune._conditions(dataset, config, CPU)).exists()
+    assert not path_of(dataset, config).exists()
 
 
 @pytest.mark.timeout(120)
@@ -281,7 +287,30 @@ def test_a_jpeg_engine_that_cannot_be_used_is_said_before_anything_is_loaded(
 )
 def test_what_is_found_is_for_the_work_it_was_found_for(group, change, dataset, config) -> None:
     other = replace(config, **{group: replace(getattr(config, group), **change)})
-    assert autotune._conditions(dataset, other, CPU) != autotune._conditions(dataset, config, CPU)
+    assert path_of(dataset, other) != path_of(dataset, config)
+
+
+@pytest.mark.parametrize("changed", ["nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12"])
+def test_what_is_found_is_for_the_decoders_it_was_found_with(changed, dataset, config, monkeypatch) -> None:
+    """Each is a package of its own; and a GPU's engine, or windows of a JPEG, may be there at one start only."""
+    before = path_of(dataset, config)
+    versions = environment.versions()
+    assert versions[changed][0].isdigit()
+    with monkeypatch.context() as patched:
+        patched.setattr(environment, "versions", lambda: versions | {changed: "0.1"})
+        assert path_of(dataset, config) != before
+    assert path_of(dataset, config) == before
+
+
+def test_what_is_found_is_for_the_ways_of_decoding_there_are(dataset, config, monkeypatch) -> None:
+    before = path_of(dataset, config)
+    for owner, name, value in (
+        (environment, "jpeg_engine", lambda device: "usable"),
+        (loaders, "default_settings", lambda *_: LoaderSettings(CPU.cores, decoder=Decoder(region="full"))),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, value)
+            assert path_of(dataset, config) != before
 
 
 def test_the_pace_is_that_of_the_slowest_rank(dataset, config, monkeypatch) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dali_vit import autotune, loaders
+from dali_vit import autotune, environment, loaders, trials
 from dali_vit import data as datasets
-from dali_vit.config import Config
+from dali_vit.config import Config, LocalUserError
 from dali_vit.loaders import Decoder, LoaderSettings
-from tests.test_autotune import CPU, MODEL, config, dataset  # noqa: F401
+from tests.test_autotune import CPU, MODEL, config, dataset, path_of  # noqa: F401
 
 FIRST, SECOND = LoaderSettings(2), LoaderSettings(2, decoder=Decoder(hw_decoder_load=0.85))
 
@@ -25,7 +26,7 @@ class Search:
         self.fatal: list[int] = []
         self.asked: list[int] = []
         monkeypatch.setattr(autotune, "_rate", self.rate)
-        self.path = autotune.cache_path(autotune._conditions(dataset, config, CPU)).with_suffix(".trying")
+        self.path = path_of(dataset, config).with_suffix(".trying")
 
     def rate(self, dataset: Any, config: Any, group: Any, settings: LoaderSettings, *_: Any) -> float:  # noqa: F811
         self.asked.append(settings.prefetch)
@@ -93,19 +94,61 @@ def test_a_cache_that_cannot_be_written_to_is_no_obstacle(search: Search, monkey
     def refuse(path: Path) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr(autotune, "replacing", refuse)
+    monkeypatch.setattr(trials, "replacing", refuse)
     assert search.run().prefetch == 4
+
+
+def test_settings_that_break_the_use_of_the_gpu_count_as_an_end(
+    dataset: datasets.Dataset,  # noqa: F811
+    config: Config,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever is tried after them would fail, too, and training with it."""
+    config = replace(config, run=replace(config.run, threads=2))
+    lost: list[bool] = []
+
+    class Loader:
+        bad_samples = ()
+
+        def __init__(self, settings: LoaderSettings) -> None:
+            self.breaks = settings.prefetch == 3
+
+        def __next__(self) -> tuple[torch.Tensor, None]:
+            if self.breaks or lost:
+                lost.append(True)
+                raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+            return torch.zeros(1), None
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.01)
+    monkeypatch.setattr(loaders, "train_loader", lambda *_, settings, **__: Loader(settings))
+    monkeypatch.setattr(environment, "is_lost", lambda device: bool(lost))
+    for _ in range(2):
+        lost.clear()
+        with pytest.raises(
+            LocalUserError,
+            match=r"^autotune: threads \d+, prefetch 3 broke .*access was encountered\).*--autotune off$",
+        ):
+            autotune.loader_settings(dataset, config, CPU, MODEL)
+        assert not path_of(dataset, config).exists()
+    lost.clear()
+    assert autotune.loader_settings(dataset, config, CPU, MODEL).prefetch != 3
+    assert caplog.messages[-1].endswith("prefetch 3 is left out, as 2 processes ended at it")
+    assert path_of(dataset, config).exists()
 
 
 def test_rank_0_alone_remembers_and_decides_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "it.trying"
-    first = autotune._Trials(path, CPU)
+    first = trials.Trials(path, CPU)
     for settings in (FIRST, SECOND, FIRST):
         assert first.begin(settings)
-    other = autotune._Trials(tmp_path / "elsewhere", replace(CPU, rank=1, world_size=2))
-    monkeypatch.setattr(autotune, "gather_objects", lambda value: [2, value])  # rank 0 says so
+    other = trials.Trials(tmp_path / "elsewhere", replace(CPU, rank=1, world_size=2))
+    monkeypatch.setattr(trials, "gather_objects", lambda value: [2, value])  # rank 0 says so
     assert not other.begin(FIRST)
-    monkeypatch.setattr(autotune, "gather_objects", lambda value: [1, value])
+    monkeypatch.setattr(trials, "gather_objects", lambda value: [1, value])
     assert other.begin(FIRST)
     other.survived(FIRST)
     other.done()
