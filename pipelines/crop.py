@@ -96,7 +96,7 @@ def image_size(encoded: DataNode) -> DataNode:
     return fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.FLOAT)[0:2]
 
 
-def _refuse_too_large(encoded: DataNode, size: DataNode, device: str) -> DataNode:
+def refuse_too_large(encoded: DataNode, size: DataNode, device: str) -> DataNode:
     """The encoded image, unchanged; one of more than MAX_PIXELS makes the pipeline fail before it is decoded."""
     too_large = size[0] * size[1] > MAX_PIXELS
     if device == "cpu":
@@ -115,7 +115,7 @@ def decode(encoded: DataNode, size: DataNode, *, device: str, decoder: Decoder) 
     """
     # On a GPU the images may have one consumer alone, on the GPU: DALI then returns their memory on the stream that
     # reads it. The hardware engine writes when it is called, and waits for nothing queued before (torchcodec's #1634).
-    return fn.decoders.image(_refuse_too_large(encoded, size, device), **_options(decoder, device))
+    return fn.decoders.image(refuse_too_large(encoded, size, device), **_options(decoder, device))
 
 
 def start_unless_too_large(start: DataNode, size: DataNode) -> DataNode:

@@ -107,6 +107,7 @@ def shut_down(pipelines: Sequence[Pipeline]) -> None:
 
     An error's traceback may do so.
     """
-    for pipeline in pipelines:
-        getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
-    ReleaseUnusedMemory()  # else DALI's pools keep memory that, on a GPU, the model may need
+    with suppress(RuntimeError):  # as in `Runner.release`
+        for pipeline in pipelines:
+            getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
+        ReleaseUnusedMemory()  # else DALI's pools keep memory that, on a GPU, the model may need

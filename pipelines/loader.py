@@ -77,8 +77,9 @@ class TrainLoader:
 
     batch_size is that of all ranks together, b = batch_size / world_size. What step s gives depends on the samples,
     batch_size, seed and s alone, augmentation included, so a loader made with start_step = k continues another
-    one bit for bit; its rows depend on rank and world_size only in who gets them. On the CPU
-    the threads part into pipelines that take the steps in turn.
+    one bit for bit; its rows depend on rank and world_size only in who gets them, but for what a GPU's decoders
+    make of them: which of these decodes an image depends on the others in the batch. On the CPU the threads part into
+    pipelines that take the steps in turn.
 
     A sample that cannot be read or decoded is named in a warning and left out from then on: in its place comes a grey
     image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so

@@ -19,10 +19,10 @@ __all__ = ["LackOfMemory", "MakePipeline", "check_memory", "decode_pipeline", "d
 
 MakePipeline = Callable[[Samples, EvalOrder], Pipeline]
 
-# Messages of DALI's allocators, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch.
+# Messages of DALI's allocators, of CUDA, of nvJPEG and, where RandAugment runs behind the graph, of torch and Triton.
 _LACK_OF_MEMORY = re.compile(
     r"Can't allocate \d+ bytes on device|CUDA allocation failed|cudaErrorMemoryAllocation|ALLOCATOR_FAIL"
-    "|CUDA out of memory"
+    r"|CUDA (error: )?out of memory|\[CUDA\]: out of memory"
 )
 
 # Samples tried at once; those of a batch that fails are then tried one by one. A failed pipeline cannot be used again,

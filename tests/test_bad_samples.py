@@ -214,6 +214,8 @@ def test_a_device_that_decodes_nothing_is_not_blamed_on_the_samples(
         "Critical error in pipeline: CUDA allocation failed",
         "Error in GPU operator `nvidia.dali.fn.decoders.image_slice`:\n\nCan't allocate 12869632 bytes on device 0.",
         "DLTensorPythonFunction error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
         'nvJPEG error "5" : NVJPEG_STATUS_ALLOCATOR_FAILURE',
     ],
 )

@@ -61,11 +61,15 @@ class Outputs(list[Output]):
 class Graph:
     def __init__(self) -> None:
         self.given: list[weakref.ref[Outputs]] = []
+        self.stopped = False
 
     def run(self) -> Outputs:
         outputs = Outputs([Output(len(self.given)), Output(100)])
         self.given.append(weakref.ref(outputs))
         return outputs
+
+    def _shutdown(self) -> None:
+        self.stopped = True
 
     def held(self) -> list[bool]:
         return [given() is not None for given in self.given]
@@ -114,13 +118,20 @@ def test_a_gpu_that_has_failed_holds_nothing_and_hides_no_error(
     def fails(*_: object) -> torch.Tensor:
         raise RuntimeError("CUDA error")
 
-    stopped: list[Any] = []
-    monkeypatch.setattr(handover, "shut_down", stopped.extend)
+    released: list[bool] = []
+
+    def release() -> None:
+        released.append(True)
+        fails()
+
+    monkeypatch.setattr(handover, "ReleaseUnusedMemory", release)
     runner, graph = Runner(0), Graph()
     run(runner, graph)
     monkeypatch.setattr(Event, "synchronize", fails)
     runner.shut_down([cast(Pipeline, graph)])
-    assert (graph.held(), stopped) == ([False], [graph])
+    assert (graph.held(), graph.stopped, released) == ([False], True, [True])
+    monkeypatch.setattr(Graph, "_shutdown", fails)
+    runner.shut_down([cast(Pipeline, graph)])
 
     def unlike(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")
