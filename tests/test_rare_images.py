@@ -53,7 +53,7 @@ def test_more_pixels_than_allowed_are_refused_before_decoding(
         start, window = types.Constant(np.zeros(2, np.float32)), types.Constant(np.full(2, 8, np.float32))
         size = crop.image_size(file)
         if whole:
-            return crop._refuse_too_large(file, size, device)
+            return crop.refuse_too_large(file, size, device)
         options: dict[str, Any] = {"size": 8, "antialias": True, "decoder": Decoder()}
         return crop.decode_window(file, size, start, window, None, device="cpu", **options)
 

@@ -32,6 +32,7 @@ from dali_vit.blocks import LeanBlock
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
+from pipelines.crop import REGIONS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -227,14 +228,16 @@ def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
     assert line.startswith(message)
 
 
-def test_the_cpu_s_part_of_the_input_is_measured(image_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("region", REGIONS)
+def test_the_cpu_s_part_of_the_input_is_measured(region, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure_input, "WINDOW_SECONDS", 0.1)
     out = tmp_path / "input.json"
-    flags = ["--data", str(image_folder), "--batch-size", "8", "--threads", "1", "--seconds", "0.3", "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", ["measure_input.py", *flags])
+    flags = ["--batch-size", "8", "--threads", "1", "--seconds", "0.3", "--region", region, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["measure_input.py", "--data", str(image_folder), *flags])
     measure_input.main()
     result = json.loads(out.read_text())
-    assert set(result) == {"environment", "threads", "images_per_sec", "cpu_us", "python_us"}
+    assert set(result) == {"environment", "threads", "region", "images_per_sec", "cpu_us", "python_us"}
+    assert result["region"] == region
     assert 0 < result["python_us"] <= result["cpu_us"]
     assert result["python_us"] <= 1e6 / result["images_per_sec"]
     assert f"{result['images_per_sec']:,.0f} images/s" in capsys.readouterr().out

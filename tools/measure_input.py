@@ -3,7 +3,8 @@
 
     tools/measure_input.py --data PATH --batch-size 128 --threads 8
 
-With a GPU this is all the work that is left to the CPU, so its rate bounds the loader's; measuring it takes no GPU.
+With a GPU this is what is left to the CPU, so its rate bounds the loader's; measuring it takes no GPU. Only the Huffman
+codes of JPEGs that the GPU has no engine for, or that its engine is not given, nvJPEG decodes on the CPU besides.
 Files are in the page cache once they have been read. Of an image in a shard only the two ends are read here, as the
 decoder would read the rest: the rates of shards and of files are not to be compared.
 """
@@ -38,11 +39,15 @@ IMAGE_SIZE = 224
 
 
 @pipeline_def
-def _graph(source: TrainSource, augment: Augment) -> Any:
+def _graph(source: TrainSource, augment: Augment, region: str) -> Any:
     drawn = draw(source, augment)
-    start = crop.start_unless_too_large(drawn.start, drawn.size)
+    if region == "window":
+        to_decoder = crop.start_unless_too_large(drawn.start, drawn.size)
+    else:
+        to_decoder = crop.refuse_too_large(drawn.encoded, drawn.size, "gpu")
     width = crop.width_to_resize_to(drawn.mirror, IMAGE_SIZE)
-    return drawn.labels, start, drawn.window, width, drawn.uniforms, drawn.encoded[-NUM_LAST_BYTES:]
+    last_bytes = drawn.encoded[-NUM_LAST_BYTES:]
+    return drawn.labels, drawn.start, drawn.window, width, drawn.uniforms, last_bytes, to_decoder
 
 
 @command.telling_mistakes("measure_input.py")
@@ -51,6 +56,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="as for dali-vit train")
     parser.add_argument("--batch-size", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="DALI's; default: the machine's cores")
+    parser.add_argument(
+        "--region", choices=crop.REGIONS, default="window", help="what the GPU decodes; default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="time measured; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
@@ -62,7 +70,14 @@ def main() -> None:
     allow_open_files(samples, arguments.batch_size)
     augment = Augment()
     source = TrainSource(samples, TrainOrder(len(samples), arguments.batch_size, 0, 1, seed=0), numbers_drawn(augment))
-    pipeline = _graph(source, augment, batch_size=arguments.batch_size, num_threads=arguments.threads, device_id=None)
+    pipeline = _graph(
+        source,
+        augment,
+        arguments.region,
+        batch_size=arguments.batch_size,
+        num_threads=arguments.threads,
+        device_id=None,
+    )
     try:
         measured = measure(pipeline, arguments.batch_size, arguments.seconds)
     except RuntimeError as error:  # of DALI, most likely at an image's size
@@ -76,6 +91,7 @@ def main() -> None:
     result = {
         "environment": describe_environment(),
         "threads": arguments.threads,
+        "region": arguments.region,
         **measured,
     }
     print(
