@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from dali_vit.blocks import LeanBlock
 from dali_vit.model import create_model
 from dali_vit.optim import create_optimizer
 from dali_vit.step import build_update
-from pipelines.crop import REGIONS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -184,6 +182,23 @@ def test_a_setting_of_the_compiler_that_is_none_is_named(setting, message, monke
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("flags", "tried"),
+    [
+        ([], {"off", "default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"}),
+        (["--attention", "packed"], {"default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"}),
+        (["--attention", "packed", "--compile", "off"], {"off"}),
+    ],
+)
+def test_every_way_that_takes_the_attention_is_measured_by_default(flags, tried, monkeypatch):
+    measured = set()
+    monkeypatch.setattr(measure_step, "measure_step", lambda config, *_, **__: measured.add(config.run.compile) or {})
+    monkeypatch.setattr(sys, "argv", ["measure_step.py", "--gpus", "0", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        measure_step.main()
+    assert (stopped.value.code, measured) == (0, tried)
+
+
 def test_a_way_that_fails_does_not_keep_the_others_from_being_measured(tmp_path, monkeypatch, capsys):
     def measured(config, *_, **__):
         if config.run.compile == "reduce-overhead":
@@ -226,55 +241,6 @@ def test_a_mistake_is_said_in_one_line(flags, message, monkeypatch, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
-
-
-@pytest.mark.parametrize("region", REGIONS)
-def test_the_cpu_s_part_of_the_input_is_measured(region, image_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure_input, "WINDOW_SECONDS", 0.1)
-    out = tmp_path / "input.json"
-    flags = ["--batch-size", "8", "--threads", "1", "--seconds", "0.3", "--region", region, "--json", str(out)]
-    monkeypatch.setattr(sys, "argv", ["measure_input.py", "--data", str(image_folder), *flags])
-    measure_input.main()
-    result = json.loads(out.read_text())
-    assert set(result) == {"environment", "threads", "region", "images_per_sec", "cpu_us", "python_us"}
-    assert result["region"] == region
-    assert 0 < result["python_us"] <= result["cpu_us"]
-    assert result["python_us"] <= 1e6 / result["images_per_sec"]
-    assert f"{result['images_per_sec']:,.0f} images/s" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data", "/nowhere"], "measure_input.py: /nowhere: no such folder"),
-        (["--data", "demo", "--threads", "0"], "measure_input.py: --threads 0: must be from 1 to 1,024"),
-        ([], "measure_input.py: the following arguments are required: --data (--help lists the flags)"),
-    ],
-)
-def test_mistakes_in_measuring_the_input_are_said_in_one_line(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["measure_input.py", *flags])
-    with pytest.raises(SystemExit) as stopped:
-        measure_input.main()
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(message)
-
-
-def test_images_without_a_size_are_told_of_where_the_input_is_measured(image_folder, tmp_path, monkeypatch, capfd):
-    data = tmp_path / "data"
-    shutil.copytree(image_folder, data)
-    for path in data.glob("train/*/*"):
-        path.write_bytes(path.read_bytes()[:20])
-    monkeypatch.setattr(sys, "argv", ["measure_input.py", "--data", str(data), "--batch-size", "8", "--threads", "1"])
-    with pytest.raises(SystemExit) as stopped:
-        measure_input.main()
-    assert stopped.value.code == 2
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("measure_input.py: "))
-    start, _, rest = line.partition("(")
-    assert start == f"measure_input.py: --data {data}: cannot be loaded "
-    reason, _, rest = rest.partition("); ")
-    assert "nvImageCodec failure" in reason or "dali::" in reason or "mage" in reason
-    assert rest == f"if an image is at fault, `dali-vit verify {data}` names it"
 
 
 @pytest.mark.parametrize(
