@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 _FIRST = 10  # steps; if memory runs out later, there is another reason, and a restart may help
 _OF_OTHERS = 4 * 2**30  # bytes in use on a GPU before the run's model: more than CUDA and NCCL themselves take
+
+# Only torch's allocator for GPUs has an error of its own, which the compiler puts into one of another kind. CUDA,
+# Triton and NCCL say "out of memory", cuBLAS CUBLAS_STATUS_ALLOC_FAILED.
+_LACK_OF_MEMORY = re.compile("out of memory|OutOfMemoryError|ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory")
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; adds to the gradients."""
@@ -75,8 +80,8 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
         number = next(made)
         try:
             return work(*arguments)
-        except (torch.OutOfMemoryError, LackOfMemory) as error:
-            if number >= _FIRST:
+        except RuntimeError as error:
+            if number >= _FIRST or not _is_lack_of_memory(error):
                 raise
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
@@ -89,6 +94,10 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
             ) from error
 
     return guarded
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | LackOfMemory) or bool(_LACK_OF_MEMORY.search(str(error)))
 
 
 def warn_of_memory(model: nn.Module, config: Config, group: Group) -> None:

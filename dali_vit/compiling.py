@@ -9,18 +9,25 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from dali_vit.config import Config, UserError
+from dali_vit.config import Config, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
 
-__all__ = ["compile_fault", "how_to_compile", "on_one_line"]
+__all__ = ["compile_fault", "how_to_compile", "name_failed_compilation", "on_one_line"]
 
 log = logging.getLogger(__name__)
 
 # Triton 3.9 warns that its default, which is wanted here, will change one day.
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION is unset")
+
+# Each process would warn of a mark for the profiler that DistributedDataParallel sets.
+logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(
+    lambda record: "Profiler record function" not in record.getMessage()
+)
 
 _PATIENCE = 5.0  # seconds that torch.compile's workers are given to end
 
@@ -58,6 +65,21 @@ def compile_fault(device: torch.device) -> str | None:
     finally:
         atexit.register(_limit_compile_workers)  # registered after torch's own, it runs before it
     return None
+
+
+def name_failed_compilation(work: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """Wraps `work`, a compiled training step: LocalUserError where it cannot be compiled, though a sum can."""
+
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except TorchDynamoException as error:
+            raise LocalUserError(
+                f"--compile {config.run.compile}: torch cannot compile the training step here ({on_one_line(error)});"
+                " give another mode, or --compile off, which is several times slower on a GPU"
+            ) from error
+
+    return guarded
 
 
 def on_one_line(error: Exception) -> str:

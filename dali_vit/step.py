@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
 from dali_vit.attention import TORCHS_CHOICE, choose_attention
 from dali_vit.blocks import use_packed_attention
-from dali_vit.compiling import how_to_compile
+from dali_vit.compiling import how_to_compile, name_failed_compilation
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.environment import too_old
@@ -98,7 +98,8 @@ def build_update(
     nothing waits: the host waits only for the end of the step before last (`RunAhead`). The loss is this process's, the
     norm that of all; it is NaN where the step was left out.
     Collective. Raises UserError where a GPU has no matrix products in bfloat16, and where compilation is asked for and
-    does not work here.
+    does not work here. The function raises LocalUserError where the step cannot be compiled, and where device memory
+    does not hold one of the first steps.
     """
     if old := next(filter(None, gather_objects(too_old(group.device))), None):
         raise UserError(
@@ -151,7 +152,8 @@ def build_update(
         ahead.step_is_queued()
         return loss, norm
 
-    return name_lack_of_memory(update, config, group), how
+    guarded = name_lack_of_memory(update, config, group)
+    return (guarded if mode == "off" else name_failed_compilation(guarded, config)), how
 
 
 __all__ = ["DDP_OPTIONS", "RunAhead", "TrainStep", "build_update"]

@@ -193,6 +193,26 @@ def test_a_batch_that_the_loader_has_no_memory_for_is_named_alike(tiny_config, c
         guarded()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12",
+    ],
+)
+def test_a_lack_of_memory_has_many_names(said, tiny_config, cpu):
+    def fail(error: str) -> None:
+        raise RuntimeError(error)
+
+    guarded = accumulation.name_lack_of_memory(fail, tiny_config, cpu)
+    with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images at once"):
+        guarded(said)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        guarded("CUDA error: an illegal memory access was encountered")
+
+
 def test_what_was_held_for_long_is_no_mistake_of_the_user(full, tiny_config, cpu):
     """The launcher then starts again from the last checkpoint, which it does not after a mistake."""
     Full.steps = 9

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from dali_vit import compiling
-from dali_vit.config import Config, UserError
+from dali_vit.config import Config, LocalUserError, UserError
 from dali_vit.distributed import Group
+from dali_vit.model import create_model
+from dali_vit.optim import create_optimizer
+from dali_vit.step import build_update
 from tests.conftest import TINY, environment
 from tests.processes import dali_vit
 
@@ -118,3 +121,47 @@ print(pool.process.pid, time.monotonic(), flush=True)
     pid, stopped = started.stdout.split()
     assert compiling._PATIENCE < ended - float(stopped) < compiling._PATIENCE + 15
     assert not Path("/proc", pid).exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "no such layout\n\nSet TORCHDYNAMO_VERBOSE=1",
+            r"^--compile default: torch cannot compile the training step here \(BackendCompilerFailed:.* layout\);"
+            " give another mode, or --compile off, which is several times slower on a GPU$",
+        ),
+        (  # as of a kernel that is loaded where all activations are kept
+            "No valid triton configs. OutOfMemoryError: CUDA out of memory.",
+            "^--batch-size 8: memory does not hold 8 images at once; give --grad-accum-steps 2, ",
+        ),
+    ],
+)
+def test_a_step_that_cannot_be_compiled_is_told_of_with_what_helps(
+    said: str, told: str, tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a sum can: the launcher would start again, to the same end, where it takes that for a crash."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(said)
+
+    config = with_mode(tiny_config, "default")
+    model = create_model(config.model, num_classes=4, resolution=32)
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda step, mode: torch._dynamo.optimize(fail)(step))
+    update, _ = build_update(config, model.train(), create_optimizer(model, config.optim), cpu)
+    with pytest.raises(LocalUserError, match=told):
+        update(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 1.0, 1e-3)
+    torch.compiler.reset()
+
+
+def test_a_mark_for_the_profiler_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """torch would, in every process of a run whose DistributedDataParallel is compiled; of other things it is to."""
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        with torch.profiler.record_function("DistributedDataParallel.forward"):
+            return x + 1
+
+    assert torch.compile(add, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+    logging.getLogger("torch._dynamo.variables.ctx_manager").warning("another")
+    assert [record.getMessage() for record in caplog.records if "dynamo" in record.name] == ["another"]
