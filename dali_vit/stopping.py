@@ -59,7 +59,8 @@ class Stop:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handles the signals while the body runs, even while the main thread is held up outside of Python."""
+        """Handles the signals while the body runs, even while the main thread is held up outside of Python; where one
+        has come, until the process ends, so that its repeats change no exit code."""
         # Python runs its handlers in the main thread, which may hang in a read. The wake-up descriptor is written to as
         # the signal arrives, and a thread of our own listens to it.
         receiver, sender = socket.socketpair()
@@ -71,10 +72,13 @@ class Stop:
         try:
             yield
         finally:
-            signal.set_wakeup_fd(descriptor)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            sender.close()
+            if self._signal is not None:
+                sender.detach()  # it stays open
+            else:
+                signal.set_wakeup_fd(descriptor)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                sender.close()
 
     def _listen(self, receiver: socket.socket) -> None:
         with receiver:

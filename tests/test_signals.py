@@ -10,12 +10,14 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed import run as launcher
 
 from dali_vit import checkpoint, launch
-from tests.conftest import environment, python, read_metrics, write_image_folder
+from dali_vit.stopping import Stop
+from tests.conftest import environment, read_metrics, write_image_folder
 from tests.processes import LAUNCH, alive, command, logged_steps, running, wait_for
 from tests.test_faults import stall, wait_for_stall
 
@@ -94,6 +96,7 @@ def test_workers_have_minutes_to_write_a_checkpoint_before_they_are_killed(given
     assert config.shutdown_timeout == expected
 
 
+ROOT = Path(__file__).parents[1]
 TWICE = """
 import os, signal, time, torch
 from dali_vit.distributed import Group
@@ -104,10 +107,33 @@ with stop.watching():
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
-    print(stop.reason())
+    print(stop.reason(), flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.1)
+del stop
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+print("ended in order", flush=True)
+time.sleep({pause})
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep({pause})
 """
 
 
 @pytest.mark.timeout(60)
-def test_a_ctrl_c_that_terminal_and_launcher_both_pass_on_is_one() -> None:
-    assert python("-c", TWICE).stdout == "stopped by SIGINT\n"
+@pytest.mark.parametrize(("pause", "code"), [("0", 0), ("1.1", 128 + signal.SIGTERM)])
+def test_a_signal_that_terminal_and_launcher_both_pass_on_is_one(pause, code) -> None:
+    """Also while the process ends, whose exit code a scheduler or a script goes by."""
+    program = [sys.executable, "-c", TWICE.replace("{pause}", pause)]
+    ended = subprocess.run(program, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(), check=False)
+    assert ended.stdout == "stopped by SIGINT\nended in order\n"
+    assert ended.returncode == code
+
+
+def test_without_a_signal_what_handled_them_before_does_again(cpu) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    with Stop(cpu, None, 0).watching():
+        assert all(signal.getsignal(number) != handler for number, handler in before.items() if handler)
+    assert {number: signal.getsignal(number) for number in before} == before
+    descriptor = signal.set_wakeup_fd(-1)
+    assert descriptor == -1
