@@ -102,12 +102,17 @@ def test_all_modes_and_a_profile(image_folder, tmp_path, capsys, short_windows, 
     assert kernels.table(result["profile"]) in printed
 
 
-def test_one_mode_gives_its_own_keys_alone(image_folder, tmp_path, capsys, short_windows):
-    for mode, keys in [("loader", {"loader"}), ("model", {"model", "mfu"})]:
+def test_one_mode_gives_its_own_keys_alone(image_folder, tmp_path, capsys, short_windows, monkeypatch):
+    monkeypatch.setattr(bench_throughput, "cpu_count", lambda: 4)
+    for mode, keys, busy in [("loader", {"loader"}, 1.04), ("model", {"model", "mfu"}, 1.0)]:
+        monkeypatch.setattr(bench_throughput, "busy_cores", lambda busy=busy: busy)
         out = tmp_path / f"{mode}.json"
         code, printed, err = run(*flags(image_folder), *QUICK, "--mode", mode, "--json", str(out), capsys=capsys)
         assert code == 0, err
-        assert set(json.loads(out.read_text())) == keys | {"environment", "config"}
+        result = json.loads(out.read_text())
+        assert set(result) == keys | {"environment", "config"}
+        assert ("others keep 1.0 of 4 cores busy: expect low, uneven rates" in err) == (busy > 1)
+        assert result["environment"]["cores busy before"] == "1.0"
         assert "--mode all says which stage limits" in printed
 
 

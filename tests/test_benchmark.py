@@ -53,6 +53,20 @@ class Clock:
         self.now += seconds
 
 
+def test_cores_that_others_keep_busy(tmp_path, monkeypatch):
+    """Of those that this process may use, 0 and 2; the load that an earlier command has left is not counted."""
+    stat = tmp_path / "stat"
+    before = "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 100 0 0 900 0 0 0 0 50 0\ncpu1 0 0 0 5 0 0 0 0 0 0\n"
+    before += "cpu2 10 0 0 10 0 0 0 0 0 0\n"
+    # Of 100 ticks core 0 is busy for 1 + 2 + 3 + 4 + 5 + 6, core 2 for 59; core 1 for all of its own.
+    after = "cpu0 101 2 3 970 9 4 5 6 51 0\ncpu1 100 0 0 5 0 0 0 0 0 0\ncpu2 69 0 0 51 0 0 0 0 0 0\nctxt 1\n"
+    stat.write_text(before)
+    monkeypatch.setattr(windows, "usable_cores", lambda: {0, 2})
+    monkeypatch.setattr(windows.time, "sleep", lambda seconds: stat.write_text(after))
+    assert windows.busy_cores(1.0, stat) == pytest.approx((21 + 59) / 100)
+    assert windows.busy_cores(1.0, stat) == 2.0  # no tick has passed
+
+
 def test_statistics_of_windows():
     measured = Measurement((1.0, 2.0, 4.0), 100, 30.0, 0.25)
     assert measured.to_json() == {

@@ -28,7 +28,7 @@ from benchmark import command  # first, see there
 import torch
 import tyro
 from benchmark import compare, kernels, modes, report, sweep
-from benchmark.windows import Measurement
+from benchmark.windows import Measurement, busy_cores
 
 from dali_vit import distributed, plan
 from dali_vit.accumulation import warn_of_memory, warn_of_others
@@ -189,8 +189,8 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=False))
     dataset, seconds = planned.dataset, options.seconds
     environment = describe_environment()
-    load, cores = os.getloadavg()[0], cpu_count()
-    environment |= {"load average before": f"{load:.2f}", "torch threads": str(torch.get_num_threads())}
+    busy, cores = distributed.together(busy_cores), cpu_count()  # while the other ranks sleep, too
+    environment |= {"cores busy before": f"{busy:.1f}", "torch threads": str(torch.get_num_threads())}
     measured_options = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(options).items()}
     result: dict[str, Any] = {
         "environment": environment,
@@ -205,8 +205,8 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
         f"{dataset.root}: {dataset.counts['train']:,} images; {config.optim.batch_size} a batch at"
         f" {config.data.resolution} px; {group.world_size} x {group.device.type}, {environment['cpu']} cores"
     )
-    if load > cores / 4 and group.is_main:
-        print(f"others use this machine (load {load:.1f} on {cores} cores): expect low, uneven rates", file=sys.stderr)
+    if busy > cores / 4 and group.is_main:
+        print(f"others keep {busy:.1f} of {cores} cores busy: expect low, uneven rates", file=sys.stderr)
     trains = options.mode != "loader" or options.profile > 0 or options.randaug_cost
     if trains:
         warn_of_memory(planned.model, config, group)

@@ -148,7 +148,7 @@ def _environment(results: Results) -> Iterator[str]:
     found: dict[str, dict[str, list[str]]] = {}
     for measurement, result in results.items():
         for name, value in result.get("environment", {}).items():
-            if name not in ("command", "host", "load average before"):
+            if name not in ("command", "host", "cores busy before"):
                 found.setdefault(name, {}).setdefault(value, []).append(measurement)
     for name, values in found.items():
         if len(values) == 1:

@@ -8,18 +8,35 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from dali_vit.distributed import Group, gather_objects
+from dali_vit.environment import usable_cores
 from dali_vit.metrics import StepTimer
 
 WARMUP_STEPS = 5  # compilation and DDP need two steps, a loader's queue as many as it is deep
 WINDOW_SECONDS = 1.0
 WINDOW_STEPS = 5
 _SLOW_STEP_SECONDS = 5.0
+
+
+def busy_cores(seconds: float = 0.5, stat: Path = Path("/proc/stat")) -> float:
+    """How many of the cores that this process may use are busy while it sleeps. Source: proc_stat(5)."""
+    cores = {f"cpu{number}" for number in usable_cores()}
+
+    def ticks() -> np.ndarray:
+        lines = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq and steal; what guests take is in user already.
+        return np.array([row[1:9] for row in lines if row[:1] and row[0] in cores], np.int64).sum(axis=0)
+
+    before = ticks()
+    time.sleep(seconds)
+    passed = ticks() - before
+    return len(cores) * (1.0 - float(passed[3:5].sum()) / max(float(passed.sum()), 1.0))
 
 
 @dataclass(frozen=True)
