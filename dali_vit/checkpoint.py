@@ -17,7 +17,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from dali_vit.validation import MAX_RESOLUTION, check_local, check_range
 from dali_vit.variants import TIMM_PREFIX
 
 FORMAT = 1
+FILES = ("model.safetensors", "trainer.pt")
+"""The files of a checkpoint beside checkpoint.json; the first is enough for inference."""
+_REMEDY = "; use an older checkpoint"
 
 
 class OtherVersion(UserError):
@@ -108,7 +111,7 @@ def save(
             "classes": list(classes),
             "loader": dict(loader_state),
             "metrics": {},
-            "sha256": {name: file_sha256(temporary / name) for name in ("model.safetensors", "trainer.pt")},
+            "sha256": {name: file_sha256(temporary / name) for name in FILES},
         }
         (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
@@ -178,8 +181,8 @@ def save_model(
     weights.write(path, tensors, {"dali_vit": json.dumps(description)})
 
 
-def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run; damaged ones are named in the log and passed over.
+def newest(run_dir: Path, files: Sequence[str] = FILES) -> Checkpoint | None:
+    """The newest complete checkpoint of a run; damaged ones are named in the log and passed over. files: as for `read`.
 
     None where the run has no checkpoint; UserError where all are damaged. PermissionError for one that may not be read
     and OtherVersion for one of another version: resuming from an older checkpoint instead would lose it.
@@ -188,31 +191,35 @@ def newest(run_dir: Path) -> Checkpoint | None:
         folders = step_folders(run_dir / "checkpoints")
         for folder in reversed(folders):
             try:
-                return read(folder)
+                return read(folder, files)
             except OtherVersion:
                 raise
             except UserError as error:
                 if not os.path.lexists(folder):
                     break  # the run is in progress: it has removed this one and written newer ones
-                warn_once(f"{error}{'' if folder == folders[0] else '; trying the one before'}")
+                fault = str(error).removesuffix(_REMEDY)
+                warn_once(f"{fault}{'' if folder == folders[0] else '; trying the one before'}")
         else:
             if folders:
-                raise UserError(f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move it away to start over")
+                raise UserError(
+                    f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move the folder away to train from the"
+                    " start"
+                )
             return None
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path, files: Sequence[str] = FILES) -> Checkpoint:
     """The checkpoint in a step_* folder; UserError where it is damaged, OtherVersion where another version wrote it.
 
-    PermissionError where it may not be read.
+    files: those of FILES that are to be whole. PermissionError where it may not be read.
     """
     try:
         record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise OtherVersion(f"{folder}: checkpoint format {record['format']}, this version reads {FORMAT}")
-        for name, digest in record["sha256"].items():
-            if file_sha256(folder / name) != digest:
-                raise UserError(f"{folder / name}: damaged (its checksum differs); use an older checkpoint")
+        for name in files:
+            if file_sha256(folder / name) != record["sha256"][name]:
+                raise UserError(f"{folder / name}: damaged (its checksum differs){_REMEDY}")
         try:
             config = from_dict(record["config"])
         except UserError as error:
@@ -228,7 +235,7 @@ def read(folder: Path) -> Checkpoint:
     except (PermissionError, UserError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint ({error}); use an older checkpoint") from error
+        raise UserError(f"{folder}: not a whole checkpoint ({error}){_REMEDY}") from error
 
 
 def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
@@ -289,9 +296,9 @@ def open_model(path: str | Path, resolution: int | None = None) -> OpenedModel:
     )
 
 
-def load_model(path: str | Path) -> torch.nn.Module:
+def load_model(path: str | Path, resolution: int | None = None) -> torch.nn.Module:
     """The model alone, as `open_model` gives it: eval mode, float32, [N, 3, H, W] in [-1, 1] to logits."""
-    return open_model(path).model
+    return open_model(path, resolution).model
 
 
 def _read_model_file(path: Path) -> tuple[Path, Checkpoint | None, dict[str, torch.Tensor], dict[str, str]]:
@@ -325,7 +332,7 @@ def _model_file(path: Path) -> tuple[Path, Checkpoint | None]:
         raise UserError(_exported(path))
     whole = (path / "checkpoint.json").exists() or (path / "model.safetensors").exists()
     in_run = path.name == "checkpoints" and not (path / "checkpoints").is_dir()
-    checkpoint = read(path) if whole else newest(path.parent if in_run else path)
+    checkpoint = read(path, FILES[:1]) if whole else newest(path.parent if in_run else path, FILES[:1])
     if checkpoint is None:
         raise UserError(f"--checkpoint {path}: holds no checkpoint; give a run folder or a step_* folder")
     return checkpoint.path / "model.safetensors", checkpoint

@@ -113,7 +113,7 @@ def _newest(path: Path) -> str | None:
     """The checkpoint that a run's folder or a link to its best one stands for now, relative to `path`; else None."""
     if path.is_symlink() and (path / "checkpoint.json").exists():
         return os.path.join(os.pardir, path.resolve().name)
-    newest = checkpoint.newest(path)
+    newest = checkpoint.newest(path, checkpoint.FILES[:1])
     return None if newest is None else os.path.join("checkpoints", newest.path.name)
 
 

@@ -7,19 +7,20 @@ import filecmp
 import functools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["last_step", "prune", "remove_unfinished", "step_folder", "step_folders", "warn_once"]
+__all__ = ["best_evaluation", "last_step", "prune", "remove_unfinished", "step_folder", "step_folders", "warn_once"]
 
 log = logging.getLogger(__name__)
 
 BEST = "best"
 """Link beside the folders of a run's checkpoints that leads to the best of them."""
-BEST_METRICS = ("minival/top1", "val/top1")  # what "best" is judged by: the first that was measured
+BEST_SPLITS = ("minival", "val")  # what "best" is judged by: the first that was evaluated
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -56,16 +57,8 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     _undo_copy(folder)
     # Checkpoints of later steps are damaged, else the run would have resumed from them: they must displace no good one.
     folders = [f for f in step_folders(folder) if _step(f) <= _step(written)]
-    scores: dict[Path, float] = {}
-    for candidate in folders:
-        try:
-            metrics = json.loads((candidate / "checkpoint.json").read_text(encoding="utf-8"))["metrics"]
-            score = next((metrics[name] for name in BEST_METRICS if name in metrics), None)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: it cannot be the best, and is removed when its turn comes
-        if score is not None:
-            scores[candidate] = score
-    best = max(scores, key=lambda f: (scores[f], _step(f))) if scores else None
+    scores = {candidate: score for candidate in folders if (score := _score(candidate)) is not None}
+    best = max(scores, key=scores.__getitem__) if scores else None
     if best is not None:
         _link(folder / BEST, best.name)
     for candidate in folders[:-keep]:
@@ -76,6 +69,33 @@ def prune(folder: Path, keep: int, written: Path) -> None:
         with suppress(OSError):
             os.replace(candidate, going)
             shutil.rmtree(going)
+
+
+def _score(folder: Path) -> tuple[float, float, int] | None:
+    """What a checkpoint's worth is compared by: accuracy, of equal ones the loss, then the later step; None if it was
+    not evaluated."""
+    try:
+        step, metrics = _evaluation(folder)
+        split = next((split for split in BEST_SPLITS if f"{split}/top1" in metrics), None)
+        if split is None:
+            return None
+        loss = metrics.get(f"{split}/loss", math.nan)
+        return metrics[f"{split}/top1"], -loss if math.isfinite(loss) else -math.inf, step
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged: it cannot be the best, and is removed when its turn comes
+
+
+def _evaluation(folder: Path) -> tuple[int, dict[str, float]]:
+    record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    return record["step"], record["metrics"]
+
+
+def best_evaluation(run_dir: Path) -> tuple[int, dict[str, float]] | None:
+    """The step of a run's best checkpoint and its evaluation, scalars by name; None where there is none to be read."""
+    try:
+        return _evaluation(run_dir / "checkpoints" / BEST)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _undo_copy(folder: Path) -> None:

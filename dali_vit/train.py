@@ -32,6 +32,7 @@ from dali_vit.runfolder import log_samples, log_texts, open_folder, profiling
 from dali_vit.runlock import current, how_to_go_on
 from dali_vit.saving import Saver, restore, tidy_up
 from dali_vit.step import build_update
+from dali_vit.step_folders import best_evaluation
 from dali_vit.stopping import Interrupted, Stop, Watchdog
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         val_fingerprint=planned.val_fingerprint,
     )
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # nodes that cannot reach each other fail here
-    remarks = report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images)
-    for remark in remarks if group.is_main else ():
-        log.warning("%s", remark)
+    if group.is_main:
+        for remark in report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images):
+            log.warning("%s", remark)
     # Whether the run was stopped while it evaluated the weights of its newest checkpoint.
     evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))
     if checkpoint and start >= total and not evaluation_due:
@@ -156,6 +157,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
     if stop_reason:
         raise Interrupted(f"{stop_reason} after step {done}; {how_to_go_on(config)}")
     metrics = _check_finite(milestones.metrics, config)
+    if (best := best_evaluation(current(config))) and best[0] != total:
+        log.info("best: %s", report.evaluation_line(best[0], total, best[1]))
     log.info("done in %s: %s", report.duration(time.perf_counter() - began), current(config))
     return metrics
 

@@ -69,24 +69,6 @@ def test_every_way_to_name_a_checkpoint_opens_the_same_model(tmp_path):
         torch.testing.assert_close(checkpoint.load_model(path).state_dict(), expected, rtol=0, atol=0)
 
 
-def test_the_last_k_and_the_best_are_kept(tmp_path):
-    """The best is the one of highest minival top-1, and has a link of its own."""
-    best = tmp_path / "checkpoints" / "best"
-    for step, top1 in [(1, 10.0), (2, 90.0), (3, 20.0), (4, 30.0), (5, 40.0)]:
-        save(tmp_path, step, {"minival/top1": top1, "val/top1": 100 - top1})
-        assert os.readlink(best) == f"step_{min(step, 2):09d}"
-    kept = sorted(f.name for f in (tmp_path / "checkpoints").glob("step_*"))
-    assert kept == ["step_000000002", "step_000000004", "step_000000005"]
-    assert checkpoint.open_model(best).step == 2
-    assert checkpoint.newest(tmp_path).step == 5
-
-
-def test_of_two_that_are_as_good_the_later_is_the_best(tmp_path):
-    for step in (1, 2):
-        save(tmp_path, step, {"val/top1": 5.0})
-    assert os.readlink(tmp_path / "checkpoints" / "best") == "step_000000002"
-
-
 def test_one_that_is_written_again_is_there_until_the_new_one_is(tmp_path, monkeypatch):
     folder = save(tmp_path, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -102,14 +84,6 @@ def test_one_that_is_written_again_is_there_until_the_new_one_is(tmp_path, monke
         save(tmp_path, 1)
     (aside,) = folder.parent.glob(".tmp-old-*")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
-
-
-def test_what_is_called_best_and_is_no_link_of_ours_is_left_alone(tmp_path):
-    best = tmp_path / "checkpoints" / "best"
-    best.mkdir(parents=True)
-    save(tmp_path, 1, {"val/top1": 1.0})
-    assert not best.is_symlink()
-    assert sorted(os.listdir(best.parent)) == ["best", "step_000000001"]
 
 
 @pytest.mark.timeout(60)
@@ -164,6 +138,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, file, da
     with caplog.at_level("WARNING", logger="dali_vit"):
         assert [checkpoint.newest(tmp_path).step for _ in range(2)] == [1, 1]
     assert ["step_000000002" in line for line in caplog.messages] == [True]  # once
+    assert caplog.messages[0].endswith("; trying the one before")
+    assert "use an older checkpoint" not in caplog.text
 
 
 def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path):
@@ -184,9 +160,30 @@ def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path):
 def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
     path = save(tmp_path, 1) / "trainer.pt"
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match="every checkpoint is damaged; move the folder away to train from the start"):
         checkpoint.newest(tmp_path)
     assert path.parent.is_dir()
+
+
+def test_a_model_is_opened_without_what_only_training_needs(tmp_path):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    (folder / "trainer.pt").unlink()
+    for path in (tmp_path, folder):
+        assert checkpoint.open_model(path).step == 2
+    assert checkpoint.newest(tmp_path).step == 1
+    (folder / "model.safetensors").write_bytes(b"")
+    assert checkpoint.open_model(tmp_path).step == 1
+    with pytest.raises(
+        UserError, match=r"model.safetensors: damaged \(its checksum differs\); use an older checkpoint$"
+    ):
+        checkpoint.open_model(folder)
+
+
+def test_a_model_is_loaded_for_images_of_another_size(tmp_path):
+    save(tmp_path, 1)
+    with torch.no_grad():
+        assert checkpoint.load_model(tmp_path, 64)(torch.zeros(2, 3, 64, 64)).shape == (2, len(CLASSES))
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
@@ -202,11 +199,11 @@ def test_one_that_its_run_removes_while_it_is_read_is_not_taken_for_damaged(tmp_
     save(tmp_path, 1)
     read = checkpoint.read
 
-    def read_too_late(folder: Path) -> checkpoint.Checkpoint:
+    def read_too_late(folder: Path, files: Any) -> checkpoint.Checkpoint:
         if folder.name == "step_000000001":
             keep_one = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, keep_checkpoints=1))
             save(tmp_path, 2, config=keep_one)
-        return read(folder)
+        return read(folder, files)
 
     monkeypatch.setattr(checkpoint, "read", read_too_late)
     assert checkpoint.newest(tmp_path).step == 2
