@@ -1,4 +1,7 @@
-"""`--config FILE`: a run's settings from YAML, in the form of a run's config.yaml and of --print-config's output."""
+"""`--config FILE`: a run's settings from YAML, in the form of a run's config.yaml and of --print-config's output.
+
+A run's folder stands for its config.yaml.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,8 @@ def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
         path = value if equals else next(arguments, "")
         if not path or path.startswith("--"):
             raise UserError(f"{FLAG}: names no file; {_MEANT}")
+        if os.path.isfile(of_run := at_home(Path(path)) / "config.yaml"):
+            path = str(of_run)
     return path, rest
 
 

@@ -215,11 +215,12 @@ def check_images(samples: ImageList, max_bad_share: float | None = None) -> None
         if fault == _NOT_REGULAR:  # DALI would wait for a pipe's writer for ever, where it leaves other bad files out
             raise UserError(f"{path} {fault}: remove it or put an image in its place")
     if len(bad) > most_allowed(max_bad_share or 0.0, len(indices)):
-        path, fault = bad[0]
+        first = "; ".join(f"{path} {fault}" for path, fault in bad[:3])
         found = f"unusable images: {len(bad)} of {len(indices)} looked at"
         limit = "" if max_bad_share is None else f", more than --max-bad-share {max_bad_share:g} allows"
         it, image = ("it", "an image in its") if len(bad) == 1 else ("them", "images in their")
-        raise UserError(f"{path} {fault} ({found}{limit}): remove {it} or put {image} place")
+        every = "; `dali-vit verify` names all" if max_bad_share is not None and len(bad) > 3 else ""
+        raise UserError(f"{first} ({found}{limit}): remove {it} or put {image} place{every}")
 
 
 def _fault(path: str) -> str | None:

@@ -73,7 +73,7 @@ def parse_train(argv: list[str]) -> tuple[Config, bool]:
             default=named_recipe(argv),
             description="Trains a model; started again, it goes on from the run's newest checkpoint.\n\n"
             "--print-config prints the resolved settings instead. --config FILE takes settings from such a print, or"
-            " from a run's config.yaml; flags beside it override them.\n\n"
+            " from a run's folder or config.yaml; flags beside it override them.\n\n"
             f"Recipes (ImageNet-1k top-1 as the paper reports it):\n{recipes.describe()}",
         )
     return config, print_config

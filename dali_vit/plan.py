@@ -77,7 +77,15 @@ def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
     total = total_steps(config.optim, len(train_files))
     if total == 1 and config.optim.warmup_steps:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
-    lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
+    try:
+        lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
+    except UserError as error:
+        if config.optim.steps is not None:
+            raise
+        raise UserError(
+            f"{error}; a smaller --batch-size than {config.optim.batch_size}, or more --epochs, make more steps of"
+            f" {len(train_files):,} images"
+        ) from error
     val_fingerprint = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
     return Plan(dataset, model, total, checkpoint, train_fingerprint, val_fingerprint)
 
@@ -170,7 +178,7 @@ def _check_resumable(config: Config, checkpoint: checkpoints.Checkpoint) -> None
     if changed:
         raise UserError(
             f"{config.run_dir}: was begun with other settings ({'; '.join(changed)});"
-            " choose another --name, or give the same settings to go on with it"
+            " choose another --name, or give the same settings to go on with it, or remove the folder to begin anew"
         )
 
 

@@ -16,15 +16,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig
-from dali_vit.data import Dataset
+from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
 from dali_vit.environment import why_no_gpu
-from dali_vit.listing import other_val
+from dali_vit.listing import LEFT_OUT, left_out, other_val
 from dali_vit.manifest import MANIFEST
 from dali_vit.structure import val_without_images
 from dali_vit.variants import TIMM_PREFIX
 
 log = logging.getLogger(__name__)
+
+_FEW_TO_CHOOSE_BY = 100  # images; of so many, top-1 varies by up to 5 points by chance alone
+_SMALL = 10_000  # images; of a larger set `verify` alone looks for files that are not taken, as that may take long
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
@@ -51,7 +54,8 @@ def with_sizes(config: ModelConfig) -> str:
 
 
 def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
-    """Remarks on settings and data that are allowed but may not be what the user meant."""
+    """Remarks on settings and data that are allowed but may not be what the user meant. Lists the folders of a small
+    set."""
     found = []
     if config.data.data == "demo" and (os.path.isdir("demo/train") or os.path.isfile(f"demo/{MANIFEST}")):
         found.append("--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo")
@@ -80,6 +84,27 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
                 f"--minival {config.data.minival:g} of {images} training image{'s' if images > 1 else ''} is none:"
                 " the best checkpoint is chosen by val"
             )
+    images = dataset.counts.get("minival", 0)
+    if config.run.eval_every and config.data.data != "demo" and 0 < images < _FEW_TO_CHOOSE_BY:
+        instead = "or 0 to choose by val" if dataset.counts.get("val") else "such as 0.1"
+        found.append(
+            f"--minival {config.data.minival:g}: the best checkpoint is chosen by"
+            f" {images} image{'s' if images > 1 else ''} alone, which leaves much to chance; give a larger share,"
+            f" {instead}"
+        )
+    images = len(dataset.split("train"))
+    if config.optim.batch_size > images:
+        found.append(
+            f"--batch-size {config.optim.batch_size}: each step takes the {images} training"
+            f" image{'s' if images > 1 else ''} more than once; give a smaller one"
+        )
+    if isinstance(dataset.train, FileList) and images < _SMALL:
+        folders = (dataset.root / split / name for split in ("train", "val") for name in dataset.classes)
+        found += [
+            f"{dataset.root}: files {files.kind.replace('other', 'of another')} are left out ({files.count:,}, such as"
+            f" {files.example}): {LEFT_OUT[files.kind]}"
+            for files in left_out(folders)
+        ]
     warmup = config.optim.warmup_steps
     if 2 * warmup > total_steps:
         share = 100 * warmup / total_steps
@@ -226,6 +251,8 @@ def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     for split in sorted({name.split("/")[0] for name in metrics}):
         values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
         parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {_short(values['loss'])}")
+        if bad := round(values.get("bad_samples", 0)):
+            parts[-1] += f" ({bad:,} image{'s' if bad > 1 else ''} left out)"
     return " | ".join([f"step {step:>{len(str(total))}}/{total}", *parts])
 
 

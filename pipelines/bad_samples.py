@@ -97,7 +97,8 @@ class BadSamples:
         self.mask[bad] = True
         for index in bad.tolist():
             log.warning(
-                "%s cannot be read, decoded or cropped: left out until the next start", self._samples.path(index)
+                "%s cannot be read, decoded or cropped: left out; the next start tries it again",
+                self._samples.path(index),
             )
         self._check_share()
         return len(bad) > 0

@@ -61,7 +61,7 @@ def test_a_bad_sample_is_named_once_and_replaced(kind: str, tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, LOGGER):
         images, labels = take(train, 9)  # three epochs
     assert [record.message for record in caplog.records] == [
-        f"{files.path(7)} cannot be read, decoded or cropped: left out until the next start"
+        f"{files.path(7)} cannot be read, decoded or cropped: left out; the next start tries it again"
     ]
     assert train.bad_samples == (7,)
     assert train.state_dict()["bad_samples"] == [7]

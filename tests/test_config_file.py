@@ -28,6 +28,7 @@ def test_what_was_printed_is_taken_again(recipe: str, tmp_path: Path) -> None:
     file.write_text(to_yaml(config))
     assert parsed("--config", file) == config
     assert parsed(f"--config={file}") == config
+    assert parsed("--config", tmp_path) == config  # the run's folder
     assert config != recipes.get(recipe)
 
 

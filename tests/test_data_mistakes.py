@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dali_vit import data, report
-from dali_vit.config import Config, DataConfig
+from dali_vit.config import Config, DataConfig, OptimConfig
 from dali_vit.data import check_images, load_dataset
 from dali_vit.listing import left_out, other_val
 from dali_vit.prepare import PrepareArguments, prepare
@@ -191,7 +191,8 @@ def test_classes_that_differ(tmp_path):
     assert dataset.classes == tuple("abcdef")
     assert (len(dataset.split("train")), dataset.split("val").labels.tolist()) == (6, [0])
     told = f"{tmp_path}: val has no images of 5 of 6 classes (b, c, d and 2 more)"
-    assert report.remarks(Config(DataConfig(minival=0)), dataset, 10**6) == [told]
+    config = Config(DataConfig(minival=0), optim=OptimConfig(batch_size=6))
+    assert report.remarks(config, dataset, 10**6) == [told]
     for path in (tmp_path / "val" / "a").iterdir():
         path.unlink()
     fails(lambda: load_dataset(tmp_path), "val has classes without images (a, b, c and 3 more): add images or remove")
@@ -279,7 +280,17 @@ def test_what_is_no_image_is_named(tmp_path, content, fault):
     fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", found)
     make_files(tmp_path, "train/b/b_0007.jpg", "train/b/b_0008.jpg", content=content)
     found = "(unusable images: 3 of 100 looked at): remove them or put images in their place"
-    assert "--max-bad-share" not in fails(lambda: check_images(files), "a_0031.jpg", found)
+    told = fails(lambda: check_images(files), f"{tmp_path}/train/a/a_0031.jpg {fault}", found)
+    assert told.count(fault) == 3
+    assert "--max-bad-share" not in told
+    make_files(tmp_path, "train/b/b_0009.jpg", content=content)
+    told = fails(
+        lambda: check_images(files), "a_0031.jpg", "b_0008.jpg", "(unusable images: 4 of 100 looked at): remove"
+    )
+    assert "b_0009.jpg" not in told
+    assert "verify" not in told
+    told = fails(lambda: check_images(files, 0.0))
+    assert told.endswith(" put images in their place; `dali-vit verify` names all")
 
 
 def test_more_bad_images_than_allowed_name_the_limit(tmp_path):
@@ -287,8 +298,9 @@ def test_more_bad_images_than_allowed_name_the_limit(tmp_path):
     make_files(tmp_path, "train/a/a_0003.jpg", "train/a/a_0100.jpg", content=b"")
     check_images(files, 2 / 122)
     assert fails(lambda: check_images(files, 0.01)) == (
-        f"{tmp_path}/train/a/a_0003.jpg is an empty file (unusable images: 2 of 122 looked at, more than "
-        "--max-bad-share 0.01 allows): remove them or put images in their place"
+        f"{tmp_path}/train/a/a_0003.jpg is an empty file; {tmp_path}/train/a/a_0100.jpg is an empty file"
+        " (unusable images: 2 of 122 looked at, more than --max-bad-share 0.01 allows): remove them or put images in"
+        " their place"
     )
     make_files(tmp_path, "train/a/a_0100.jpg")
     fails(lambda: check_images(files, 0), "1 of 122 looked at, more than --max-bad-share 0 allows): remove it")

@@ -18,15 +18,15 @@ from dali_vit.manifest import MANIFEST
 from dali_vit.report import evaluation_line, model_line, progress_line, remarks, summary, with_sizes
 
 
-def dataset(*, minival: int, val: int) -> Dataset:
+def dataset(*, minival: int, val: int, train: int = 2000) -> Dataset:
     def files(count: int) -> FileList | None:
         return FileList.from_paths([f"{i}.jpg" for i in range(count)], np.arange(count) % 2) if count else None
 
-    return Dataset("set", Path("/set"), ("a", "b"), files(9), files(minival), files(val))
+    return Dataset("set", Path("/set"), ("a", "b"), files(train), files(minival), files(val))
 
 
 def test_a_single_class_is_remarked_on() -> None:
-    single = replace(dataset(minival=1, val=1), classes=("images",))
+    single = replace(dataset(minival=100, val=1), classes=("images",))
     (said,) = remarks(Config(), single, 112_603)
     assert said == "/set has but one class, images: there is nothing to tell it from"
 
@@ -34,14 +34,27 @@ def test_a_single_class_is_remarked_on() -> None:
 @pytest.mark.parametrize(
     ("minival", "val", "said"),
     [
-        (0, 3, ["--minival 0.01 of 9 training images is none: the best checkpoint is chosen by val"]),
-        (2, 3, []),
-        (2, 0, ["/set has no val/: minival alone is evaluated"]),
+        (0, 3, ["--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val"]),
+        (100, 3, []),
+        (99, 3, ["--minival 0.01: the best checkpoint is chosen by 99 images alone, {chance}, or 0 to choose by val"]),
+        (1, 3, ["--minival 0.01: the best checkpoint is chosen by 1 image alone, {chance}, or 0 to choose by val"]),
+        (
+            2,
+            0,
+            [
+                "/set has no val/: minival alone is evaluated",
+                "--minival 0.01: the best checkpoint is chosen by 2 images alone, {chance}, such as 0.1",
+            ],
+        ),
         (0, 0, ["/set has no val/, and --minival leaves none: nothing is evaluated"]),
     ],
 )
 def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val: int, said: list[str]) -> None:
+    chance = "which leaves much to chance; give a larger share"
+    said = [text.format(chance=chance) for text in said]
     assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
+    at_the_end = replace(Config(), run=replace(Config().run, eval_every=0.0))  # there is nothing to choose from
+    assert remarks(at_the_end, dataset(minival=minival, val=val), 112_603) == [s for s in said if "chance" not in s]
     without = replace(Config(), data=replace(Config().data, minival=0.0))
     assert remarks(without, dataset(minival=0, val=3), 112_603) == []  # as asked for
 
@@ -49,11 +62,11 @@ def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val
 def test_a_decay_that_is_torchs_is_remarked_on() -> None:
     """timm's usual 0.1, by which nothing is learned here; ours is multiplied by the schedule alone."""
     config = replace(Config(), optim=replace(Config().optim, weight_decay=0.1))
-    assert remarks(config, dataset(minival=1, val=2), 112_603) == [
+    assert remarks(config, dataset(minival=100, val=2), 112_603) == [
         "--weight-decay 0.1 is not multiplied by --lr: torch and timm call it 100; what they call 0.1 is 0.0001 here"
     ]
     sgd = replace(config, optim=replace(config.optim, optimizer="sgd"))
-    assert remarks(sgd, dataset(minival=1, val=2), 112_603) == []
+    assert remarks(sgd, dataset(minival=100, val=2), 112_603) == []
 
 
 @pytest.mark.parametrize("holds", ["train", MANIFEST])
@@ -61,7 +74,7 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     demo = replace(Config(), data=replace(Config().data, data="demo"))
-    assert remarks(demo, dataset(minival=1, val=2), 112_603) == []  # it may be anything
+    assert remarks(demo, dataset(minival=100, val=2), 112_603) == []  # it may be anything
     (tmp_path / "demo" / holds).touch() if holds == MANIFEST else (tmp_path / "demo" / holds).mkdir()
     for data, said in (
         ("./demo", []),
@@ -71,20 +84,42 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
         ),
     ):
         config = replace(Config(), data=replace(Config().data, data=data))
-        assert remarks(config, dataset(minival=1, val=2), 112_603) == said
+        assert remarks(config, dataset(minival=100, val=2), 112_603) == said
 
 
 def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
     (tmp_path / "validation" / "a").mkdir(parents=True)
     (tmp_path / "validation" / "a" / "1.jpg").touch()
-    named = replace(dataset(minival=1, val=0), root=tmp_path)
+    named = replace(dataset(minival=100, val=0), root=tmp_path)
     assert remarks(Config(), named, 112_603) == [
         f"{tmp_path} has no val/: minival alone is evaluated; if validation/ is meant, rename it to val/"
     ]
 
 
+@pytest.mark.parametrize(("train", "images"), [(1, "image"), (1023, "images"), (1024, None)])
+def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | None) -> None:
+    """As by the recipes' batches, which are ImageNet's."""
+    said = f"--batch-size 1024: each step takes the {train} training {images} more than once; give a smaller one"
+    assert remarks(Config(), dataset(minival=100, val=2, train=train), 112_603) == ([said] if images else [])
+
+
+def test_files_that_are_not_trained_on_are_remarked_on(tmp_path: Path) -> None:
+    """Other loaders take the images of subfolders, too."""
+    for name in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/x/3.png", "train/b/4.avif", "val/b/5.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    here = replace(dataset(minival=100, val=2), root=tmp_path)
+    assert remarks(Config(), here, 112_603) == [
+        f"{tmp_path}: files in a subfolder are left out (2, such as {tmp_path}/train/a/deep/2.jpg): move images into"
+        " the class folder itself",
+        f"{tmp_path}: files of another suffix are left out (1, such as {tmp_path}/train/b/4.avif): save images as JPEG"
+        " or PNG",
+    ]
+    assert remarks(Config(), replace(dataset(minival=100, val=2, train=10_000), root=tmp_path), 112_603) == []
+
+
 def test_other_images_in_val_are_remarked_on() -> None:
-    assert remarks(Config(), dataset(minival=1, val=2), 112_603, other_val_images=True) == [
+    assert remarks(Config(), dataset(minival=100, val=2), 112_603, other_val_images=True) == [
         "/set: val has other images than before; what is measured on it is not to be compared"
     ]
 
@@ -92,13 +127,13 @@ def test_other_images_in_val_are_remarked_on() -> None:
 def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     """ImageNet-100 under the default recipe: 126,689 images, 99 % of them 90 times in batches of 1,024."""
     total = round(90 * 0.99 * 126_689 / 1024)
-    (said,) = remarks(Config(), dataset(minival=1, val=2), total)
+    (said,) = remarks(Config(), dataset(minival=100, val=2), total)
     assert said == (
         "--warmup-steps 10000: 91 % of the run's 11023 steps are at a rate below --lr; ImageNet's 90 epochs have 9 %,"
         " here 1002"
     )
     half = replace(Config(), optim=OptimConfig(warmup_steps=5511))
-    assert remarks(half, dataset(minival=1, val=2), total) == []
+    assert remarks(half, dataset(minival=100, val=2), total) == []
 
 
 def test_sizes_that_are_not_the_names_are_told() -> None:
@@ -120,7 +155,7 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
     config = replace(Config(), optim=OptimConfig(batch_size=1))
     text = summary(
         config,
-        dataset(minival=1, val=2),
+        dataset(minival=1, val=2, train=9),
         group,
         model="M",
         how={},
@@ -147,11 +182,11 @@ def test_why_no_gpu_is_used_is_said_unless_none_was_asked_for(
     config = replace(Config(), run=replace(Config().run, gpus=gpus))
     given: dict[str, Any] = {"model": "M", "how": {}, "total_steps": 9, "checkpoint": None, "bad_samples": 0}
     group = Group(0, 2, 0, 2, torch.device("cpu"))
-    text = summary(config, dataset(minival=1, val=2), group, **given, threads=1)
+    text = summary(config, dataset(minival=100, val=2), group, **given, threads=1)
     assert f"devices   2 x CPU, {said}" in text.splitlines()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
     on_gpu = replace(group, device=torch.device("cuda", 0))
-    text = summary(config, dataset(minival=1, val=2), on_gpu, **given, threads=1)
+    text = summary(config, dataset(minival=100, val=2), on_gpu, **given, threads=1)
     assert "devices   2 x H200, bf16 autocast, float32 residual stream" in text.splitlines()
 
 
@@ -174,3 +209,9 @@ def test_a_loss_is_short_however_large(loss: float, said: str) -> None:
     assert line.split(" | ")[:3] == ["step  5/10", "epoch 0.50", f"loss {said}"]
     metrics = {"val/top1": 50.0, "val/top5": 60.0, "val/loss": loss}
     assert evaluation_line(5, 10, metrics) == f"step  5/10 | val top1 50.00 % top5 60.00 % loss {said}"
+
+
+@pytest.mark.parametrize(("bad", "said"), [(1.0, " (1 image left out)"), (1234, " (1,234 images left out)")])
+def test_an_evaluation_tells_how_many_images_it_left_out(bad: float, said: str) -> None:
+    values = {"val/top1": 50.0, "val/top5": 60.0, "val/loss": 1.5, "val/bad_samples": bad}
+    assert evaluation_line(5, 10, values) == f"step  5/10 | val top1 50.00 % top5 60.00 % loss 1.5000{said}"
