@@ -79,9 +79,7 @@ def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
         raise UserError(f"--warmup-steps {config.optim.warmup_steps}: the run has but one step, at a rate of 0; give 0")
     try:
         lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
-    except UserError as error:
-        if config.optim.steps is not None:
-            raise
+    except UserError as error:  # as of --epochs: `validate` has refused one of --steps
         raise UserError(
             f"{error}; a smaller --batch-size than {config.optim.batch_size}, or more --epochs, make more steps of"
             f" {len(train_files):,} images"

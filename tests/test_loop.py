@@ -49,15 +49,12 @@ def test_a_run_of_one_step_has_no_warm_up(tiny_config: Config) -> None:
 def test_a_warm_up_longer_than_the_run_is_refused_with_what_makes_more_steps(tiny_config: Config) -> None:
     """As by the recipes on a user's own images, where a shorter warm-up alone gives a handful of steps."""
     optim = replace(tiny_config.optim, steps=None, epochs=1.0, warmup_steps=7)
-    told = "--warmup-steps 7: must be below the run's 7 steps; give 0"
     with pytest.raises(UserError) as refused:
         plan(replace(tiny_config, optim=optim), 1)
     assert str(refused.value) == (
-        f"{told}; a smaller --batch-size than 8, or more --epochs, make more steps of 54 images"
+        "--warmup-steps 7: must be below the run's 7 steps; give 0; a smaller --batch-size than 8, or more --epochs,"
+        " make more steps of 54 images"
     )
-    with pytest.raises(UserError) as refused:
-        plan(replace(tiny_config, optim=replace(optim, steps=7, epochs=None)), 1)
-    assert str(refused.value) == told
 
 
 @pytest.mark.parametrize(
