@@ -97,6 +97,11 @@ def test_compiled_it_trains_as_without(mode: str) -> None:
     np.testing.assert_allclose(losses(mode), losses("off"), rtol=2e-2)
 
 
+def test_in_parts_it_trains_as_whole_in_cuda_graphs() -> None:
+    """Gradients that a replay has written are added to while the next part is replayed."""
+    np.testing.assert_allclose(losses("reduce-overhead", parts=4), losses("off"), rtol=2e-2)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_it_trains_as_without_on_what_the_loader_gives(mode: str, tmp_path: Path) -> None:
     """CUDA graphs are captured while DALI takes buffers back and works ahead."""
