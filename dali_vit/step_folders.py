@@ -13,6 +13,7 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 __all__ = ["best_evaluation", "last_step", "prune", "remove_unfinished", "step_folder", "step_folders", "warn_once"]
 
@@ -75,25 +76,25 @@ def _score(folder: Path) -> tuple[float, float, int] | None:
     """What a checkpoint's worth is compared by: accuracy, of equal ones the loss, then the later step; None if it was
     not evaluated."""
     try:
-        step, metrics = _evaluation(folder)
+        metrics = _record(folder)["metrics"]
         split = next((split for split in BEST_SPLITS if f"{split}/top1" in metrics), None)
         if split is None:
             return None
         loss = metrics.get(f"{split}/loss", math.nan)
-        return metrics[f"{split}/top1"], -loss if math.isfinite(loss) else -math.inf, step
+        return metrics[f"{split}/top1"], -loss if math.isfinite(loss) else -math.inf, _step(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged: it cannot be the best, and is removed when its turn comes
 
 
-def _evaluation(folder: Path) -> tuple[int, dict[str, float]]:
-    record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    return record["step"], record["metrics"]
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
 
 
 def best_evaluation(run_dir: Path) -> tuple[int, dict[str, float]] | None:
     """The step of a run's best checkpoint and its evaluation, scalars by name; None where there is none to be read."""
     try:
-        return _evaluation(run_dir / "checkpoints" / BEST)
+        record = _record(run_dir / "checkpoints" / BEST)
+        return record["step"], record["metrics"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
