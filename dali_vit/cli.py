@@ -175,7 +175,8 @@ def _train(argv: list[str]) -> int:
         with distributed.connect(config.run.gpus, config.run.hang_timeout) as group:
             planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=group.is_main))
             with runlock.locked(config, group):
-                train.train(config, group, distributed.together(lambda: plan.up_to_date(planned, config)))
+                planned = distributed.together(lambda: plan.up_to_date(planned, config))
+                train.train(config, group, planned, ends_process=True)
     except Interrupted as stopped:
         if _rank() == 0:
             _tell(f"{PROGRAM}: {stopped}")

@@ -38,10 +38,14 @@ class Stop:
 
     The first SIGTERM, SIGINT or SIGHUP is remembered; a second one ends the process at once. All ranks agree on the
     step: `agreed` is collective, and on GPUs, where agreeing costs time, the ranks do it only every 10 steps. The hours
-    begin with `start_clock`.
+    begin with `start_clock`. ends_process: whether the process ends with a run that is stopped: then the signals stay
+    handled so until it does, and repeats within a second change no exit code.
     """
 
-    def __init__(self, group: Group, max_hours: float | None, hang_timeout: float) -> None:
+    def __init__(
+        self, group: Group, max_hours: float | None, hang_timeout: float, *, ends_process: bool = False
+    ) -> None:
+        self._ends_process = ends_process
         self._seconds, self._deadline = (max_hours or math.inf) * 3600, math.inf
         self._signal: str | None = None
         self._first = 0.0
@@ -59,8 +63,7 @@ class Stop:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handles the signals while the body runs, even while the main thread is held up outside of Python; where one
-        has come, until the process ends, so that its repeats change no exit code."""
+        """Handles the signals while the body runs, even while the main thread is held up outside of Python."""
         # Python runs its handlers in the main thread, which may hang in a read. The wake-up descriptor is written to as
         # the signal arrives, and a thread of our own listens to it.
         receiver, sender = socket.socketpair()
@@ -72,7 +75,7 @@ class Stop:
         try:
             yield
         finally:
-            if self._signal is not None:
+            if self._signal is not None and self._ends_process:
                 sender.detach()  # it stays open
             else:
                 signal.set_wakeup_fd(descriptor)

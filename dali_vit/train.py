@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 _COMPILING = 3  # steps, within which torch.compile is done and CUDA graphs are recorded
 
 
-def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
+def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = False) -> dict[str, float]:
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
-    Collective over the group. Raises UserError for losses and gradients that stay of no use and for a disk that
-    takes no checkpoint, and Interrupted where a signal or the clock stopped the run.
+    ends_process: as for `Stop`. Collective over the group. Raises UserError for losses and gradients that stay of no
+    use and for a disk that takes no checkpoint, and Interrupted where a signal or the clock stopped the run.
     """
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = checkpoint.step if checkpoint else 0
@@ -55,7 +55,8 @@ def train(config: Config, group: Group, planned: Plan) -> dict[str, float]:
         train_fingerprint=planned.train_fingerprint,
         val_fingerprint=planned.val_fingerprint,
     )
-    stop = Stop(group, config.run.max_hours, config.run.hang_timeout)  # nodes that cannot reach each other fail here
+    # Nodes that cannot reach each other fail here.
+    stop = Stop(group, config.run.max_hours, config.run.hang_timeout, ends_process=ends_process)
     if group.is_main:
         for remark in report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images):
             log.warning("%s", remark)

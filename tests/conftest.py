@@ -88,17 +88,6 @@ def hang_up_is_minded() -> Iterator[None]:
 
 
 @pytest.fixture
-def signals_are_restored() -> Iterator[None]:
-    """For a test whose process gets the signal to stop a run: a run that was stopped goes on minding it to its end."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
 def ctrl_c_is_minded() -> Iterator[None]:
     """Makes SIGINT effective in processes under test: in a script's background they inherit that it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -75,7 +75,6 @@ def test_a_run_keeps_its_checkpoints_in_the_folder_that_was_renamed(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.usefixtures("signals_are_restored")
 def test_a_renamed_run_that_is_stopped_says_under_which_name_it_goes_on(
     tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

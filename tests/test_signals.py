@@ -102,7 +102,7 @@ import os, signal, time, torch
 from dali_vit.distributed import Group
 from dali_vit.stopping import Stop
 
-stop = Stop(Group(0, 1, 0, 1, torch.device("cpu")), None, 0)
+stop = Stop(Group(0, 1, 0, 1, torch.device("cpu")), None, 0, ends_process=True)
 with stop.watching():
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
@@ -130,10 +130,18 @@ def test_a_signal_that_terminal_and_launcher_both_pass_on_is_one(pause, code) ->
     assert ended.returncode == code
 
 
-def test_without_a_signal_what_handled_them_before_does_again(cpu) -> None:
+@pytest.mark.usefixtures("hang_up_is_minded")
+@pytest.mark.parametrize(("stopped", "ends_process"), [(False, True), (False, False), (True, False)])
+def test_where_the_process_goes_on_what_handled_the_signals_before_does_again(stopped, ends_process, cpu) -> None:
+    """As in a notebook, where a run was stopped."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    with Stop(cpu, None, 0).watching():
-        assert all(signal.getsignal(number) != handler for number, handler in before.items() if handler)
+    stop = Stop(cpu, None, 0, ends_process=ends_process)
+    with stop.watching():
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+        if stopped:
+            signal.raise_signal(signal.SIGTERM)
+            wait_for(stop.reason, "the signal")
     assert {number: signal.getsignal(number) for number in before} == before
     descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
     assert descriptor == -1
