@@ -32,7 +32,7 @@ _OF_OTHERS = 4 * 2**30  # bytes in use on a GPU before the run's model: more tha
 
 # Only torch's allocator for GPUs has an error of its own, which the compiler puts into one of another kind. CUDA,
 # Triton and NCCL say "out of memory", cuBLAS CUBLAS_STATUS_ALLOC_FAILED.
-_LACK_OF_MEMORY = re.compile("out of memory|OutOfMemoryError|ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory")
+_LACK_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory")
 
 Passes = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images uint8 [N, H, W, 3], labels int64 [N], lambda 0-d) -> the mean loss, 0-d; adds to the gradients."""
@@ -81,7 +81,7 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
         try:
             return work(*arguments)
         except RuntimeError as error:
-            if number >= _FIRST or not _is_lack_of_memory(error):
+            if number >= _FIRST or not is_lack_of_memory(error):
                 raise
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
@@ -96,7 +96,8 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
     return guarded
 
 
-def _is_lack_of_memory(error: RuntimeError) -> bool:
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch, Triton, CUDA or the loader says that memory does not suffice."""
     return isinstance(error, torch.OutOfMemoryError | LackOfMemory) or bool(_LACK_OF_MEMORY.search(str(error)))
 
 
@@ -144,4 +145,11 @@ def _memory(device: torch.device) -> str:
     return f"the memory of GPU {device.index} ({found.name}, {found.total_memory / 2**30:.0f} GiB)"
 
 
-__all__ = ["forward_and_backward", "name_lack_of_memory", "next_divisor", "warn_of_memory", "warn_of_others"]
+__all__ = [
+    "forward_and_backward",
+    "is_lack_of_memory",
+    "name_lack_of_memory",
+    "next_divisor",
+    "warn_of_memory",
+    "warn_of_others",
+]

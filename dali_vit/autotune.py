@@ -227,8 +227,8 @@ def _rate(
         log.debug("autotune: %s fails: %s", describe(settings), error)
         if environment.is_lost(group.device):
             raise LocalUserError(
-                f"autotune: {describe(settings)} broke this process's use of the GPU ({on_one_line(error)}); start"
-                " again, and settings at which two processes have ended are left out, or give --autotune off"
+                f"autotune: {describe(settings)} broke this process's use of the GPU ({on_one_line(error)}); give"
+                " --autotune off, or start again: after a second such end these settings are left out"
             ) from error
     finally:
         if loader is not None:

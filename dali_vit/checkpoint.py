@@ -202,8 +202,8 @@ def newest(run_dir: Path, files: Sequence[str] = FILES) -> Checkpoint | None:
         else:
             if folders:
                 raise UserError(
-                    f"{run_dir / 'checkpoints'}: every checkpoint is damaged; move the folder away to train from the"
-                    " start"
+                    f"{run_dir / 'checkpoints'}: every checkpoint is damaged; where this folder is moved away, the run"
+                    " begins anew"
                 )
             return None
 

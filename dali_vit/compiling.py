@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from dali_vit.accumulation import is_lack_of_memory
 from dali_vit.config import Config, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
 
@@ -74,6 +75,8 @@ def name_failed_compilation(work: Callable[..., Any], config: Config) -> Callabl
         try:
             return work(*arguments)
         except TorchDynamoException as error:
+            if is_lack_of_memory(error):  # late in a run, when a restart may help
+                raise
             raise LocalUserError(
                 f"--compile {config.run.compile}: torch cannot compile the training step here ({on_one_line(error)});"
                 " give another mode, or --compile off, which is several times slower on a GPU"

@@ -18,7 +18,7 @@ from dali_vit.files import at_home
 __all__ = ["expand", "named_file"]
 
 FLAG = "--config"
-_MEANT = "give a run's config.yaml, or what --print-config printed"
+_MEANT = "give a run's folder or config.yaml, or what --print-config printed"
 _MERGE = "tag:yaml.org,2002:merge"  # the key <<, by which a mapping takes over another
 _TEXTS = ("str", "str | None", "Path")
 # Settings of the file that a flag on the command line removes, besides the one of the flag's own name.

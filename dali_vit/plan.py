@@ -80,10 +80,9 @@ def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
     try:
         lr_schedule(0, total_steps=total, warmup_steps=config.optim.warmup_steps)  # refuses a warm-up that is too long
     except UserError as error:  # as of --epochs: `validate` has refused one of --steps
-        raise UserError(
-            f"{error}; a smaller --batch-size than {config.optim.batch_size}, or more --epochs, make more steps of"
-            f" {len(train_files):,} images"
-        ) from error
+        batch = f"a smaller --batch-size than {config.optim.batch_size}, or "
+        more = f"{batch if config.optim.batch_size > world_size else ''}more --epochs"
+        raise UserError(f"{error}; {more}, make more steps of {len(train_files):,} images") from error
     val_fingerprint = None if dataset.val is None else fingerprint(dataset.val, dataset.root / "val")
     return Plan(dataset, model, total, checkpoint, train_fingerprint, val_fingerprint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ from dali_vit.variants import TIMM_PREFIX
 
 log = logging.getLogger(__name__)
 
-_FEW_TO_CHOOSE_BY = 100  # images; of so many, top-1 varies by up to 5 points by chance alone
+_FEW_TO_CHOOSE_BY = 100  # images; of so many, the standard error of top-1 is up to 5 points
 _SMALL = 10_000  # images; of a larger set `verify` alone looks for files that are not taken, as that may take long
 
 
@@ -84,14 +85,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
                 f"--minival {config.data.minival:g} of {images} training image{'s' if images > 1 else ''} is none:"
                 " the best checkpoint is chosen by val"
             )
-    images = dataset.counts.get("minival", 0)
-    if config.run.eval_every and config.data.data != "demo" and 0 < images < _FEW_TO_CHOOSE_BY:
-        instead = "or 0 to choose by val" if dataset.counts.get("val") else "such as 0.1"
-        found.append(
-            f"--minival {config.data.minival:g}: the best checkpoint is chosen by"
-            f" {images} image{'s' if images > 1 else ''} alone, which leaves much to chance; give a larger share,"
-            f" {instead}"
-        )
+    if config.run.eval_every and config.data.data != "demo" and (few := _few_to_choose_by(dataset)):
+        found.append(few)
     images = len(dataset.split("train"))
     if config.optim.batch_size > images:
         found.append(
@@ -113,6 +108,23 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
             f" ImageNet's 90 epochs have 9 %, here {total_steps // 11}"
         )
     return found
+
+
+def _few_to_choose_by(dataset: Dataset) -> str | None:
+    """A remark on how few images the best checkpoint is chosen by, with what helps if anything does; else None."""
+    counts = dataset.counts
+    split = "minival" if counts.get("minival") else "val"
+    images = counts.get(split, 0)
+    if not 0 < images < _FEW_TO_CHOOSE_BY:
+        return None
+    share = math.ceil(100 * _FEW_TO_CHOOSE_BY / (counts["train"] + counts.get("minival", 0))) / 100
+    remedies = [f"--minival {share:g}"] if share <= 0.5 else []
+    if split == "minival" and counts.get("val", 0) >= _FEW_TO_CHOOSE_BY:
+        remedies.append("--minival 0, by which val chooses")
+    remark = (
+        f"the best checkpoint is chosen by the {images} image{'s' if images > 1 else ''} of {split}, much by chance"
+    )
+    return f"{remark}; give {', or '.join(remedies)}" if remedies else remark
 
 
 def summary(

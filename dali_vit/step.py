@@ -152,8 +152,7 @@ def build_update(
         ahead.step_is_queued()
         return loss, norm
 
-    guarded = name_lack_of_memory(update, config, group)
-    return (guarded if mode == "off" else name_failed_compilation(guarded, config)), how
+    return name_failed_compilation(name_lack_of_memory(update, config, group), config), how
 
 
 __all__ = ["DDP_OPTIONS", "RunAhead", "TrainStep", "build_update"]

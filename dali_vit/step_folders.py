@@ -92,8 +92,11 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def best_evaluation(run_dir: Path) -> tuple[int, dict[str, float]] | None:
     """The step of a run's best checkpoint and its evaluation, scalars by name; None where there is none to be read."""
+    link = run_dir / "checkpoints" / BEST
+    if not link.is_symlink():  # a folder in its place may be of another run
+        return None
     try:
-        record = _record(run_dir / "checkpoints" / BEST)
+        record = _record(link)
         return record["step"], record["metrics"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -107,7 +107,8 @@ def shut_down(pipelines: Sequence[Pipeline]) -> None:
 
     An error's traceback may do so.
     """
-    with suppress(RuntimeError):  # as in `Runner.release`
-        for pipeline in pipelines:
+    for pipeline in pipelines:
+        with suppress(RuntimeError):  # as in `Runner.release`
             getattr(pipeline, "_shutdown", lambda: None)()  # what DALI itself calls when a pipeline is freed
+    with suppress(RuntimeError):
         ReleaseUnusedMemory()  # else DALI's pools keep memory that, on a GPU, the model may need

@@ -64,7 +64,11 @@ def test_cores_that_others_keep_busy(tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "usable_cores", lambda: {0, 2})
     monkeypatch.setattr(windows.time, "sleep", lambda seconds: stat.write_text(after))
     assert windows.busy_cores(1.0, stat) == pytest.approx((21 + 59) / 100)
-    assert windows.busy_cores(1.0, stat) == 2.0  # no tick has passed
+    assert windows.busy_cores(1.0, stat) == 0.0  # the ticks stand still
+    monkeypatch.setattr(windows, "usable_cores", lambda: {7})
+    assert windows.busy_cores(1.0, stat) == 0.0
+    monkeypatch.setattr(windows.time, "sleep", lambda seconds: stat.unlink(missing_ok=True))
+    assert windows.busy_cores(1.0, stat) == 0.0
 
 
 def test_statistics_of_windows():

@@ -47,6 +47,11 @@ def test_where_nothing_was_evaluated_no_best_is_told_of(tmp_path):
     save(tmp_path, 2, {"val/top1": 5.0})
     (tmp_path / "checkpoints/best/checkpoint.json").write_text("{}")
     assert best_evaluation(tmp_path) is None
+    elsewhere = tmp_path / "elsewhere"
+    save(elsewhere, 3, {"val/top1": 5.0})
+    (tmp_path / "checkpoints/best").unlink()
+    (elsewhere / "checkpoints/step_000000003").rename(tmp_path / "checkpoints/best")  # a copy, of another run maybe
+    assert best_evaluation(tmp_path) is None
 
 
 def test_what_is_called_best_and_is_no_link_of_ours_is_left_alone(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dali_vit.milestones
-from dali_vit import checkpoint
+from dali_vit import checkpoint, inference
 from dali_vit.config import Config, ModelConfig, RunConfig, UserError
 from dali_vit.model import create_model
 from dali_vit.plan import plan, up_to_date
@@ -160,7 +160,7 @@ def test_damaged_checkpoints_of_later_steps_displace_no_good_one(tmp_path):
 def test_only_damaged_checkpoints_are_an_error_and_stay(tmp_path):
     path = save(tmp_path, 1) / "trainer.pt"
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="every checkpoint is damaged; move the folder away to train from the start"):
+    with pytest.raises(UserError, match="every checkpoint is damaged; where this folder is moved away, "):
         checkpoint.newest(tmp_path)
     assert path.parent.is_dir()
 
@@ -171,6 +171,7 @@ def test_a_model_is_opened_without_what_only_training_needs(tmp_path):
     (folder / "trainer.pt").unlink()
     for path in (tmp_path, folder):
         assert checkpoint.open_model(path).step == 2
+    assert inference._newest(tmp_path) == "checkpoints/step_000000002"  # by which several processes go
     assert checkpoint.newest(tmp_path).step == 1
     (folder / "model.safetensors").write_bytes(b"")
     assert checkpoint.open_model(tmp_path).step == 1

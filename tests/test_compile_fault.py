@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,16 @@ from tests.processes import dali_vit
 pytestmark = pytest.mark.timeout(120)
 
 GPU = Group(0, 1, 0, 1, torch.device("cuda", 0))
+
+
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Forgets what was compiled before and in the block."""
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
 
 
 def with_mode(config: Config, mode: str) -> Config:
@@ -150,9 +162,21 @@ def test_a_step_that_cannot_be_compiled_is_told_of_with_what_helps(
     monkeypatch.setattr(compiling, "compile_fault", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda step, mode: torch._dynamo.optimize(fail)(step))
     update, _ = build_update(config, model.train(), create_optimizer(model, config.optim), cpu)
-    with pytest.raises(LocalUserError, match=told):
+    with compiling_anew(), pytest.raises(LocalUserError, match=told):
         update(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64), 1.0, 1e-3)
-    torch.compiler.reset()
+
+
+def test_a_lack_of_memory_late_in_a_run_is_no_failed_compilation(tiny_config: Config) -> None:
+    """The launcher then starts again from the last checkpoint."""
+
+    def fail(text: str) -> None:
+        raise torch._dynamo.exc.TorchDynamoException(text)
+
+    guarded = compiling.name_failed_compilation(fail, tiny_config)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        guarded("CUDA out of memory")
+    with pytest.raises(LocalUserError):
+        guarded("no such layout")
 
 
 def test_a_mark_for_the_profiler_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -162,6 +186,8 @@ def test_a_mark_for_the_profiler_is_not_warned_of(caplog: pytest.LogCaptureFixtu
         with torch.profiler.record_function("DistributedDataParallel.forward"):
             return x + 1
 
-    assert torch.compile(add, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+    torch._logging._internal.warning_once.cache_clear()  # another test may have had it warn
+    with compiling_anew():
+        assert torch.compile(add, backend="eager")(torch.ones(2)).tolist() == [2, 2]
     logging.getLogger("torch._dynamo.variables.ctx_manager").warning("another")
     assert [record.getMessage() for record in caplog.records if "dynamo" in record.name] == ["another"]

@@ -21,7 +21,7 @@ def parsed(*arguments: str | Path) -> Any:
 
 
 @pytest.mark.parametrize("recipe", ["demo", "s16-300ep-original", "resnet50-90ep"])
-def test_what_was_printed_is_taken_again(recipe: str, tmp_path: Path) -> None:
+def test_what_was_printed_is_taken_again(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ["--data", "a b=c", "--no-antialias", "--grad-clip-norm", "None", "--max-hours", "2.5", "--name", "x"]
     config = parsed("--recipe", recipe, *changes, "--steps", "70000", "--seed", str(2**63 - 1))
     file = tmp_path / "config.yaml"
@@ -29,6 +29,8 @@ def test_what_was_printed_is_taken_again(recipe: str, tmp_path: Path) -> None:
     assert parsed("--config", file) == config
     assert parsed(f"--config={file}") == config
     assert parsed("--config", tmp_path) == config  # the run's folder
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert parsed("--config", f"~/{tmp_path.name}") == config
     assert config != recipes.get(recipe)
 
 
@@ -69,7 +71,7 @@ def test_mappings_may_be_merged(tmp_path: Path) -> None:
         (None, "No such file or directory"),
         ("data: {", "is not YAML"),
         ("\x00", "is not YAML"),
-        ("run: {name: 2026-02-30}", "is not YAML (day is out of range for month); give a run's config.yaml"),
+        ("run: {name: 2026-02-30}", "is not YAML (day is out of range for month); give a run's folder or config.yaml"),
         ("run: {seed: 0x_}", "is not YAML (invalid literal for int"),
         (f"run: {{seed: {'9' * 5000}}}", "is not YAML (Exceeds the limit"),
         (f"run: {{seed: 0x{'f' * 5000}}}", "seed is a number of more than 64 bits; give it a smaller one"),

@@ -288,6 +288,9 @@ def test_goals_are_met_or_missed_by_what_was_measured():
     assert "- gpus: NVIDIA H200" in text
     assert "secret" not in text
     assert "DIFFERS" not in text
+    of_runs = {"cores busy before": "1.0", "load average before": "2.0", "command": "x", "host": "y"}
+    assert "DIFFERS" not in goals.summary(results | {"sweep": {"environment": where | of_runs}}, {})
+    assert "busy" not in goals.summary(results | {"sweep": {"environment": where | of_runs}}, {})
     mixed = results | {"sweep": {"environment": where | {"gpus": "NVIDIA H100"}}}
     assert "- gpus DIFFERS: NVIDIA H200 (joint-128, node, joint-cpu); NVIDIA H100 (sweep)" in goals.summary(mixed, {})
     assert text.endswith("- step-128: `tools/measure_step.py` (80 s)\n")

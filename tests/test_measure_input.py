@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is r
 
 import measure_input
 
+from pipelines import crop
 from pipelines.crop import REGIONS
 
 pytestmark = pytest.mark.timeout(120)
@@ -27,7 +28,12 @@ def test_the_cpu_s_part_of_the_input_is_measured(region, image_folder, tmp_path,
     out = tmp_path / "input.json"
     flags = ["--batch-size", "8", "--threads", "1", "--seconds", "0.3", "--region", region, "--json", str(out)]
     monkeypatch.setattr(sys, "argv", ["measure_input.py", "--data", str(image_folder), *flags])
+    refused = []  # as too large, by what the decoder of a window or of a whole image is given
+    for name in ("start_unless_too_large", "refuse_too_large"):
+        own = getattr(crop, name)
+        monkeypatch.setattr(crop, name, lambda *given, own=own, name=name: refused.append(name) or own(*given))
     measure_input.main()
+    assert refused == ["start_unless_too_large" if region == "window" else "refuse_too_large"]
     result = json.loads(out.read_text())
     assert set(result) == {"environment", "threads", "region", "images_per_sec", "cpu_us", "python_us"}
     assert result["region"] == region

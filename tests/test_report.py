@@ -34,29 +34,48 @@ def test_a_single_class_is_remarked_on() -> None:
 @pytest.mark.parametrize(
     ("minival", "val", "said"),
     [
-        (0, 3, ["--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val"]),
+        (0, 100, ["--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val"]),
+        (
+            0,
+            99,
+            [
+                "--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val",
+                "{few} 99 images of val, {chance}; give --minival 0.05",
+            ],
+        ),
         (100, 3, []),
-        (99, 3, ["--minival 0.01: the best checkpoint is chosen by 99 images alone, {chance}, or 0 to choose by val"]),
-        (1, 3, ["--minival 0.01: the best checkpoint is chosen by 1 image alone, {chance}, or 0 to choose by val"]),
+        (99, 3, ["{few} 99 images of minival, {chance}; give --minival 0.05"]),
+        (99, 100, ["{few} 99 images of minival, {chance}; give --minival 0.05, or --minival 0, by which val chooses"]),
+        (1, 3, ["{few} 1 image of minival, {chance}; give --minival 0.05"]),
         (
             2,
             0,
             [
                 "/set has no val/: minival alone is evaluated",
-                "--minival 0.01: the best checkpoint is chosen by 2 images alone, {chance}, such as 0.1",
+                "{few} 2 images of minival, {chance}; give --minival 0.05",
             ],
         ),
         (0, 0, ["/set has no val/, and --minival leaves none: nothing is evaluated"]),
     ],
 )
 def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val: int, said: list[str]) -> None:
-    chance = "which leaves much to chance; give a larger share"
-    said = [text.format(chance=chance) for text in said]
+    few = "the best checkpoint is chosen by the"
+    said = [text.format(few=few, chance="much by chance") for text in said]
     assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
     at_the_end = replace(Config(), run=replace(Config().run, eval_every=0.0))  # there is nothing to choose from
     assert remarks(at_the_end, dataset(minival=minival, val=val), 112_603) == [s for s in said if "chance" not in s]
     without = replace(Config(), data=replace(Config().data, minival=0.0))
-    assert remarks(without, dataset(minival=0, val=3), 112_603) == []  # as asked for
+    assert remarks(without, dataset(minival=0, val=100), 112_603) == []  # as asked for
+    demo = replace(Config(), data=replace(Config().data, data="demo"))
+    assert remarks(demo, dataset(minival=20, val=500), 112_603) == []  # which is no one's own
+
+
+def test_a_share_that_is_too_large_to_hold_out_is_not_asked_for() -> None:
+    config = replace(Config(), optim=replace(Config().optim, batch_size=8))
+    assert [remarks(config, dataset(minival=2, val=3, train=train), 112_603) for train in (197, 198)] == [
+        ["the best checkpoint is chosen by the 2 images of minival, much by chance"],
+        ["the best checkpoint is chosen by the 2 images of minival, much by chance; give --minival 0.5"],
+    ]
 
 
 def test_a_decay_that_is_torchs_is_remarked_on() -> None:
@@ -105,12 +124,12 @@ def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | N
 
 def test_files_that_are_not_trained_on_are_remarked_on(tmp_path: Path) -> None:
     """Other loaders take the images of subfolders, too."""
-    for name in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/x/3.png", "train/b/4.avif", "val/b/5.jpg"):
+    for name in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/x/3.png", "train/b/4.avif", "val/b/y/5.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     here = replace(dataset(minival=100, val=2), root=tmp_path)
     assert remarks(Config(), here, 112_603) == [
-        f"{tmp_path}: files in a subfolder are left out (2, such as {tmp_path}/train/a/deep/2.jpg): move images into"
+        f"{tmp_path}: files in a subfolder are left out (3, such as {tmp_path}/train/a/deep/2.jpg): move images into"
         " the class folder itself",
         f"{tmp_path}: files of another suffix are left out (1, such as {tmp_path}/train/b/4.avif): save images as JPEG"
         " or PNG",

@@ -34,7 +34,7 @@ from dali_vit import distributed, plan
 from dali_vit.accumulation import warn_of_memory, warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
-from dali_vit.environment import cpu_count, describe_environment
+from dali_vit.environment import describe_environment, usable_cores
 from dali_vit.launch import launch_once
 from dali_vit.loaders import LoaderSettings
 from dali_vit.metrics import peak_flops
@@ -189,7 +189,7 @@ def benchmark(options: Options, config: Config, group: distributed.Group) -> dic
     planned = distributed.together(lambda: plan.plan(config, group.world_size, writes=False))
     dataset, seconds = planned.dataset, options.seconds
     environment = describe_environment()
-    busy, cores = distributed.together(busy_cores), cpu_count()  # while the other ranks sleep, too
+    busy, cores = distributed.together(busy_cores), len(usable_cores())  # while the other ranks sleep, too
     environment |= {"cores busy before": f"{busy:.1f}", "torch threads": str(torch.get_num_threads())}
     measured_options = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(options).items()}
     result: dict[str, Any] = {

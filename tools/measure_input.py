@@ -3,8 +3,8 @@
 
     tools/measure_input.py --data PATH --batch-size 128 --threads 8
 
-With a GPU this is what is left to the CPU, so its rate bounds the loader's; measuring it takes no GPU. Only the Huffman
-codes of JPEGs that the GPU has no engine for, or that its engine is not given, nvJPEG decodes on the CPU besides.
+With a GPU this is what is left to the CPU, so its rate bounds the loader's; measuring it takes no GPU. Not included is
+the Huffman decoding that nvJPEG does on the CPU, for JPEGs that the GPU's own engine does not take.
 Files are in the page cache once they have been read. Of an image in a shard only the two ends are read here, as the
 decoder would read the rest: the rates of shards and of files are not to be compared.
 """

@@ -143,12 +143,16 @@ def summary(results: Results, commands: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The last is what earlier versions recorded.
+_OF_ONE_RUN = ("command", "host", "cores busy before", "load average before")
+
+
 def _environment(results: Results) -> Iterator[str]:
     """The environment, a line a property. Values that differ, as in a folder used again later, name what has them."""
     found: dict[str, dict[str, list[str]]] = {}
     for measurement, result in results.items():
         for name, value in result.get("environment", {}).items():
-            if name not in ("command", "host", "cores busy before"):
+            if name not in _OF_ONE_RUN:
                 found.setdefault(name, {}).setdefault(value, []).append(measurement)
     for name, values in found.items():
         if len(values) == 1:

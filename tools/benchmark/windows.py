@@ -25,7 +25,8 @@ _SLOW_STEP_SECONDS = 5.0
 
 
 def busy_cores(seconds: float = 0.5, stat: Path = Path("/proc/stat")) -> float:
-    """How many of the cores that this process may use are busy while it sleeps. Source: proc_stat(5)."""
+    """How many of the cores that this process may use are busy while it sleeps; 0 where the system does not tell.
+    Source: proc_stat(5)."""
     cores = {f"cpu{number}" for number in usable_cores()}
 
     def ticks() -> np.ndarray:
@@ -33,10 +34,13 @@ def busy_cores(seconds: float = 0.5, stat: Path = Path("/proc/stat")) -> float:
         # user, nice, system, idle, iowait, irq, softirq and steal; what guests take is in user already.
         return np.array([row[1:9] for row in lines if row[:1] and row[0] in cores], np.int64).sum(axis=0)
 
-    before = ticks()
-    time.sleep(seconds)
-    passed = ticks() - before
-    return len(cores) * (1.0 - float(passed[3:5].sum()) / max(float(passed.sum()), 1.0))
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        passed = ticks() - before
+        return len(cores) * (1.0 - float(passed[3:5].sum() / passed.sum())) if passed.sum() > 0 else 0.0
+    except (OSError, ValueError, IndexError):  # as in containers that number their cores anew
+        return 0.0
 
 
 @dataclass(frozen=True)
