@@ -90,8 +90,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
     images = len(dataset.split("train"))
     if config.optim.batch_size > images:
         found.append(
-            f"--batch-size {config.optim.batch_size}: each step takes the {images} training"
-            f" image{'s' if images > 1 else ''} more than once; give a smaller one"
+            f"--batch-size {config.optim.batch_size}: the training set has but"
+            f" {images} image{'s' if images > 1 else ''}, which each step repeats; give a smaller one"
         )
     if isinstance(dataset.train, FileList) and images < _SMALL:
         folders = (dataset.root / split / name for split in ("train", "val") for name in dataset.classes)

@@ -118,7 +118,7 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("train", "images"), [(1, "image"), (1023, "images"), (1024, None)])
 def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | None) -> None:
     """As by the recipes' batches, which are ImageNet's."""
-    said = f"--batch-size 1024: each step takes the {train} training {images} more than once; give a smaller one"
+    said = f"--batch-size 1024: the training set has but {train} {images}, which each step repeats; give a smaller one"
     assert remarks(Config(), dataset(minival=100, val=2, train=train), 112_603) == ([said] if images else [])
 
 
