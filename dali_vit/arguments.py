@@ -38,6 +38,8 @@ class EvalArguments:
     """DATA itself holds the class folders, as ImageNet-V2 does (named 0 to 999, or by class); scalars are `v2/`."""
     real: Path | None = None
     """ReaL's real.json: also report accuracy against its labels."""
+    max_bad_share: float = 0.0
+    """Share of the images that may be undecodable and are left out, as train does; unless 0, one always may be."""
     batch_size: int = 256
     """Images per step and process."""
     resolution: int | None = None

@@ -197,14 +197,14 @@ def _eval(argv: list[str]) -> int:
             return launch_once(processes, ["-m", "dali_vit", "eval", *argv])
     process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
+        asked = arguments.checkpoint, arguments.data, group
         metrics = inference.evaluate_checkpoint(
-            arguments.checkpoint,
-            arguments.data,
-            group,
+            *asked,
             split=arguments.split,
             minival=arguments.minival,
             v2=arguments.v2,
             real=arguments.real,
+            max_bad_share=arguments.max_bad_share,
             batch_size=arguments.batch_size,
             resolution=arguments.resolution,
             threads=arguments.threads,
@@ -216,7 +216,7 @@ def _eval(argv: list[str]) -> int:
             else:
                 for name, value in metrics.items():
                     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-                    _say(f"{name:<14} {shown}")
+                    _say(f"{name:<15} {shown}")
     return 0
 
 

@@ -107,7 +107,8 @@ def evaluate_splits(
             )
         result = evaluate(model, announced(loaders[name]), group.device)
         bad = len(files) - int(result.pop("count"))
-        left_out.check_share(bad, len(files), name, config)  # each rank has counted its own alone
+        # Each rank has counted its own alone.
+        left_out.check_share(bad, len(files), name, max_bad_share=config.data.max_bad_share, data=config.data.data)
         if bad:
             result["bad_samples"] = bad
         metrics |= {f"{name}/{key}": value for key, value in result.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from dali_vit import big_vision, checkpoint
+from dali_vit import big_vision, checkpoint, left_out
 from dali_vit import data as datasets
 from dali_vit.agreement import check_same_evaluation, check_same_settings
 from dali_vit.config import UserError
@@ -29,7 +30,7 @@ from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
 from dali_vit.report import with_sizes
 from dali_vit.structure import val_without_images
-from dali_vit.undecodable import saying_why
+from dali_vit.undecodable import faults_of, saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
 from pipelines.bad_samples import DecodeError
@@ -46,21 +47,24 @@ def evaluate_checkpoint(
     minival: float | None = None,
     v2: bool = False,
     real: Path | None = None,
+    max_bad_share: float = 0.0,
     batch_size: int = 256,
     resolution: int | None = None,
     threads: int | None = None,
 ) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
-    Collective over the group; every image counts once. A run's folder means its newest checkpoint as rank 0 finds it.
-    The main process shows a progress bar where stderr is a terminal.
+    Collective over the group; every image counts once. Up to max_bad_share of the images, unless it is 0 one in any
+    case, may be undecodable: they are left out, named in a warning and counted in `<split>/bad_samples`. A run's folder
+    means its newest checkpoint as rank 0 finds it. The main process shows a progress bar where stderr is a terminal.
     minival: share of the training images held out as minival; None: that of the checkpoint's run, or 0.01 for a file of
     weights, which does not record it. With `v2` the class folders lie in DATA itself and the scalars are `v2/*`. Raises
     UserError or DecodeError, which name what does not fit.
     """
     same = {"split": split, "minival": minival, "v2": v2, "batch_size": batch_size, "resolution": resolution}
-    check_same_settings({**same, "real": real is not None})
+    check_same_settings({**same, "real": real is not None, "max_bad_share": max_bad_share})
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
+    check_range("--max-bad-share", max_bad_share, 0, 1)
     if v2 and (split != "val" or minival is not None):
         flag = f"--minival {minival:g}" if split == "val" else f"--split {split}"
         raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
@@ -75,7 +79,7 @@ def evaluate_checkpoint(
             check_range("--threads", threads, 1, MAX_THREADS)
         opened = checkpoint.open_model(path / chosen if chosen else path, resolution)
         files, folder = _images(data, opened, group, split=split, minival=minival, v2=v2)
-        datasets.check_images(files)
+        datasets.check_images(files, max_bad_share or None)
         if real is None:
             return opened, files, folder, None
         outputs = _num_outputs(opened)
@@ -88,23 +92,36 @@ def evaluate_checkpoint(
         check_same_evaluation(data, files, folder, weights=weights, real_labels=real_labels)
     model = opened.model.to(group.device)
 
-    def run(name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None) -> dict[str, float]:
+    def run(
+        name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None
+    ) -> tuple[dict[str, float], tuple[int, ...]]:
         batches = eval_loader(
             files,
             batch_size=min(batch_size, len(files)),
             resolution=opened.resolution,
             group=group,
             threads=threads or group.cores,
+            max_bad_share=max_bad_share,
         )
         try:
-            with _progress_bar(name, len(files), visible=group.is_main) as bar, saying_why(files):
-                return evaluate(model, _counted(batches, len(files), bar, group.world_size), group.device, acceptable)
+            with _progress_bar(name, len(files), visible=group.is_main) as bar, saying_why(files, limit):
+                counted = _counted(batches, len(files), bar, group.world_size)
+                return evaluate(model, counted, group.device, acceptable), batches.bad_samples
         finally:
             batches.close()
 
-    metrics = {f"{named}/{name}": value for name, value in run(named, files).items()}
+    limit = f" (more than --max-bad-share {max_bad_share:g} allows)" if max_bad_share else ""
+    result, bad = run(named, files)
+    metrics = {f"{named}/{name}": value for name, value in result.items()}
+    if bad_of_all := sorted(itertools.chain.from_iterable(gather_objects(bad))):
+        left_out.check_share(len(bad_of_all), len(files), named, max_bad_share=max_bad_share, data=data)
+        metrics[f"{named}/bad_samples"] = len(bad_of_all)
+        if group.is_main:
+            faults = faults_of(files, [files.path(i) for i in bad_of_all])
+            log.warning("%d of %d images of %s left out: %s", len(bad_of_all), len(files), named, faults)
     if real_labels is not None:
-        result = run("real", datasets.with_labels(files, np.arange(len(files))), torch.from_numpy(real_labels))
+        rows = datasets.with_labels(files, np.arange(len(files)))
+        result, _ = run("real", rows, torch.from_numpy(real_labels))
         metrics |= {f"real/{name}": value for name, value in result.items()}
     return metrics
 

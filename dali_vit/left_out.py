@@ -52,15 +52,15 @@ def still_bad(
     return still
 
 
-def check_share(bad: int, count: int, split: str, config: Config) -> None:
+def check_share(bad: int, count: int, split: str, *, max_bad_share: float, data: str | None) -> None:
     """UserError, on every rank alike, if the ranks together have found more bad images in a split than the allowed
     share.
 
-    bad: how many they have found among the split's `count` images.
+    bad: how many they have found among the split's `count` images; data: the data set as it was given.
     """
-    if bad > most_allowed(config.data.max_bad_share, count):
+    if bad > most_allowed(max_bad_share, count):
         raise UserError(
             f"{bad} of {count} images of {split} cannot be read, decoded or cropped (--max-bad-share"
-            f" {config.data.max_bad_share:g}): put good ones in their place, or prepare shards again (`dali-vit verify"
-            f" {config.data.data}` lists all), or go on with a higher share"
+            f" {max_bad_share:g}): put good ones in their place, or prepare shards again (`dali-vit verify"
+            f" {data}` lists all), or go on with a higher share"
         )

@@ -60,7 +60,13 @@ class Progress:
         self._check_skipped(range(done - count, done))
         if self.window.more_bad_samples:
             self._bad_samples = left_out.of_all_ranks(gather_objects(self._loader.state_dict()))
-            left_out.check_share(len(self._bad_samples), len(self._dataset.split("train")), "train", self._config)
+            left_out.check_share(
+                len(self._bad_samples),
+                len(self._dataset.split("train")),
+                "train",
+                max_bad_share=self._config.data.max_bad_share,
+                data=self._config.data.data,
+            )
         if self._writer is None:
             return
         batch_size = self._config.optim.batch_size

@@ -1,10 +1,10 @@
-"""Why the images that end an evaluation or a prediction cannot be used, added to the error that names them."""
+"""Why images cannot be used: those that end an evaluation or a prediction, or that it leaves out."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dali_vit.data import ImageList
@@ -14,17 +14,18 @@ from dali_vit.prepare.sources import read_sample
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS
 
-__all__ = ["saying_why"]
+__all__ = ["faults_of", "saying_why"]
 
 _MEANINGS = KINDS | {"too large": f"has more than the {MAX_PIXELS:,} pixels that are decoded"}
 _SHOWN = 3  # as many as other messages name
 
 
 @contextmanager
-def saying_why(samples: ImageList) -> Iterator[None]:
+def saying_why(samples: ImageList, limit: str = "") -> Iterator[None]:
     """Turns a DecodeError of samples into one that says what is wrong with the first three of them.
 
-    The loader's warnings, which name each sample without saying why, are suppressed.
+    limit: what it says of how many may be left out. The loader's warnings, which name each sample without saying why,
+    are suppressed.
     """
     log = logging.getLogger("dali_vit.data")
     log.addFilter(_is_of_no_sample)
@@ -32,13 +33,18 @@ def saying_why(samples: ImageList) -> Iterator[None]:
         yield
     except DecodeError as error:
         names = error.paths
-        faults = [f"{name} {_reason(samples, name)}" for name in names[:_SHOWN]]
-        if len(names) > _SHOWN:
-            faults.append(f"and {len(names) - _SHOWN} more cannot be used")
         them = "it" if len(names) == 1 else "them"
-        raise DecodeError(f"{'; '.join(faults)}: replace or remove {them}", names) from error
+        raise DecodeError(f"{faults_of(samples, names)}{limit}: replace or remove {them}", names) from error
     finally:
         log.removeFilter(_is_of_no_sample)
+
+
+def faults_of(samples: ImageList, names: Sequence[str]) -> str:
+    """What is wrong with the first three of the samples of these names, and how many more there are."""
+    faults = [f"{name} {_reason(samples, name)}" for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        faults.append(f"and {len(names) - _SHOWN} more cannot be used")
+    return "; ".join(faults)
 
 
 def _is_of_no_sample(record: logging.LogRecord) -> bool:
