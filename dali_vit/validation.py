@@ -72,6 +72,8 @@ def validate(config: Config) -> None:
     check_range("--epochs", optim.epochs or 0, 0, MAX_EPOCHS)
     check_range("--steps", optim.steps or 0, 0, MAX_STEPS)
     check_range("--hang-timeout", run.hang_timeout, 0, MAX_SECONDS)
+    if optim.lr <= 0:
+        raise UserError(f"--lr {optim.lr:g}: must be above 0, such as 0.001")
     check_range("--lr", optim.lr, 0, MAX_FLOAT32)
     check_range("--weight-decay", optim.weight_decay, 0, 1 if optim.optimizer == "adamw" else MAX_FLOAT32)
     check_range("--batch-size", optim.batch_size, 1, MAX_BATCH_SIZE)
@@ -112,8 +114,6 @@ def validate(config: Config) -> None:
             f"--steps {optim.steps}: the warm-up alone takes {optim.warmup_steps}; add --warmup-steps"
             f" {optim.steps // 10}"
         )
-    if optim.lr == 0:
-        raise UserError("--lr 0: nothing would be learned; give a positive rate, such as 0.001")
     if not 0 <= data.randaug_magnitude <= 10:
         raise UserError(f"--randaug-magnitude {data.randaug_magnitude:g}: must be from 0 to 10")
     if not 0 <= data.max_bad_share <= 1:

@@ -56,6 +56,8 @@ def good(image_folder, tmp_path) -> list[str]:
         (["--steps", "1" + "0" * 30], ["--steps 1", "must be from 0 to 10,000,000,000"]),
         (["--hang-timeout", "1e30"], ["--hang-timeout 1e+30: must be from 0 to 10,000,000"]),
         (["--lr", "1e308"], ["--lr 1e+308: must be from 0 to 1e+38"]),
+        (["--lr", "0"], ["--lr 0: must be above 0, such as 0.001"]),
+        (["--lr", "-1"], ["--lr -1: must be above 0, such as 0.001"]),
         (["--weight-decay", "1.5"], ["--weight-decay 1.5: must be from 0 to 1"]),
         (["--hang-timeout", "-1"], ["--hang-timeout -1.0: must be from 0"]),
     ],
