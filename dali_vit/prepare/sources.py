@@ -14,17 +14,17 @@ import re
 import stat
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
-from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.listing import folder_name, is_image, kind_of_archives, left_out, other_val, scan, some
+from dali_vit.listing import folder_name, kind_of_archives, left_out, other_val, scan, some
+from dali_vit.prepare.tars import images_of_tar, images_of_tars_in_tar
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 
@@ -46,6 +46,7 @@ Row = tuple[int, int, int, int, str]
 
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _DEVKIT = "ILSVRC2012_devkit_t12"
+_NUM_IMAGES = {_TRAIN_TAR: 1_281_167, _VAL_TAR: 50_000}
 _KAGGLE_COLUMNS = "ImageId,PredictionString"  # of LOC_val_solution.csv; the class is the first word of the second
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
         if not (root / name).is_file():
             raise UserError(f"{root} has no {name}: put it there")
     train_rows, classes = _list_train_tar(root / _TRAIN_TAR)
-    members = sorted(_members(root / _VAL_TAR), key=lambda member: member[0])
+    members = sorted(images_of_tar(root / _VAL_TAR), key=lambda member: member[0])
     if not members:
         raise UserError(f"{root / _VAL_TAR} holds no images: download it again")
     if val_labels is None:
@@ -194,6 +195,9 @@ def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
         wnids = _read_val_labels(val_labels, [name for name, _, _ in members], classes)
         where = f"--val-labels {val_labels}"
     labels = _class_indices(wnids, classes, len(members), where, (_TRAIN_TAR, _VAL_TAR)).tolist()
+    for name, found in ((_TRAIN_TAR, len(train_rows)), (_VAL_TAR, len(members))):
+        if found != _NUM_IMAGES[name]:
+            log.warning("%s holds %s images, ILSVRC2012's %s", root / name, f"{found:,}", f"{_NUM_IMAGES[name]:,}")
     val_rows = [(0, at, size, label, name) for (name, at, size), label in zip(members, labels, strict=True)]
     return Source(
         tuple(classes),
@@ -207,39 +211,18 @@ def _open_ilsvrc(root: Path, val_labels: Path | None) -> Source:
 def _list_train_tar(path: Path) -> tuple[list[Row], list[str]]:
     """Rows of the images in the inner tars, one a class, and the sorted class names."""
     found: dict[str, list[tuple[str, int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as outer, tqdm(desc=path.name, unit=" classes", disable=None) as bar:
-            for member in outer:
-                name = os.path.basename(member.name)
-                if not (member.isfile() and name.endswith(".tar")):
-                    continue
-                class_name = name.removesuffix(".tar")
-                if safe_name(class_name) != class_name:
-                    raise UserError(f"{path} has {member.name!r}, which names no class: download it again")
-                inner = outer.extractfile(member)
-                assert inner is not None
-                start = member.offset_data
-                found[class_name] = [(file, start + offset, size) for file, offset, size in _members(path, inner)]
-                bar.update()
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from error
+    for name, images in images_of_tars_in_tar(path):
+        class_name = os.path.basename(name).removesuffix(".tar")
+        if safe_name(class_name) != class_name:
+            raise UserError(f"{path} has {name!r}, which names no class: download it again")
+        if class_name in found:
+            raise UserError(f"{path} has two tars of the class {class_name}: download it again")
+        found[class_name] = images
     empty = sorted(name for name, files in found.items() if not files)
     if not found or empty:
         raise UserError(f"{path} holds no images of {empty[0] if empty else 'any class'}: download it again")
     classes = sorted(found)
     return [(0, at, size, label, file) for label, name in enumerate(classes) for file, at, size in found[name]], classes
-
-
-def _members(path: Path, fileobj: IO[bytes] | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the images in a tar that is not compressed."""
-    try:
-        with tarfile.open(path if fileobj is None else None, "r:", fileobj=fileobj) as tar:
-            for member in tar:
-                name = os.path.basename(member.name)
-                if member.isfile() and is_image(name):
-                    yield name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): download it again") from error
 
 
 def _class_indices(
@@ -280,6 +263,11 @@ def _read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -
             raise UserError(f"--val-labels {path} has two classes for {stem}, {named[stem]} and {label}: leave one")
     missing = sorted(stems - set(named))
     if not missing:
+        known = set(classes)  # which the label in a line of columns is not
+        if absent := sorted(stem for stem, label in named.items() if stem not in stems and label in known):
+            log.warning(
+                "--val-labels %s names %s images that are not there: %s", path, f"{len(absent):,}", some(absent)
+            )
         found = [named[os.path.splitext(name)[0]] for name in names]
         if set(found).isdisjoint(classes):
             _check_columns(path, lines[0])
