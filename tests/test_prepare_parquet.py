@@ -165,6 +165,16 @@ def test_null_in_place_of_an_image_is_named(tmp_path: Path) -> None:
     assert str(raised.value) == f"{path}: row 2, from 0, has no image: remove the row"
 
 
+def test_paths_in_place_of_images_are_told_of(tmp_path: Path) -> None:
+    """As in a set that was saved without the images themselves."""
+    (tmp_path / "source").mkdir()
+    images = [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)]
+    path = tmp_path / "source/train.parquet"
+    parquet.write_table(pyarrow.table({"image": images, "label": [0, 1, 2]}), path)
+    told = f"{path} has paths of images, not their bytes: give files that hold the images"
+    prepare_fails(PrepareArguments(tmp_path / "source", tmp_path / "set"), told)
+
+
 @pytest.mark.parametrize("stopped_in", ["_claim", "write_shards"])
 def test_what_was_begun_for_a_target_outlives_another_in_its_place(
     stopped_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

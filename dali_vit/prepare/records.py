@@ -21,7 +21,7 @@ from dali_vit.files import flush
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
-from dali_vit.prepare.tfrecord import read_tfrecord
+from dali_vit.prepare.tfrecord import num_records, read_tfrecord
 
 __all__ = ["open_parquet", "open_tfrecords"]
 
@@ -50,14 +50,24 @@ def open_tfrecords(root: Path) -> Source:
     files = [
         path for path in _files(root) if not path.name.endswith((".json", ".txt", ".parquet", ".md", ".csv", ".tsv"))
     ]
-    shards, records = {}, {}
+    shards: dict[str, list[str]] = {}
+    records: dict[str, list[_Record]] = {}
     for split, paths in _by_split(root, files, "TFRecords").items():
         shards[split] = [str(path) for path in paths]
-        records[split] = [
-            (i, *record)
-            for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None))
-            for record in read_tfrecord(path)
-        ]
+        noted = {folder: num_records(folder) for folder in {path.parent for path in paths}}
+        records[split] = []
+        for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None)):
+            before = len(records[split])
+            records[split] += [(i, *record) for record in read_tfrecord(path)]
+            count = len(records[split]) - before
+            expected = noted[path.parent].get(path.name, count)
+            if count != expected:
+                raise UserError(
+                    f"{path} holds {count:,} records, not the {expected:,} that dataset_info.json beside it says: fetch"
+                    " it again"
+                )
+            if count == 0:
+                log.warning("%s is empty; if it should not be, fetch it and prepare the set again", path)
     return _assemble(root, shards, records, _label_names(root))
 
 
@@ -280,7 +290,7 @@ def _unpack_parquet(path: Path, target: Path, write: bool = True) -> tuple[Path,
             if done is not None and done["origin"] == origin:  # else the receipt is of an earlier source
                 rows = done["rows"]
             else:
-                rows, position = [], 0
+                rows, position, without_bytes = [], 0, 0
                 # What it says of the file is true no longer, should this be stopped before there is a new one.
                 if write:
                     receipt.unlink(missing_ok=True)
@@ -296,6 +306,9 @@ def _unpack_parquet(path: Path, target: Path, write: bool = True) -> tuple[Path,
                             out.write(data)
                             rows.append((position, len(data), row["label"], name))
                             position += len(data)
+                            without_bytes += row["image"]["bytes"] is None
+                if rows and without_bytes == len(rows):  # single ones are left to training, which tells of them
+                    raise UserError(f"{path} has paths of images, not their bytes: give files that hold the images")
                 if write:
                     write_receipt(receipt, {"origin": origin, "rows": rows})
     except (ArrowException, OSError) as error:

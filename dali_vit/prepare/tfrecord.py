@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dali_vit.config import UserError
 
-__all__ = ["read_tfrecord"]
+__all__ = ["num_records", "read_tfrecord"]
 
 # Names of each feature, by TensorFlow Datasets and by the Inception scripts; the first one that is found counts.
 _IMAGE, _LABEL = ("image", "image/encoded"), ("label", "image/class/label")
@@ -51,6 +52,20 @@ def read_tfrecord(path: Path) -> Iterator[tuple[int, int, int, str | None, str]]
                     f"nor {_IMAGE[1]} and {_LABEL[1]}: give TFRecords of encoded images"
                 ) from None
             position = end + 4
+
+
+def num_records(folder: Path) -> dict[str, int]:
+    """Records in each file of a folder, by name, as TensorFlow Datasets has noted; empty where it has not."""
+    found = {}
+    try:
+        info = json.loads((folder / "dataset_info.json").read_bytes())
+        for split in info["splits"]:
+            counts = [int(count) for count in split["shardLengths"]]
+            for i, count in enumerate(counts):
+                found[f"{info['name']}-{split['name']}.tfrecord-{i:05d}-of-{len(counts):05d}"] = count
+    except (OSError, ValueError, LookupError, TypeError):  # it may be another program's
+        return {}
+    return found
 
 
 def _features(data: mmap.mmap, record: Place) -> dict[str, Place]:
