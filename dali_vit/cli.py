@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         # Every rank raises a UserError that is not local, so rank 0 alone reports it.
         if rank == 0 or not isinstance(error, UserError) or isinstance(error, LocalUserError):
-            _tell(f"{PROGRAM}: {' '.join(str(told).split())}")
+            _tell(f"{PROGRAM}: {parsing.without_control_characters(' '.join(str(told).split()))}")
         code = 2
     # Once more in a process of a group: what the error's frames held outlived the collection in `distributed.connect`.
     # One that runs alone has no threads of gloo, and need not search through all of torch's objects, which takes 0.3 s.
@@ -340,7 +340,7 @@ def _keep_stdout() -> None:
 
 def _set_up_logging(rank: int) -> None:
     handler = parsing.LogHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(parsing.LogFormatter())
     if process.int_from_environment("LOCAL_RANK", process.int_from_environment("SLURM_LOCALID", 0)):
         # Of what a machine lacks, and what all its processes find, the first of them tells.
         handler.addFilter(lambda record: not getattr(record, "of_machine", False))

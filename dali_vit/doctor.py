@@ -23,7 +23,7 @@ def report() -> tuple[str, bool]:
     """What the machine has, and whether each part of a run works on it, as lines of `name  value`, the last of which
     says whether it is fit to train; and whether it is."""
     rows: list[tuple[str, str]] = list(environment.versions().items())
-    rows.append(("cpu", f"{environment.cpu_name()}, {environment.cpu_count()} cores usable"))
+    rows.append(("cpu", f"{environment.cpu_name()}, {_counted(environment.cpu_count(), 'core', 'cores')} usable"))
     rows.append(("driver", environment.gpu_driver() or "none"))
     gpus = environment.gpu_names()
     prevents, slows = [], []
@@ -39,7 +39,7 @@ def report() -> tuple[str, bool]:
         rows.append(("gpus", f"none: {environment.why_no_gpu()}"))
     threads = max(1, environment.cpu_count() // max(1, len(gpus)))
     if gpus:
-        rows.append(("training", f"{len(gpus)} processes, bf16 autocast, torch.compile"))
+        rows.append(("training", f"{_counted(len(gpus), 'process', 'processes')}, bf16 autocast, torch.compile"))
     else:
         rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
@@ -56,10 +56,19 @@ def report() -> tuple[str, bool]:
     where = "on the GPU" if gpus else "on the CPU"
     if fault := _input_fault(device):
         prevents.append("input fails")
-    rows.append(("input", f"DALI decodes and augments {where}, {threads} threads a process: {_state(fault)}"))
+    rows.append(
+        (
+            "input",
+            f"DALI decodes and augments {where}, {_counted(threads, 'thread', 'threads')} a process: {_state(fault)}",
+        )
+    )
     rows.append(("verdict", _verdict(prevents, slows if gpus else [], where)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows), not prevents
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _verdict(prevents: list[str], slows: list[str], where: str) -> str:

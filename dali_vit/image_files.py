@@ -15,7 +15,10 @@ from dali_vit.listing import IMAGE_SUFFIXES, scan
 from dali_vit.validation import check_local
 from pipelines.readers import FileList
 
-__all__ = ["list_images"]
+__all__ = ["list_images", "other_images"]
+
+# Suffixes of images that are not among IMAGE_SUFFIXES; photos of phones have some of them.
+_OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jfif", ".jpe")
 
 
 def list_images(arguments: Sequence[Path]) -> FileList:
@@ -41,6 +44,16 @@ def list_images(arguments: Sequence[Path]) -> FileList:
     bytes_of = np.frombuffer(lengths, np.int32)
     starts = np.cumsum(bytes_of, dtype=np.int64) - bytes_of
     return FileList(np.frombuffer(paths, np.uint8), starts, bytes_of, np.arange(len(lengths)))
+
+
+def other_images(folder: Path) -> list[str]:
+    """Paths of the images below a folder that `list_images` leaves out for their suffix, sorted by folder and name."""
+    return [
+        os.path.join(parent, name)
+        for parent, _, names in sorted(os.walk(folder))
+        for name in sorted(names)
+        if name.lower().endswith(_OTHER_SUFFIXES) and not name.startswith(".")
+    ]
 
 
 def _images_of(argument: Path) -> Iterator[str]:

@@ -22,14 +22,14 @@ from dali_vit.config import UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, file_sha256, make_parent, replacing
-from dali_vit.image_files import list_images
+from dali_vit.image_files import list_images, other_images
 from dali_vit.inspection import no_messages_beside_ours
-from dali_vit.listing import some
+from dali_vit.listing import some, utf8_name
 from dali_vit.loaders import eval_loader
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
 from dali_vit.report import with_sizes
-from dali_vit.structure import val_without_images
+from dali_vit.structure import remarks_on_files, val_without_images
 from dali_vit.undecodable import faults_of, saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
@@ -87,6 +87,9 @@ def evaluate_checkpoint(
         return opened, files, folder, accepted
 
     opened, files, folder, real_labels = together(load)
+    if group.is_main:
+        for remark in remarks_on_files(folder, files, _class_folders(files)):
+            log.warning("%s", remark)
     if group.world_size > 1:
         weights = file_sha256(at_home(path)) if at_home(path).is_file() else opened.step
         check_same_evaluation(data, files, folder, weights=weights, real_labels=real_labels)
@@ -153,6 +156,12 @@ def _images(
     return dataset.split(split), dataset.root / ("val" if split == "val" else "train")
 
 
+def _class_folders(files: datasets.ImageList) -> Iterator[Path]:
+    """Folders that hold the files, as `left_out` takes them."""
+    for folder in sorted({Path(files.path(i)).parent for i in range(len(files))}):
+        yield folder.with_name(utf8_name(folder.name))
+
+
 @contextmanager
 def _progress_bar(name: str, total: int, *, visible: bool) -> Iterator[tqdm]:
     """A progress bar of images where stderr is a terminal; other messages are kept from the terminal meanwhile."""
@@ -195,6 +204,8 @@ def predict(
     """
     files = list_images(images)
     opened = checkpoint.open_model(path, resolution)
+    if others := [path for folder in filter(Path.is_dir, map(at_home, images)) for path in other_images(folder)]:
+        log.warning("left out, as their formats are not decoded: %s; save them as JPEG or PNG", some(others))
     datasets.check_images(files, max_bad_share=1.0)
     group = Group(0, 1, 0, 1, device)
     batch_size = min(len(files), 64)

@@ -183,6 +183,18 @@ class LogHandler(logging.StreamHandler[TextIO]):
         super().handleError(record)
 
 
+class LogFormatter(logging.Formatter):
+    """The message alone, with the control characters of names escaped but for line breaks, which messages have, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(without_control_characters, super().format(record).split("\n")))
+
+
+def without_control_characters(text: str) -> str:
+    """Names from elsewhere could move the cursor, clear the screen or pass for a line of ours."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def after_log(code: int) -> int:
     """The exit code given; UserError instead of 0 or 2 where a full disk under stdout did not take lines of the log."""
     for handler in logging.getLogger("dali_vit").handlers:

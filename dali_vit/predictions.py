@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from dali_vit.parsing import without_control_characters
 
 __all__ = ["as_json", "as_table"]
 
@@ -34,12 +35,7 @@ def as_table(predictions: Predictions) -> Iterator[str]:
     """A few lines for each image."""
     for path, found in predictions:
         lines = [f"  {100 * one['probability']:6.2f} %  {_class_shown(one)}" for one in found] or ["  cannot be used"]
-        yield "\n".join(map(_without_control_characters, [str(path), *lines]))
-
-
-def _without_control_characters(text: str) -> str:
-    """Names from elsewhere could move the cursor, clear the screen or pass for a line of ours."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+        yield "\n".join(map(without_control_characters, [str(path), *lines]))
 
 
 def _class_shown(prediction: dict[str, Any]) -> str:

@@ -17,18 +17,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig
-from dali_vit.data import Dataset, FileList
+from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.environment import why_no_gpu
-from dali_vit.listing import LEFT_OUT, left_out, other_val
+from dali_vit.listing import other_val
 from dali_vit.manifest import MANIFEST
-from dali_vit.structure import val_without_images
+from dali_vit.structure import remarks_on_files, val_without_images
 from dali_vit.variants import TIMM_PREFIX
 
 log = logging.getLogger(__name__)
 
 _FEW_TO_CHOOSE_BY = 100  # images; of so many, the standard error of top-1 is up to 5 points
-_SMALL = 10_000  # images; of a larger set `verify` alone looks for files that are not taken, as that may take long
 
 
 def model_line(config: ModelConfig, parameters: int, forward_flops: float, resolution: int) -> str:
@@ -93,13 +92,8 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
             f"--batch-size {config.optim.batch_size}: the training set has but"
             f" {images} image{'s' if images > 1 else ''}, which each step repeats; give a smaller one"
         )
-    if isinstance(dataset.train, FileList) and images < _SMALL:
-        folders = (dataset.root / split / name for split in ("train", "val") for name in dataset.classes)
-        found += [
-            f"{dataset.root}: files {files.kind.replace('other', 'of another')} are left out ({files.count:,}, such as"
-            f" {files.example}): {LEFT_OUT[files.kind]}"
-            for files in left_out(folders)
-        ]
+    folders = (dataset.root / split / name for split in ("train", "val") for name in dataset.classes)
+    found += remarks_on_files(dataset.root, dataset.split("train"), folders)
     warmup = config.optim.warmup_steps
     if 2 * warmup > total_steps:
         share = 100 * warmup / total_steps
@@ -156,7 +150,8 @@ def summary(
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}{unasked}",
         **how,
-        "length": f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {config.optim.batch_size} images"
+        "length": f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {config.optim.batch_size}"
+        f" image{'s' if config.optim.batch_size > 1 else ''}"
         f" ({epochs:{'.1f' if epochs >= 1 else '.2g'}} epochs)",
     }
     if checkpoint is not None:

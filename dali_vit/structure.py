@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dali_vit.config import UserError
-from dali_vit.data import Dataset, load_dataset
+from dali_vit.data import Dataset, FileList, ImageList, load_dataset
 from dali_vit.files import at_home
-from dali_vit.listing import check_no_empty, check_same_classes, class_names, list_split, some, without_images
+from dali_vit.listing import (
+    LEFT_OUT,
+    check_no_empty,
+    check_same_classes,
+    class_names,
+    left_out,
+    list_split,
+    some,
+    without_images,
+)
 from dali_vit.manifest import read_manifest
 from dali_vit.remote import is_remote
 
-__all__ = ["load_with_faults", "val_without_images"]
+__all__ = ["load_with_faults", "remarks_on_files", "val_without_images"]
+
+_SMALL = 10_000  # images; of a larger set `verify` alone looks for files that are not taken, as that may take long
 
 
 def load_with_faults(data: str | Path) -> tuple[Dataset, tuple[str, ...]]:
@@ -52,6 +63,21 @@ def val_without_images(dataset: Dataset) -> str | None:
     if not absent:
         return None
     return f"{dataset.root}: val has no images of {len(absent)} of {len(classes)} classes ({some(absent)})"
+
+
+def remarks_on_files(root: Path, files: ImageList, folders: Iterable[Path]) -> list[str]:
+    """Remarks on what lies in class folders and is not taken, by why it is not.
+
+    root: what it is said to be in; files: the images that are taken: of many, nothing else is looked for; folders: as
+    for `left_out`.
+    """
+    if not isinstance(files, FileList) or len(files) >= _SMALL:
+        return []
+    return [
+        f"{root}: files {found.kind.replace('other', 'of another')} are left out ({found.count:,}, such as"
+        f" {found.example}): {LEFT_OUT[found.kind]}"
+        for found in left_out(folders)
+    ]
 
 
 def _note(faults: list[str], check: Callable[..., None], *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the decoders' libraries print is held back, and dropped where a message of ours names the image."""
+"""What libraries print is held back, or dropped where a message of ours names the image; and what ours may hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 
 from dali_vit.config import UserError
 from dali_vit.inspection import no_messages_beside_ours
+from tests.conftest import run
+
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\n"}
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,19 @@ def test_other_messages_come_late_but_whole(capfd):
         assert capfd.readouterr().err == ""
         os.write(2, b"another\n")
     assert capfd.readouterr().err == "one of a library\nanother\n"
+
+
+@pytest.mark.timeout(60)
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
+    """They could clear the screen, or move to a line of ours; in the log and in the line of an error."""
+    for split in ("train", "val"):
+        folder = tmp_path / split / "d"
+        folder.mkdir(parents=True)
+        (folder / "z\x1b[2J\x85cls.jpg").touch()
+    code, out, _ = run("verify", str(tmp_path), capsys=capsys)
+    assert code == 2
+    assert f"  {tmp_path}/train/d/z\\x1b[2J\\x85cls.jpg  0 bytes\n" in out
+    assert len(out.split("\n")) > 3
+    assert not set(out) & CONTROL
+    code, _, err = run("eval", "--checkpoint", str(tmp_path / "\x1b[1A"), "--data", str(tmp_path), capsys=capsys)
+    assert (code, err) == (2, f"dali-vit: --checkpoint {tmp_path}/\\x1b[1A: no such file or folder\n")

@@ -126,6 +126,25 @@ def test_a_link_that_leads_nowhere_is_named_after_the_other_images(data, tmp_pat
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_images_in_folders_of_other_formats_are_told_of(json_asked, data, tmp_path, capsys):
+    model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
+    folder = data / "val/c"
+    others = [folder / "deep/IMG_1.HEIC", folder / "x.gif"]
+    for path in (*others, folder / ".hidden.gif", folder / "notes.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    arguments = ["predict", "--checkpoint", str(model), str(folder), *["--json"] * json_asked]
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 0
+    told = f"left out, as their formats are not decoded: {others[1]}, {others[0]}; save them as JPEG or PNG\n"
+    assert told in (err if json_asked else out)
+    assert (err if not json_asked else err.replace(told, "")) == ""
+    if json_asked:
+        assert len(json.loads(out)) == 2
+
+
+@pytest.mark.timeout(60)
 def test_results_come_one_by_one_and_messages_after_them(data, tmp_path, capfd):
     model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
     found = inference.predict(model, [data / "val/c"], torch.device("cpu"), top=1)

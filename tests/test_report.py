@@ -167,7 +167,7 @@ def test_sizes_that_are_not_the_names_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "length"), [(1, "1 step of 1 images (0.11 epochs)"), (1000, "1,000 steps of 1 images (111.1 epochs)")]
+    ("steps", "length"), [(1, "1 step of 1 image (0.11 epochs)"), (1000, "1,000 steps of 1 image (111.1 epochs)")]
 )
 def test_the_length_of_a_run(steps: int, length: str) -> None:
     group = Group(0, 1, 0, 1, torch.device("cpu"))
