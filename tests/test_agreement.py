@@ -75,6 +75,12 @@ def test_the_same_set_may_lie_elsewhere(ranks: Ranks, tiny_config: Config, tmp_p
         train(ranks, replace(tiny_config, data=data, run=run), load_dataset(root))
 
 
+def test_each_machine_may_have_gpus_of_its_own_number(ranks: Ranks, tiny_config: Config, image_folder: Path) -> None:
+    dataset = load_dataset(image_folder)
+    for gpus in (0, 4, 8):
+        train(ranks, replace(tiny_config, run=replace(tiny_config.run, gpus=gpus)), dataset)
+
+
 def rename_an_image(root: Path) -> str:
     image = min((root / "train").rglob("*.jpg"))
     image.rename(image.with_name("other.jpg"))
@@ -107,6 +113,19 @@ def test_another_set_is_named(change: Callable[[Path], str], ranks: Ranks, tiny_
         f"--data {tiny_config.data.data}: rank 2 (on node2) has other {differing} there than rank 0 (on node0);"
         " give all nodes the same set"
     )
+
+
+@pytest.mark.parametrize(
+    ("classes", "others"), [(("ab", "c"), ("a", "bc")), (("ant", os.fsdecode(b"\xff")), ("ant", os.fsdecode(b"\xfe")))]
+)
+def test_other_classes_are_named_whatever_their_bytes(
+    classes: tuple[str, ...], others: tuple[str, ...], ranks: Ranks, tiny_config: Config, image_folder: Path
+) -> None:
+    dataset = load_dataset(image_folder)
+    for _ in range(2):
+        train(ranks, tiny_config, replace(dataset, classes=classes))
+    with pytest.raises(UserError, match=r"rank 2 \(on node2\) has other classes there than rank 0 \(on node0\)"):
+        train(ranks, tiny_config, replace(dataset, classes=others))
 
 
 def test_a_copy_of_other_sizes_is_named(ranks: Ranks, tiny_config: Config, tmp_path: Path) -> None:

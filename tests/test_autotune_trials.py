@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dali_vit import autotune, environment, loaders, trials
 from dali_vit import data as datasets
 from dali_vit.config import Config, LocalUserError
 from dali_vit.loaders import Decoder, LoaderSettings
-from tests.test_autotune import CPU, MODEL, config, dataset, path_of  # noqa: F401
+from tests.test_autotune import CPU, CUDA, MODEL, config, dataset, path_of  # noqa: F401
 
 FIRST, SECOND = LoaderSettings(2), LoaderSettings(2, decoder=Decoder(hw_decoder_load=0.85))
 
@@ -96,6 +97,33 @@ def test_a_cache_that_cannot_be_written_to_is_no_obstacle(search: Search, monkey
 
     monkeypatch.setattr(trials, "replacing", refuse)
     assert search.run().prefetch == 4
+
+
+def test_what_is_remembered_and_cannot_be_removed_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "it.trying").mkdir()
+    trials.Trials(tmp_path / "it.trying", CPU).done()
+    assert (tmp_path / "it.trying").is_dir()
+
+
+@pytest.mark.parametrize("kept", ["twice", None, [2], 2.5])
+def test_what_is_remembered_and_is_no_number_does_not_count(kept: Any, tmp_path: Path) -> None:
+    path = tmp_path / "it.trying"
+    path.write_text(json.dumps({trials._key(FIRST): kept, trials._key(SECOND): 2}))
+    assert trials.Trials(path, CPU).begin(FIRST)
+    assert not trials.Trials(path, CPU).begin(SECOND)
+
+
+def test_a_gpu_that_is_lost_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave the model in another mode than it was in."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    model = torch.nn.Identity().train()
+    with pytest.raises(LocalUserError, match=r"^told already$"), autotune._training_like(model, CUDA):
+        raise LocalUserError("told already")
+    assert model.training
 
 
 def test_settings_that_break_the_use_of_the_gpu_count_as_an_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +119,32 @@ def test_a_failed_write_is_a_warning_and_the_last_one_an_error(caplog):
     background.submit(fail, {})
     with pytest.raises(OSError, match="no space"):
         background.close()
+
+
+@pytest.mark.timeout(60)
+def test_the_thread_ends_even_if_the_last_write_fails():
+    def fail() -> None:
+        raise OSError("no space")
+
+    before = set(threading.enumerate())
+    background = BackgroundWriter()
+    background.submit(fail)
+    with pytest.raises(OSError, match="no space"):
+        background.close()
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.timeout(60)
+def test_a_failed_write_is_told_of_where_training_ends_with_an_error(caplog):
+    def fail() -> None:
+        raise OSError("no space")
+
+    with suppress(KeyboardInterrupt), BackgroundWriter() as background:
+        background.submit(fail)
+        raise KeyboardInterrupt
+    assert caplog.messages == [
+        "a checkpoint was not written in full (no space); the ones before are untouched, training goes on"
+    ]
 
 
 def test_copies_are_written_over_where_they_fit():

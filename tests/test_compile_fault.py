@@ -69,6 +69,15 @@ def test_what_was_asked_for_is_not_replaced(mode: str, tiny_config: Config, monk
         compiling.how_to_compile(with_mode(tiny_config, mode), GPU)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_where_it_works_the_mode_is_the_one_that_was_asked_for(
+    mode: str, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "compile_fault", lambda device: None)
+    described = f"torch.compile, {mode} mode, for which the first step waits"
+    assert compiling.how_to_compile(with_mode(tiny_config, mode), GPU) == (mode, described)
+
+
 def test_by_default_training_goes_without_and_says_so(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,6 +64,18 @@ def test_out_may_be_any_name_of_an_empty_folder(out, tmp_path, monkeypatch, caps
     assert (tmp_path / "link").is_symlink()
 
 
+def test_in_a_folder_that_is_there_the_file_that_makes_it_a_model_comes_last(tmp_path, monkeypatch, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
+    (tmp_path / "out").mkdir()
+    came: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (came.append(path.name), rename(path, to))[1])
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(map(folder.joinpath, os.listdir(folder)))))
+    code, _, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 0, err
+    assert came == ["head", "model.safetensors", "config.json"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["gap", "tok"])
 @pytest.mark.parametrize("posemb", ["sincos2d", "learn"])
@@ -73,6 +85,8 @@ def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
     source, folder = save(tmp_path / "a.safetensors", config), tmp_path / "out"
     code, out, err = run("export", "--checkpoint", str(source), "--out", str(folder), capsys=capsys)
     assert code == 0, err
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
     stock = loaded(folder)
     assert type(stock) is timm.models.vision_transformer.VisionTransformer
     x = images(32) * 2 - 1
@@ -80,6 +94,7 @@ def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
     if head == "mlp":
         assert "timm's ViT has no MLP head: logits = head(tanh(pre_logits(features)))" in out
         assert "gives [N, 32] features" in out.splitlines()[0]
+        assert "label_names" not in json.loads((folder / "config.json").read_text())["pretrained_cfg"]
         parts = load_file(folder / "head" / "classifier.safetensors")
         with safe_open(folder / "head" / "classifier.safetensors", framework="pt") as file:
             assert json.loads(file.metadata()["classes"]) == list(CLASSES)
@@ -100,6 +115,11 @@ def test_timm_gives_the_same_logits(pool, posemb, head, tmp_path, capsys):
     other = loaded(folder, num_classes=3)
     assert other(x).shape == (3, 3)
     assert torch.equal(other.forward_features(x), stock.forward_features(x))
+
+    # Or other channels, which timm gives the sum of the weights.
+    grey = x[:, :1]
+    of_grey = loaded(folder, in_chans=1).forward_features(grey)
+    torch.testing.assert_close(of_grey, stock.forward_features(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
 def test_timm_resizes_to_the_side_that_our_evaluation_does():
@@ -138,6 +158,36 @@ def test_comparators_keep_timms_name_and_statistics(model, resolution, said, tmp
     expected = checkpoint.load_model(source)(x * 2 - 1)
     torch.testing.assert_close(stock((x - mean) / std), expected, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == model.removeprefix("timm:")
+
+
+def pretend(key: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has timm say something else of the inputs of all models that it makes."""
+    create = timm.create_model
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        model = create(*arguments, **options)
+        model.pretrained_cfg = {**model.pretrained_cfg, key: value}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", other)
+
+
+@pytest.mark.parametrize("other", ["mean", "std"])
+def test_inputs_of_another_mean_or_std_alone_are_told_of(other, tmp_path, monkeypatch, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="timm:test_resnet"), 64)
+    pretend(other, (0.25, 0.5, 0.75), monkeypatch)
+    code, out, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 0, err
+    mean, std = ([0.25, 0.5, 0.75] if name == other else [0.5] * 3 for name in ("mean", "std"))
+    assert out.splitlines()[1:] == [f"it takes (value / 255 - mean) / std with mean {mean} and std {std}, not [-1, 1]"]
+
+
+def test_a_plain_vit_is_of_fixed_size_whatever_timm_says_of_the_nearest_name(tmp_path, monkeypatch, capsys):
+    source = save(tmp_path / "a.safetensors", ModelConfig(model="S/8", **SIZES))
+    pretend("fixed_input_size", False, monkeypatch)
+    code, _, err = run("export", "--checkpoint", str(source), "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]["fixed_input_size"] is True
 
 
 @torch.no_grad()

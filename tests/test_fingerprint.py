@@ -78,6 +78,13 @@ def test_a_run_that_goes_on_with_other_images_in_val_says_so(tmp_path, tiny_conf
     assert f"{folder}: val has other images than before" in caplog.text
 
 
+def test_a_run_is_known_by_names_below_the_folder_of_each_split(image_folder, tiny_config):
+    planned = plan(tiny_config, 1)
+    dataset = load_dataset(image_folder, minival=0.1)
+    assert planned.train_fingerprint == fingerprint(dataset.split("train"), image_folder / "train")
+    assert planned.val_fingerprint == fingerprint(dataset.split("val"), image_folder / "val")
+
+
 def with_data(config: Config, root: Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=str(root)))
 

@@ -101,6 +101,23 @@ def test_buffers_are_held_until_what_reads_them_has_run(stream: Stream) -> None:
     assert all(event.has_come for event in stream.events)
 
 
+def test_all_buffers_that_are_read_by_now_are_given_back_at_once(stream: Stream) -> None:
+    runner, graph = Runner(0), Graph()
+    for _ in range(3):
+        run(runner, graph)
+    for event in stream.events:
+        event.has_come = True
+    run(runner, graph)
+    assert graph.held() == [False, False, False, True]
+    runner.release()
+
+
+def test_all_pipelines_are_shut_down(stream: Stream) -> None:
+    graphs = [Graph() for _ in range(3)]
+    Runner(0).shut_down([cast(Pipeline, graph) for graph in graphs])
+    assert [graph.stopped for graph in graphs] == [True] * 3
+
+
 def test_buffers_are_held_where_what_reads_them_fails(stream: Stream) -> None:
     def fails(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")

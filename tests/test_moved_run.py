@@ -189,14 +189,15 @@ def test_a_copy_that_follows_links_has_a_best_checkpoint_that_is_a_link(
     )
 
 
+@pytest.mark.parametrize("refused", [errno.EROFS, errno.EACCES])
 def test_nobody_is_told_to_remove_what_cannot_be_changed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    refused: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finished run on a disk that is mounted to be read."""
+    """A finished run on a disk that is mounted to be read, or of another user."""
     for name in ("best", "step_000000001"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "checkpoint.json").write_text('{"step": 1, "metrics": {}}')
-    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError(refused, "refused")))
     prune(tmp_path / "checkpoints", 1, tmp_path / "checkpoints/step_000000001")
     assert not caplog.messages
 

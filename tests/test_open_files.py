@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
+from dali_vit.plan import plan
 from dali_vit.prepare import PrepareArguments, prepare
 from pipelines import open_files
 from pipelines.open_files import TooManyFiles
@@ -60,6 +62,12 @@ def test_a_set_of_more_shards_than_may_be_open_is_refused_as_it_is_loaded(limits
     limits[:] = [64, 64]
     with pytest.raises(UserError, match=rf"^{shards}: 1 shards must be open at once, but .* 64 files"):
         load_dataset(shards)
+
+
+def test_a_run_asks_for_the_files_of_one_process(limits, tiny_config):
+    """A batch over all four would not be allowed."""
+    plan(replace(tiny_config, optim=replace(tiny_config.optim, batch_size=2048)), 4)
+    assert limits == [2 * 2 * 512 + 512, 4096]
 
 
 PROGRAM = """

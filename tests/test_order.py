@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.order import EvalOrder, TrainOrder
+from pipelines.order import EvalOrder, TrainOrder, _permutation
 from tests.statistical import chi_square_uniform_p, kolmogorov_smirnov_p
 
 
@@ -44,6 +44,21 @@ def test_train_order_does_not_change_between_versions() -> None:
         order.uniforms(7, 9)[3, [0, 7, 8]],
         np.array([0.07859838008880615, 0.6043388843536377, 0.18604987859725952], np.float32),
     )
+
+
+def test_a_batch_of_two_epochs_shuffles_each_once() -> None:
+    """However often its indices are asked for: those of its files, and those of its labels."""
+    _permutation.cache_clear()
+    order = TrainOrder(10, 4, 0, 1, seed=0)
+    first = order.indices(2)
+    for _ in range(3):
+        np.testing.assert_array_equal(order.indices(2), first)
+    assert _permutation.cache_info().misses == 2
+
+
+def test_a_permutation_that_others_will_be_given_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        _permutation(10, 0, 0)[0] = 1
 
 
 def test_train_order_depends_on_the_seed() -> None:
