@@ -88,18 +88,6 @@ def test_train_source_is_a_pure_function_of_the_step() -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_train_source_takes_every_nth_step() -> None:
-    files = FileList.from_paths([f"{i}.jpg" for i in range(100)], np.arange(100))
-    order = TrainOrder(100, 4, 0, 1, seed=0)
-    source = TrainSource(files, order, (2,), start_step=5, stride=3)
-    for iteration in range(4):
-        step = 5 + 3 * iteration
-        labels, uniforms = source.arrays(batch(iteration))
-        assert decoded(source.payload(batch(iteration))) == [f"{i}.jpg" for i in order.indices(step)]
-        assert labels.tolist() == order.indices(step).tolist()
-        np.testing.assert_array_equal(uniforms, order.uniforms(step, 2))
-
-
 def test_train_source_replaces_bad_samples_in_their_places() -> None:
     files = FileList.from_paths([f"{i}.jpg" for i in range(6)], np.arange(6))
     order = TrainOrder(6, 6, 0, 1, seed=0)
