@@ -134,3 +134,85 @@ def test_ranks_that_leave_out_too_many_images_together_end_a_run(tiny_config, cp
         UserError, match=rf"^{of} \(--max-bad-share 0.01\): put good ones in their place, or prepare shards"
     ):
         evaluate_splits(model, dataset, tiny_config, cpu, {})
+
+
+class Given(torch.nn.Module):
+    """Gives logits that were made before, one batch after the other."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.logits = iter(logits)
+
+    def forward(self, images):
+        return next(self.logits) * self.scale.to(torch.bfloat16)
+
+
+def test_the_loss_of_bfloat16_logits_is_summed_in_full():
+    """As autocast gives them on a GPU: in bfloat16 a sum of some hundred losses has two digits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(37, 10, generator=generator).bfloat16() for _ in range(30)]
+    labels = [torch.randint(10, (37,), generator=generator) for _ in logits]
+    pictures = torch.zeros(37, 4, 4, 3, dtype=torch.uint8)
+    batches = [(pictures, of_batch) for of_batch in labels]
+    result = evaluate(Given(logits), batches, torch.device("cpu"))
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits).double(), torch.cat(labels)).item()
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["count"] == 30 * 37
+
+
+def test_nothing_is_kept_for_a_backward_pass():
+    class Noting(FromPixels):
+        def forward(self, images):
+            seen.append(torch.is_grad_enabled())
+            return super().forward(images)
+
+    seen = []
+    evaluate(Noting(), batches(), torch.device("cpu"))
+    assert seen == [False, False]
+
+
+def test_of_no_images_there_is_no_accuracy():
+    """As where none can be decoded, of which the share tells; and a model in eval mode stays in it."""
+    model = FromPixels().eval()
+    result = evaluate(model, [(picture(0)[None], torch.tensor([-1]))], torch.device("cpu"))
+    assert result == {"top1": 0, "top5": 0, "loss": 0, "count": 0}
+    assert not model.training
+
+
+class Recorded:
+    """Stands for a loader of two batches of two images, and notes when they are fetched."""
+
+    def __init__(self, events, files):
+        self.events, self.files = events, files
+
+    def __iter__(self):
+        for _ in range(2):
+            self.events.append("fetched")
+            yield torch.stack([picture(0), picture(1)]), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loaders_are_made_as_the_run_says_and_progress_is_told_around_each_batch(
+    world_size, tiny_config, cpu, monkeypatch
+):
+    config = replace(
+        tiny_config,
+        data=replace(tiny_config.data, max_bad_share=0.7),
+        optim=replace(tiny_config.optim, batch_size=8),
+        run=replace(tiny_config.run, grad_accum_steps=2, threads=3),
+    )
+    dataset = datasets.load_dataset(config.data.data, minival=0.1)
+    made, events = [], []
+
+    def eval_loader(files, **options):
+        made.append(options)
+        return Recorded(events, files)
+
+    monkeypatch.setattr(dali_vit.evaluate, "eval_loader", eval_loader)
+    monkeypatch.setattr(dali_vit.evaluate.left_out, "check_share", lambda *_, **__: None)
+    group = replace(cpu, world_size=world_size)
+    evaluate_splits(FromPixels(), dataset, config, group, {}, lambda: events.append("told"))
+    expected = {"batch_size": 8 // world_size // 2, "resolution": 32, "group": group, "threads": 3}
+    assert made == [expected | {"max_bad_share": 0.7}] * 2
+    assert events == ["told", "fetched", "told", "fetched", "told"] * 2
