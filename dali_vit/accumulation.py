@@ -85,7 +85,7 @@ def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) 
                 raise
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
-            images = f"{share // parts} images at once"
+            images = f"{share // parts} image{'s' if share > parts else ''} at once"
             if isinstance(error, LackOfMemory):  # raised for DALI, which loads whole batches
                 images = f"{share} images being loaded beside {share // parts} being trained on"
             raise LocalUserError(

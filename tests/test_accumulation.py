@@ -289,3 +289,34 @@ def test_memory_is_that_of_all_processes_of_a_machine_and_of_a_part_of_a_batch(t
     monkeypatch.setattr(accumulation, "available_memory", lambda: 2 * image)
     accumulation.warn_of_memory(model, with_parts(tiny_config, 2), cpu)  # 4 at a time
     assert "give --grad-accum-steps 4 or" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "error", "told"),
+    [
+        (2, 1, "CUDA error: out of memory", "4 images at once; give --grad-accum-steps 2, a"),
+        (2, 4, "CUDA error: out of memory", "1 image at once; give a"),
+        (1, 8, "CUDA error: out of memory", "1 image at once; give a"),
+        (1, 2, None, "8 images being loaded beside 4 being trained on; give --grad-accum-steps 4, a"),
+        (2, 2, None, "4 images being loaded beside 2 being trained on; give --grad-accum-steps 4, a"),
+    ],
+)
+def test_what_memory_does_not_hold_is_a_processs_share_in_parts(ranks, parts, error, told, tiny_config, cpu):
+    def fail() -> None:
+        raise LackOfMemory("DALI's") if error is None else RuntimeError(error)
+
+    group = dataclasses.replace(cpu, world_size=ranks)
+    guarded = accumulation.name_lack_of_memory(fail, with_parts(tiny_config, parts), group)
+    with pytest.raises(LocalUserError) as refused:
+        guarded()
+    assert str(refused.value) == f"--batch-size 8: memory does not hold {told} smaller batch or more GPUs"
+
+
+def test_memory_is_that_of_one_of_several_machines_and_told_of_once(tiny_config, cpu, monkeypatch, caplog):
+    model = create_model(tiny_config.model, num_classes=4, resolution=32)
+    monkeypatch.setattr(accumulation, "available_memory", lambda: 1)
+    two_machines = dataclasses.replace(cpu, world_size=4, local_world_size=2)
+    accumulation.warn_of_memory(model, tiny_config, dataclasses.replace(two_machines, rank=1))
+    assert caplog.text == ""
+    accumulation.warn_of_memory(model, tiny_config, two_machines)
+    assert "a step of 4 images takes about" in caplog.text

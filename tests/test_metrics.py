@@ -303,3 +303,43 @@ def log_of_two_steps(folder: Path) -> MetricLog:
         log.scalars(step, {"a": 1.0})
     log.flush()
     return log
+
+
+def test_gpus_report_their_memory_in_gib_and_their_waits_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, other: object) -> float:
+            return 40.0  # milliseconds
+
+    synchronized: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: synchronized.append(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    clock = iter([10.0, 12.0, 12.03])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    device = torch.device("cuda", 0)
+    timer = metrics.StepTimer(device)
+    # A wait is at most the window's time, from which the stream's may differ a little.
+    for steps, seconds, waited in ((2, 2.0, 0.08), (1, 0.03, 0.03)):
+        for _ in range(steps):
+            with timer.waiting():
+                pass
+        before = len(synchronized)
+        assert timer.read() == (steps, pytest.approx(seconds), pytest.approx(waited))
+        assert len(synchronized) == before + 1
+    scalars = metrics.speed(4, 2.0, 0.5, batch_size=16, train_flops=1e12, group=Group(0, 2, 0, 2, device))
+    assert scalars == {
+        "perf/images_per_sec": 32.0,
+        "perf/images_per_sec_per_gpu": 16.0,
+        "perf/step_ms": 500.0,
+        "perf/data_wait_pct": 25.0,
+        "perf/mfu_pct": pytest.approx(100 * 32e12 / (2 * 989e12)),
+        "memory/gpu_peak_gib": 3.0,
+    }
