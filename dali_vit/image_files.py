@@ -47,13 +47,13 @@ def list_images(arguments: Sequence[Path]) -> FileList:
 
 
 def other_images(folder: Path) -> list[str]:
-    """Paths of the images below a folder that `list_images` leaves out for their suffix, sorted by folder and name."""
-    return [
-        os.path.join(parent, name)
-        for parent, _, names in sorted(os.walk(folder))
-        for name in sorted(names)
-        if name.lower().endswith(_OTHER_SUFFIXES) and not name.startswith(".")
-    ]
+    """Paths of the images below a folder that `list_images` leaves out for their suffix; hidden ones are not meant."""
+    found = []
+    for parent, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        chosen = (name for name in names if name.lower().endswith(_OTHER_SUFFIXES) and not name.startswith("."))
+        found += [os.path.join(parent, name) for name in sorted(chosen)]
+    return found
 
 
 def _images_of(argument: Path) -> Iterator[str]:

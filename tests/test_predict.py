@@ -131,7 +131,7 @@ def test_images_in_folders_of_other_formats_are_told_of(json_asked, data, tmp_pa
     model = save(tmp_path / "m.safetensors", 3, ("ruby", "emerald", "sapphire"))
     folder = data / "val/c"
     others = [folder / "deep/IMG_1.HEIC", folder / "x.gif"]
-    for path in (*others, folder / ".hidden.gif", folder / "notes.txt"):
+    for path in (*others, folder / ".hidden.gif", folder / ".thumbnails/x.gif", folder / "notes.txt"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     arguments = ["predict", "--checkpoint", str(model), str(folder), *["--json"] * json_asked]
