@@ -336,7 +336,7 @@ class EvalLoader:
             raise error
 
     def close(self) -> None:
-        """Stop the threads and free the buffers; batches handed out stay valid."""
+        """Stop the threads and free the buffers; batches handed out stay valid, and another pass may follow."""
         if self._idle is not None:
             self._runner.shut_down([self._idle])
             self._idle = None
