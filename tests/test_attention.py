@@ -181,9 +181,10 @@ def test_what_the_packed_kernels_are_not_made_for_is_not_measured(monkeypatch: p
         assert set(attention.measure(shape, CPU.device, ["packed"])[0]) == {"packed"}
 
 
+@pytest.mark.parametrize(("factor", "percent"), [(1.05, "5.0"), (float("nan"), "nan")])
 @pytest.mark.parametrize(("wrong", "what"), [(None, ""), (0, "output"), (1, "gradient"), (2, "gradient of the bias")])
 def test_packed_kernels_that_compute_something_else_are_left_out(
-    wrong: int | None, what: str, monkeypatch: pytest.MonkeyPatch
+    wrong: int | None, what: str, factor: float, percent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A twentieth off, where rounding to bfloat16 is a few thousandths."""
     shape = Shape(64, 196, 3, 64)
@@ -193,14 +194,14 @@ def test_packed_kernels_that_compute_something_else_are_left_out(
         out, gradient = attention._torchs(qkv, upstream, shape)()
         results = [out.flatten(2), gradient.flatten(2), gradient.float().sum((0, 1)).flatten()]
         if wrong is not None:
-            results[wrong] = results[wrong] * 1.05
+            results[wrong] = results[wrong] * factor
         return lambda: tuple(results)
 
     monkeypatch.setattr(attention, "_packed", packed)
     if wrong is None:
         attention._check_packed(shape, CPU.device)
         return
-    with pytest.raises(RuntimeError, match=f"the {what} it gives differs from torch's by 5.0 %"):
+    with pytest.raises(RuntimeError, match=f"the {what} it gives differs from torch's by {percent} %"):
         attention._check_packed(shape, CPU.device)
 
 
@@ -213,6 +214,30 @@ def test_a_run_tells_the_kernel_that_was_chosen(kernel: str, told: str | None, m
     model = create_model(config.model, num_classes=10, resolution=64)
     _, how = dali_vit.step.build_update(config, model, create_optimizer(model, config.optim), CPU)
     assert how.get("attention") == told
+
+
+def test_the_kernel_is_chosen_for_a_part_of_a_processs_share_and_given_to_every_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Packed(torch.autograd.Function):
+        pass
+
+    asked: list[tuple[Any, ...]] = []
+
+    def choose(wanted: str, model: Any, images: int, group: Group, *, compiled: bool) -> Attention:
+        asked.append((wanted, images, compiled))
+        return Attention(nullcontext, "packed", "packed", Packed)
+
+    monkeypatch.setattr(dali_vit.step, "choose_attention", choose)
+    monkeypatch.setattr(dali_vit.step, "SharedLoss", lambda step, device: step)
+    monkeypatch.setattr(dali_vit.step, "DistributedDataParallel", lambda step, **_: step)
+    monkeypatch.setattr(dali_vit.step, "forward_and_backward", lambda *_: None)
+    run = RunConfig(compile="off", grad_accum_steps=2)
+    config = Config(model=ModelConfig(model="mu/16"), optim=OptimConfig(batch_size=24), run=run)
+    model = create_model(config.model, num_classes=10, resolution=64)
+    dali_vit.step.build_update(config, model, create_optimizer(model, config.optim), Group(0, 3, 0, 3, CPU.device))
+    assert asked == [("auto", 24 // 3 // 2, False)]
+    assert {block.packed for block in model.blocks} == {Packed}  # type: ignore[union-attr, operator]
 
 
 @needs_a_compiler

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from benchmark.windows import Measurement, measure
 
 from dali_vit import data as datasets
 from dali_vit import loaders
+from dali_vit.config import DataConfig
 from dali_vit.distributed import Group
 from dali_vit.metrics import StepTimer
 from dali_vit.model import create_model
@@ -288,3 +290,55 @@ def test_the_step_is_that_of_training_not_of_evaluation(tiny_config, cpu) -> Non
     model = create_model(tiny_config.model, num_classes=4, resolution=32).eval()
     modes.training_step(tiny_config, model, 10, cpu)
     assert model.training
+
+
+def test_the_other_loaders_crop_as_the_recipe_does_and_change_no_colours_by_themselves() -> None:
+    data = DataConfig(resolution=32)
+    ours, timms = compare._torchvision_transform(data), compare._timm_transform(data)
+    crops = [transforms.transforms[0] for transforms in (ours, timms)]  # type: ignore[attr-defined]
+    assert [(crop.scale, list(crop.size)) for crop in crops] == [((0.05, 1.0), [32, 32])] * 2
+    assert [type(step).__name__ for step in ours.transforms[1:]] == [  # type: ignore[attr-defined]
+        *("RandomHorizontalFlip", "RandAugment", "PILToTensor")
+    ]
+    assert "ColorJitter" not in str(timms)
+    without = replace(data, randaug_layers=0)
+    assert "RandAugment" not in str(compare._torchvision_transform(without)) + str(compare._timm_transform(without))
+
+
+@pytest.mark.parametrize("of_others", [True, False])
+def test_a_setting_that_fails_on_one_rank_is_tried_by_none(of_others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would wait for it in the measurement."""
+
+    class Loader:
+        closed = False
+
+        def __next__(self) -> None:
+            pass
+
+        def close(self) -> None:
+            self.closed = True
+
+    loader = Loader()
+    monkeypatch.setattr(sweep, "_loader", lambda *_: loader)
+    monkeypatch.setattr(sweep, "gather_objects", lambda own: [own, of_others])
+    group = Group(0, 2, 0, 2, CPU)
+    settings: Any = SimpleNamespace(prefetch=2)
+    found = sweep._working_loader(settings, settings, settings, group)
+    assert (found is loader, loader.closed) == (of_others, not of_others)
+
+
+def test_each_rank_has_a_trace_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profiler:
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).write_text("{}")
+
+    closed: list[int] = []
+    loader = SimpleNamespace(close=lambda: closed.append(1))
+    monkeypatch.setattr(modes.loaders, "train_loader", lambda *_, **__: loader)
+    monkeypatch.setattr(modes, "profile_steps", lambda *_: (Profiler(), {"kernels": 1}))
+    monkeypatch.setattr(modes, "barrier", lambda: None)
+    arguments: Any = (None, None, None, None, Group(1, 2, 1, 2, CPU))
+    found = modes.profile_joint(*arguments, steps=3, folder=tmp_path / "profile")
+    assert found == (tmp_path / "profile/rank1.pt.trace.json", {"kernels": 1})
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank1.pt.trace.json"]
+    assert closed == [1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 from PIL import Image
 
 from pipelines import compiled, crop
 from pipelines.crop import NUM_UNIFORMS, SAMPLERS, Decoder
+from pipelines.crop import _options as crop_options
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.readers import FileList
 from tests.statistical import kolmogorov_smirnov_p
@@ -264,3 +266,21 @@ def test_the_smaller_side_of_an_evaluation_is_rounded(tmp_path: Path) -> None:
     )
     images, _ = next(iter(loader))
     np.testing.assert_array_equal(images[0].numpy(), pixels[20:180, 11:171])
+
+
+def test_a_gpus_decoder_gets_what_was_set_and_the_cpus_what_it_knows() -> None:
+    """Else a search would try settings that change nothing."""
+    decoder = Decoder(fast_idct=False, region="full", fancy_upsampling=True, hw_decoder_load=0.9)
+    decoder = replace(decoder, preallocate_width_hint=640, preallocate_height_hint=480, hybrid_huffman_threshold=7)
+    common = {"use_fast_idct": False, "adjust_orientation": False, "output_type": types.RGB}
+    assert crop_options(decoder, "cpu") == {"device": "cpu", **common}
+    assert crop_options(decoder, "gpu") == {
+        "device": "mixed",
+        **common,
+        "affine": False,
+        "jpeg_fancy_upsampling": True,
+        "hw_decoder_load": 0.9,
+        "preallocate_width_hint": 640,
+        "preallocate_height_hint": 480,
+        "hybrid_huffman_threshold": 7,
+    }

@@ -26,6 +26,7 @@ from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.train import train
 from tests.conftest import read_metrics
 from tests.datasets import tree, write_source
+from tests.test_checkpoint import save
 
 
 @pytest.fixture
@@ -148,6 +149,22 @@ def test_an_evaluation_that_is_made_up_for_stands_in_the_log_once(evaluated: Con
     ]
     assert [m for m in rest[1] if len(m) > 1] == [m for m in rest[0] if len(m) > 1]
     assert len([m for m in after if m["step"] == 12 and "perf/evaluation_s" in m]) == 1
+
+
+def test_a_step_that_is_written_again_is_removed_once_the_new_ones_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, 1).parent
+    seen: list[tuple[str, bool]] = []
+
+    def flush(path: Path) -> None:
+        files.flush(path)
+        seen.append((path.name, (folder / ".tmp-old-step_000000001").exists()))
+
+    monkeypatch.setattr(checkpoint, "flush", flush)
+    save(tmp_path, 1)
+    assert seen[-1] == ("checkpoints", True)
+    assert os.listdir(folder) == ["step_000000001"]
 
 
 def test_a_line_that_loses_all_goes_and_a_log_that_loses_nothing_is_not_written(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -139,3 +141,45 @@ def test_a_folder_that_takes_no_file_is_locked_itself(
         with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
             pass
     assert caplog.text == ""
+
+
+@pytest.mark.timeout(60)
+def test_threads_that_notice_together_that_the_folder_is_gone_lock_a_new_one_once(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log's and the checkpoints'; a second lock would meet the process's own."""
+    both, readlink = threading.Barrier(2), os.readlink
+
+    def meet(path: str) -> str:
+        both.wait(20)
+        return readlink(path)
+
+    with runlock.locked(tiny_config, cpu):
+        shutil.rmtree(tiny_config.run_dir)
+        with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+            patched.setattr(os, "readlink", meet)
+            found = list(pool.map(lambda _: runlock.current(tiny_config), range(2)))
+    assert found == [tiny_config.run_dir] * 2
+    assert caplog.messages == [f"{tiny_config.run_dir} was removed while it runs: it goes on in a new one"]
+
+
+def test_a_folder_that_another_machine_removed_is_made_and_locked_anew(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NFS says so of what is open there."""
+    fstat = os.fstat
+
+    def stale(descriptor: int) -> os.stat_result:
+        if descriptor == runlock._locks[tiny_config.run_dir][0]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return fstat(descriptor)
+
+    with runlock.locked(tiny_config, cpu):
+        shutil.rmtree(tiny_config.run_dir)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", stale)
+            assert runlock.current(tiny_config) == tiny_config.run_dir
+        assert tiny_config.run_dir.is_dir()
+        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
+            pass
+    assert caplog.messages == [f"{tiny_config.run_dir} was removed while it runs: it goes on in a new one"]

@@ -327,6 +327,7 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
         (replace(arguments, workers=0), "--workers 0: must be from 1 to 1,024"),
         (replace(arguments, workers=10**9), "--workers 1000000000: must be from 1 to 1,024"),
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),
+        (replace(arguments, quarantine=root / "val" / "bad"), "lies in val/ of the set"),
         (replace(arguments, quarantine=tmp_path / "link" / "train" / "bad"), "lies in train/ of the set"),
         (replace(arguments, quarantine=tmp_path / "file"), "is a file"),
         (
