@@ -39,7 +39,7 @@ class EvalArguments:
     real: Path | None = None
     """ReaL's real.json: also report accuracy against its labels."""
     max_bad_share: float = 0.0
-    """Share of the images that may be undecodable and are left out, as train does; unless 0, one always may be."""
+    """Share of the images that may be undecodable and are left out, as by train; above 0 a single one always may be."""
     batch_size: int = 256
     """Images per step and process."""
     resolution: int | None = None

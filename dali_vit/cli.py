@@ -214,9 +214,9 @@ def _eval(argv: list[str]) -> int:
                 # JSON has no NaN or infinity, which a model that has diverged gives.
                 _say(json.dumps({name: value if math.isfinite(value) else None for name, value in metrics.items()}))
             else:
+                width = max(map(len, metrics))
                 for name, value in metrics.items():
-                    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-                    _say(f"{name:<15} {shown}")
+                    _say(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'}")
     return 0
 
 

@@ -47,7 +47,7 @@ def list_images(arguments: Sequence[Path]) -> FileList:
 
 
 def other_images(folder: Path) -> list[str]:
-    """Paths of the images below a folder that `list_images` leaves out for their suffix; hidden ones are not meant."""
+    """Paths of the images below a folder that `list_images` leaves out for their suffix, none of them hidden."""
     found = []
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -24,7 +24,7 @@ from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, file_sha256, make_parent, replacing
 from dali_vit.image_files import list_images, other_images
 from dali_vit.inspection import no_messages_beside_ours
-from dali_vit.listing import some, utf8_name
+from dali_vit.listing import scan, some, utf8_name
 from dali_vit.loaders import eval_loader
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
@@ -36,6 +36,8 @@ from dali_vit.wordnet import descriptions
 from pipelines.bad_samples import DecodeError
 
 log = logging.getLogger(__name__)
+
+_LEAVING_OUT = ", or leave images out by --max-bad-share"
 
 
 def evaluate_checkpoint(
@@ -87,8 +89,8 @@ def evaluate_checkpoint(
         return opened, files, folder, accepted
 
     opened, files, folder, real_labels = together(load)
-    if group.is_main:
-        for remark in remarks_on_files(folder, files, _class_folders(files)):
+    if group.is_main and split != "minival":  # a small part of what may be a large set
+        for remark in remarks_on_files(folder, files, _class_folders(folder)):
             log.warning("%s", remark)
     if group.world_size > 1:
         weights = file_sha256(at_home(path)) if at_home(path).is_file() else opened.step
@@ -107,21 +109,22 @@ def evaluate_checkpoint(
             max_bad_share=max_bad_share,
         )
         try:
-            with _progress_bar(name, len(files), visible=group.is_main) as bar, saying_why(files, limit):
+            with _progress_bar(name, len(files), visible=group.is_main) as bar, saying_why(files, instead):
                 counted = _counted(batches, len(files), bar, group.world_size)
                 return evaluate(model, counted, group.device, acceptable), batches.bad_samples
         finally:
             batches.close()
 
-    limit = f" (more than --max-bad-share {max_bad_share:g} allows)" if max_bad_share else ""
+    instead = f", or give a higher --max-bad-share than {max_bad_share:g}" if max_bad_share else _LEAVING_OUT
     result, bad = run(named, files)
     metrics = {f"{named}/{name}": value for name, value in result.items()}
     if bad_of_all := sorted(itertools.chain.from_iterable(gather_objects(bad))):
-        left_out.check_share(len(bad_of_all), len(files), named, max_bad_share=max_bad_share, data=data)
         metrics[f"{named}/bad_samples"] = len(bad_of_all)
         if group.is_main:
-            faults = faults_of(files, [files.path(i) for i in bad_of_all])
+            some_bad = files.subset(np.array(bad_of_all))
+            faults = faults_of(some_bad, [some_bad.path(i) for i in range(len(some_bad))])
             log.warning("%d of %d images of %s left out: %s", len(bad_of_all), len(files), named, faults)
+        left_out.check_share(len(bad_of_all), len(files), named, max_bad_share=max_bad_share, data=None)
     if real_labels is not None:
         rows = datasets.with_labels(files, np.arange(len(files)))
         result, _ = run("real", rows, torch.from_numpy(real_labels))
@@ -156,10 +159,10 @@ def _images(
     return dataset.split(split), dataset.root / ("val" if split == "val" else "train")
 
 
-def _class_folders(files: datasets.ImageList) -> Iterator[Path]:
-    """Folders that hold the files, as `left_out` takes them."""
-    for folder in sorted({Path(files.path(i)).parent for i in range(len(files))}):
-        yield folder.with_name(utf8_name(folder.name))
+def _class_folders(folder: Path) -> Iterator[Path]:
+    """The class folders in a folder, as `left_out` takes them."""
+    for name in scan(folder, folders=True, dead_links=True):
+        yield folder / utf8_name(name)
 
 
 @contextmanager
@@ -204,8 +207,10 @@ def predict(
     """
     files = list_images(images)
     opened = checkpoint.open_model(path, resolution)
-    if others := [path for folder in filter(Path.is_dir, map(at_home, images)) for path in other_images(folder)]:
-        log.warning("left out, as their formats are not decoded: %s; save them as JPEG or PNG", some(others))
+    folders = filter(Path.is_dir, map(at_home, images))
+    if others := list(dict.fromkeys(path for folder in folders for path in other_images(folder))):
+        remedy = "save them as JPEG or PNG, or rename .jfif and .jpe to .jpg"
+        log.warning("left out for their suffixes: %s; %s", some(others), remedy)
     datasets.check_images(files, max_bad_share=1.0)
     group = Group(0, 1, 0, 1, device)
     batch_size = min(len(files), 64)

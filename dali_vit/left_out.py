@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable
+from shlex import quote
 from typing import Any
 
 from dali_vit import data as datasets
@@ -56,11 +57,11 @@ def check_share(bad: int, count: int, split: str, *, max_bad_share: float, data:
     """UserError, on every rank alike, if the ranks together have found more bad images in a split than the allowed
     share.
 
-    bad: how many they have found among the split's `count` images; data: the data set as it was given.
+    bad: how many they have found among the split's `count` images; data: the set that `verify` is advised for, if any.
     """
+    again = f"or prepare shards again (`dali-vit verify {quote(data)}` lists all), " if data else ""
     if bad > most_allowed(max_bad_share, count):
         raise UserError(
             f"{bad} of {count} images of {split} cannot be read, decoded or cropped (--max-bad-share"
-            f" {max_bad_share:g}): put good ones in their place, or prepare shards again (`dali-vit verify"
-            f" {data}` lists all), or go on with a higher share"
+            f" {max_bad_share:g}): put good ones in their place, {again}or go on with a higher share"
         )

@@ -79,10 +79,6 @@ class MetricLog:
                 )
             self._writable = False
         else:
-            if not self._writable and self._events is None:
-                self._open_events(purge_step=None)
-                if self._events is not None:
-                    log.warning("TensorBoard events are written again from step %d on", step)
             self._writable = True
 
         def to_events(events: SummaryWriter) -> None:

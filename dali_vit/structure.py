@@ -68,8 +68,8 @@ def val_without_images(dataset: Dataset) -> str | None:
 def remarks_on_files(root: Path, files: ImageList, folders: Iterable[Path]) -> list[str]:
     """Remarks on what lies in class folders and is not taken, by why it is not.
 
-    root: what it is said to be in; files: the images that are taken: of many, nothing else is looked for; folders: as
-    for `left_out`.
+    root: the folder that the remarks name; files: the images that are taken, from 10,000 of which on nothing is looked
+    for; folders: as for `left_out`.
     """
     if not isinstance(files, FileList) or len(files) >= _SMALL:
         return []

@@ -21,11 +21,11 @@ _SHOWN = 3  # as many as other messages name
 
 
 @contextmanager
-def saying_why(samples: ImageList, limit: str = "") -> Iterator[None]:
+def saying_why(samples: ImageList, instead: str = "") -> Iterator[None]:
     """Turns a DecodeError of samples into one that says what is wrong with the first three of them.
 
-    limit: what it says of how many may be left out. The loader's warnings, which name each sample without saying why,
-    are suppressed.
+    instead: another remedy than to replace or remove them. The loader's warnings, which name each sample without saying
+    why, are suppressed.
     """
     log = logging.getLogger("dali_vit.data")
     log.addFilter(_is_of_no_sample)
@@ -34,7 +34,7 @@ def saying_why(samples: ImageList, limit: str = "") -> Iterator[None]:
     except DecodeError as error:
         names = error.paths
         them = "it" if len(names) == 1 else "them"
-        raise DecodeError(f"{faults_of(samples, names)}{limit}: replace or remove {them}", names) from error
+        raise DecodeError(f"{faults_of(samples, names)}: replace or remove {them}{instead}", names) from error
     finally:
         log.removeFilter(_is_of_no_sample)
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from dali_vit import checkpoint, metric_log, runfolder, runlock
+from dali_vit import checkpoint, runfolder, runlock
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.inference import convert
 from dali_vit.metric_log import MetricLog
@@ -178,32 +177,6 @@ def test_events_that_cannot_be_written_are_given_up_with_one_warning(tmp_path, m
         "no more TensorBoard events are written (No space left on device); training goes on"
     ]
     assert [m["train/loss"] for m in read_metrics(tmp_path)] == [1, 2, 3]
-
-
-def test_events_are_written_again_once_the_disk_takes_lines_again(tmp_path, monkeypatch, caplog):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    caplog.set_level("WARNING", logger="dali_vit")
-    log = MetricLog(tmp_path, 0)
-    log.scalars(1, {"train/loss": 1.0})
-    with monkeypatch.context() as patched:
-        patched.setattr(SummaryWriter, "add_scalar", full)
-        patched.setattr(metric_log, "_append", full)
-        log.scalars(2, {"train/loss": 2.0})
-        log.scalars(3, {"train/loss": 3.0})
-    log.scalars(4, {"train/loss": 4.0})
-    log.scalars(5, {"train/loss": 5.0})
-    log.close()
-    path = tmp_path / "metrics.jsonl"
-    assert caplog.messages == [
-        f"{path} cannot be written to (No space left on device); training goes on without these lines",
-        "no more TensorBoard events are written (No space left on device); training goes on",
-        "TensorBoard events are written again from step 4 on",
-    ]
-    assert [m["train/loss"] for m in read_metrics(tmp_path)] == [1, 4, 5]
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (4, 4), (5, 5)]
 
 
 @pytest.mark.parametrize(("error", "reported"), [(OSError(28, "No space left on device"), False), (ValueError(), True)])

@@ -56,14 +56,14 @@ def test_without_the_flag_it_ends_the_evaluation(data: Path, capsys: pytest.Capt
     code, out, err = run(*command(data), capsys=capsys)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dali-vit: {data}/val/a/ILSVRC2012_val_00000001.png ")
-    assert err.endswith(": replace or remove it\n")
+    assert err.endswith(": replace or remove it, or leave images out by --max-bad-share\n")
 
 
 def test_beyond_the_share_it_ends_the_evaluation(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut(data, 4)
     code, out, err = run(*command(data, "--max-bad-share", "0.2"), capsys=capsys)
     assert (code, out) == (2, "")
-    assert err.endswith(" (more than --max-bad-share 0.2 allows): replace or remove them\n")
+    assert err.endswith(": replace or remove them, or give a higher --max-bad-share than 0.2\n")
     code, out, _ = run(*command(data, "--max-bad-share", "0.3", "--json"), capsys=capsys)
     assert code == 0
     assert json.loads(out)["val/bad_samples"] == 2
@@ -83,8 +83,9 @@ def test_the_share_is_that_of_all_ranks_together(share: str, data: Path) -> None
     )
     assert other_out == ""
     if share == "0.2":
-        of = r"2 of 7 images of val cannot be read, decoded or cropped \(--max-bad-share 0.2\): put good ones"
-        assert re.search(f"^dali-vit: {of}", err, re.MULTILINE)
+        of = r"2 of 7 images of val cannot be read, decoded or cropped \(--max-bad-share 0.2\)"
+        remedy = "put good ones in their place, or go on with a higher share"
+        assert re.search(f"^dali-vit: {of}: {remedy}$", err, re.MULTILINE)
         return
     metrics = json.loads(out)
     assert (metrics["val/count"], metrics["val/bad_samples"]) == (5, 2)

@@ -87,7 +87,8 @@ def test_files_that_are_not_counted_are_told_of(data, tmp_path, capsys):
     for name in ("val/a/x.gif", "val/b/deep/y.jpg"):
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).touch()
-    code, out, err = run("eval", "--checkpoint", str(model), "--data", str(data), "--json", capsys=capsys)
+    command = ("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", "--json")
+    code, out, err = run(*command, capsys=capsys)
     assert (code, json.loads(out)["val/count"]) == (0, 7)
     val = data / "val"
     assert err.splitlines() == [

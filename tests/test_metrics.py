@@ -323,7 +323,7 @@ def test_gpus_report_their_memory_in_gib_and_their_waits_in_seconds(monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     clock = iter([10.0, 12.0, 12.03])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     device = torch.device("cuda", 0)
     timer = metrics.StepTimer(device)
     # A wait is at most the window's time, from which the stream's may differ a little.

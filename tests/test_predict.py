@@ -137,7 +137,8 @@ def test_images_in_folders_of_other_formats_are_told_of(json_asked, data, tmp_pa
     arguments = ["predict", "--checkpoint", str(model), str(folder), *["--json"] * json_asked]
     code, out, err = run(*arguments, capsys=capsys)
     assert code == 0
-    told = f"left out, as their formats are not decoded: {others[1]}, {others[0]}; save them as JPEG or PNG\n"
+    remedy = "save them as JPEG or PNG, or rename .jfif and .jpe to .jpg"
+    told = f"left out for their suffixes: {others[1]}, {others[0]}; {remedy}\n"
     assert told in (err if json_asked else out)
     assert (err if not json_asked else err.replace(told, "")) == ""
     if json_asked:
@@ -227,7 +228,8 @@ def test_what_cannot_be_used_is_named_in_one_line(command, name, make, reason, d
     code, out, err = run(command, *what, "--checkpoint", str(model), "--gpus", "0", capsys=capfd)
     assert (code, out) == (2, {"predict": f"{bad}\n  cannot be used\n", "eval": ""}[command])
     assert err.startswith(f"dali-vit: {bad} {reason}")
-    assert err.endswith("): replace or remove it\n")
+    remedy = "" if command == "predict" else ", or leave images out by --max-bad-share"
+    assert err.endswith(f"): replace or remove it{remedy}\n")
     assert err.count("\n") == 1
 
 

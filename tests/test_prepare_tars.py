@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +68,7 @@ def test_zeros_to_the_end_of_a_file_of_full_length_are_no_end(tmp_path: Path) ->
     assert [place[0] for place in images_of_tar(path)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     at = headers(path, inner=False)[2]
     overwrite(path, at, bytes(path.stat().st_size - at))
-    with pytest.raises(UserError, match=rf"^{path} is not a whole tar file .no member and no end at byte {at:,}"):
+    with pytest.raises(UserError, match=rf"^{path} is not a whole tar file .nothing but zeros from byte {at:,} on.: "):
         list(images_of_tar(path))
 
 
@@ -98,7 +100,18 @@ def test_offsets_within_an_inner_tar_are_those_of_the_file(tmp_path: Path) -> No
 def test_two_tars_of_one_class_are_named(arguments: PrepareArguments) -> None:
     inner = [(f"{folder}{wnid}.tar", tar([(f"{wnid}_1.JPEG", b"x")])) for folder in ("", "b/") for wnid in WNIDS]
     (arguments.source / TRAIN).write_bytes(tar(inner))
-    prepare_fails(arguments, f"{arguments.source / TRAIN} has two tars of the class {WNIDS[0]}: download it again")
+    prepare_fails(arguments, f"{arguments.source / TRAIN} has two tars of the class {WNIDS[0]}: leave one")
+
+
+def test_a_member_without_its_zeros_is_refused(tmp_path: Path) -> None:
+    """Where its bytes lie, and what follows it, is not what its size says."""
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    os.truncate(tmp_path / "a.jpg", 2**20)
+    subprocess.run(["tar", "-S", "-cf", "images.tar", "a.jpg"], cwd=tmp_path, check=True)
+    path = tmp_path / "images.tar"
+    assert path.stat().st_size < 2**16
+    with pytest.raises(UserError, match=rf"^{path} holds a.jpg without its zeros: write it again without tar's -S$"):
+        list(images_of_tar(path))
 
 
 def test_other_numbers_of_images_than_ilsvrcs_are_told(

@@ -17,6 +17,7 @@ def test_a_tfrecord_of_fewer_records_than_noted_is_named(left, tmp_path):
     path = arguments.source / "imagenet2012-train.tfrecord-00001-of-00002"
     half = NUM_TRAIN // 2
     splits = [
+        {"name": "test"},
         {"name": "train", "numBytes": "9", "shardLengths": [str(half), str(half)]},
         {"name": "validation", "shardLengths": [str(VAL_IMAGES - VAL_IMAGES // 2), str(VAL_IMAGES // 2)]},
     ]
@@ -30,7 +31,15 @@ def test_a_tfrecord_of_fewer_records_than_noted_is_named(left, tmp_path):
     assert load_dataset(prepare(arguments)).counts == {"train": NUM_TRAIN, "val": VAL_IMAGES}
 
 
-@pytest.mark.parametrize("info", [None, "", "[]", '{"name": "imagenet2012", "splits": [{"name": "train"}]}', "{"])
+@pytest.mark.parametrize(
+    "info",
+    [
+        *(None, "", "[]", "[" * 100_000, "{"),
+        '{"name": "imagenet2012", "splits": [{"name": "train"}]}',
+        '{"name": "imagenet2012", "splits": ["train"]}',
+        '{"name": "imagenet2012", "splits": [{"name": "train", "shardLengths": [1e400, 1]}]}',
+    ],
+)
 def test_an_empty_tfrecord_of_which_nothing_is_noted_is_told(info, tmp_path, caplog):
     """A program that writes a given number of files may leave one of a small set empty."""
     arguments = PrepareArguments(datasets.write_tfds(tmp_path / "source", IMAGES), tmp_path / "set")
@@ -40,4 +49,4 @@ def test_an_empty_tfrecord_of_which_nothing_is_noted_is_told(info, tmp_path, cap
     path.write_bytes(b"")
     caplog.set_level(logging.WARNING, "dali_vit")
     assert load_dataset(prepare(arguments)).counts["train"] == NUM_TRAIN // 2
-    assert caplog.messages == [f"{path} is empty; if it should not be, fetch it and prepare the set again"]
+    assert caplog.messages == [f"empty: {path}; if they should not be, fetch them and prepare the set again"]

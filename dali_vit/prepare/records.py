@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.files import flush
+from dali_vit.listing import some
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
@@ -55,7 +56,7 @@ def open_tfrecords(root: Path) -> Source:
     for split, paths in _by_split(root, files, "TFRecords").items():
         shards[split] = [str(path) for path in paths]
         noted = {folder: num_records(folder) for folder in {path.parent for path in paths}}
-        records[split] = []
+        records[split], empty = [], []
         for i, path in enumerate(tqdm(paths, desc=f"{split} records", unit=" files", disable=None)):
             before = len(records[split])
             records[split] += [(i, *record) for record in read_tfrecord(path)]
@@ -66,8 +67,10 @@ def open_tfrecords(root: Path) -> Source:
                     f"{path} holds {count:,} records, not the {expected:,} that dataset_info.json beside it says: fetch"
                     " it again"
                 )
-            if count == 0:
-                log.warning("%s is empty; if it should not be, fetch it and prepare the set again", path)
+            if count == 0 and path.name not in noted[path.parent]:
+                empty.append(str(path))
+        if empty:
+            log.warning("empty: %s; if they should not be, fetch them and prepare the set again", some(empty))
     return _assemble(root, shards, records, _label_names(root))
 
 

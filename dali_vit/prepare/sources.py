@@ -216,7 +216,7 @@ def _list_train_tar(path: Path) -> tuple[list[Row], list[str]]:
         if safe_name(class_name) != class_name:
             raise UserError(f"{path} has {name!r}, which names no class: download it again")
         if class_name in found:
-            raise UserError(f"{path} has two tars of the class {class_name}: download it again")
+            raise UserError(f"{path} has two tars of the class {class_name}: leave one")
         found[class_name] = images
     empty = sorted(name for name, files in found.items() if not files)
     if not found or empty:

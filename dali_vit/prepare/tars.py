@@ -55,12 +55,19 @@ def _files(file: IO[bytes], name: str) -> Iterator[tuple[tarfile.TarFile, tarfil
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.issparse():
+                    raise UserError(f"{name} holds {member.name} without its zeros: write it again without tar's -S")
                 if member.isfile():
                     yield tar, member
             # To tarfile a header that it does not understand, or of zeros, is the end, whatever follows.
             file.seek(tar.offset)
             rest = file.read(_LONGEST_END + 1)
-            if not _BLOCK <= len(rest) <= _LONGEST_END or rest.count(0) < len(rest):
+            if len(rest) > _LONGEST_END and not any(rest):
+                raise UserError(
+                    f"{name} is not a whole tar file (nothing but zeros from byte {tar.offset:,} on): download it"
+                    " again, or write it again with shorter records if it was written so"
+                )
+            if not _BLOCK <= len(rest) <= _LONGEST_END or any(rest):
                 raise tarfile.ReadError(f"no member and no end at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise UserError(f"{name} is not a whole tar file ({error}): download it again") from error

@@ -60,10 +60,11 @@ def num_records(folder: Path) -> dict[str, int]:
     try:
         info = json.loads((folder / "dataset_info.json").read_bytes())
         for split in info["splits"]:
-            counts = [int(count) for count in split["shardLengths"]]
+            counts = [int(count) for count in split.get("shardLengths", ())]
             for i, count in enumerate(counts):
                 found[f"{info['name']}-{split['name']}.tfrecord-{i:05d}-of-{len(counts):05d}"] = count
-    except (OSError, ValueError, LookupError, TypeError):  # it may be another program's
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        # It may be another program's.
         return {}
     return found
 
