@@ -1,4 +1,4 @@
-"""eval --max-bad-share: images that cannot be decoded are left out, named and counted; exact counts."""
+"""What eval leaves out: undecodable images, by --max-bad-share, and files that are not taken; exact counts."""
 
 from __future__ import annotations
 
@@ -98,3 +98,17 @@ def test_a_share_that_is_none_is_refused(share: str, data: Path, capsys: pytest.
     code, _, err = run(*command(data, "--max-bad-share", share), capsys=capsys)
     assert code == 2
     assert err.startswith(f"dali-vit: --max-bad-share {share}: must be ")
+
+
+def test_files_that_are_no_images_of_a_class_are_told_of_first(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("val/a/x.gif", "val/b/deep/y.jpg"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    code, out, err = run(*command(data, "--max-bad-share", "0.2", "--json"), capsys=capsys)
+    assert (code, json.loads(out)["val/count"]) == (0, 6)
+    val = data / "val"
+    assert err.splitlines()[:2] == [
+        f"{val}: files in a subfolder are left out (1, such as {val}/b/deep/y.jpg): move images into the class folder"
+        " itself",
+        f"{val}: files of another suffix are left out (1, such as {val}/a/x.gif): save images as JPEG or PNG",
+    ]

@@ -81,23 +81,6 @@ def test_val_counts_by_hand(data, tmp_path, batch_size, capsys):
     assert result["val/top5"] == 100
 
 
-@pytest.mark.timeout(60)
-def test_files_that_are_not_counted_are_told_of(data, tmp_path, capsys):
-    model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
-    for name in ("val/a/x.gif", "val/b/deep/y.jpg"):
-        (data / name).parent.mkdir(parents=True, exist_ok=True)
-        (data / name).touch()
-    command = ("eval", "--checkpoint", str(model), "--data", str(data), "--gpus", "0", "--json")
-    code, out, err = run(*command, capsys=capsys)
-    assert (code, json.loads(out)["val/count"]) == (0, 7)
-    val = data / "val"
-    assert err.splitlines() == [
-        f"{val}: files in a subfolder are left out (1, such as {val}/b/deep/y.jpg): move images into the class folder"
-        " itself",
-        f"{val}: files of another suffix are left out (1, such as {val}/a/x.gif): save images as JPEG or PNG",
-    ]
-
-
 @contextmanager
 def on_a_terminal() -> Iterator[list[str]]:
     """Has descriptor 2 be a terminal of 80 columns meanwhile; in the end its text is in the list."""
