@@ -71,7 +71,7 @@ def next_divisor(number: int, least: int) -> int:
     return next((n for n in range(least, number) if number % n == 0), number)
 
 
-def name_lack_of_memory(work: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
+def oom_as_user_error(work: Callable[..., Any], config: Config, group: Group) -> Callable[..., Any]:
     """Wraps `work`, called every step: LocalUserError where device memory does not hold one of the first steps."""
     share, parts = config.optim.batch_size // group.world_size, config.run.grad_accum_steps
     made = itertools.count()
@@ -148,8 +148,8 @@ def _memory(device: torch.device) -> str:
 __all__ = [
     "forward_and_backward",
     "is_lack_of_memory",
-    "name_lack_of_memory",
     "next_divisor",
+    "oom_as_user_error",
     "warn_of_memory",
     "warn_of_others",
 ]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dali_vit.config import GROUPS, Config, UserError
-from dali_vit.data import Dataset, ImageList
+from dali_vit.data import ImageList
 from dali_vit.distributed import gather_objects
 from dali_vit.names import fingerprint
+from dali_vit.plan import Plan
 
 __all__ = ["check_same_evaluation", "check_same_run", "check_same_settings"]
 
@@ -22,15 +23,12 @@ __all__ = ["check_same_evaluation", "check_same_run", "check_same_settings"]
 _OWN = ("data", "runs_dir", "gpus", "threads")
 
 
-def check_same_run(
-    config: Config, dataset: Dataset, *, start: int, train_fingerprint: str, val_fingerprint: str | None
-) -> None:
+def check_same_run(config: Config, planned: Plan) -> None:
     """Raises UserError on every rank where ranks differ in settings, in data or in the step they would resume from.
 
     Such ranks would train on wrong labels, or wait in a collective that other ranks do not reach. Collective.
-    start: the step this rank would resume from; train_fingerprint, val_fingerprint: `names.fingerprint` of the images.
     """
-    starts = gather_objects(start)
+    starts = gather_objects(planned.start)
     if len(set(starts)) > 1:
         raise UserError(
             f"--runs-dir {config.run.runs_dir}: the processes would go on from different steps"
@@ -45,10 +43,10 @@ def check_same_run(
         }
     )
     of_data = {
-        "classes": _digest("\0".join(dataset.classes).encode("utf-8", "surrogateescape")),
-        "training images": train_fingerprint,
-        "val images": val_fingerprint,
-        "sizes of images": str(dataset.resized),
+        "classes": _digest("\0".join(planned.dataset.classes).encode("utf-8", "surrogateescape")),
+        "training images": planned.train_fingerprint,
+        "val images": planned.val_fingerprint,
+        "sizes of images": str(planned.dataset.resized),
     }
     _check_same_data(config.data.data, of_data)
 

@@ -33,7 +33,7 @@ BACKENDS = {
 }
 """torch's kernels; besides these there is `packed`, in dali_vit/packed_attention.py."""
 
-TORCHS_CHOICE = "torch's choice"
+TORCH_DEFAULT = "torch's choice"
 """Stands for a kernel where none was chosen."""
 
 _GAIN = 1.03  # a smaller gain is noise: the first kernel stays
@@ -61,14 +61,14 @@ class Attention(NamedTuple):
     context: Callable[[], AbstractContextManager[object]]
     """Makes a context in which torch's attention runs on it."""
     kernel: str
-    """One of BACKENDS, `packed` or TORCHS_CHOICE."""
+    """One of BACKENDS, `packed` or TORCH_DEFAULT."""
     words: str
     """The kernel's name, and the times of all kernels measured."""
     packed: type[Function] | None = None
     """`PackedAttention`, to pass to `blocks.use_packed_attention`, where `packed` is the kernel."""
 
 
-_AS_TORCH_CHOOSES = Attention(nullcontext, TORCHS_CHOICE, TORCHS_CHOICE)
+_AS_TORCH_CHOOSES = Attention(nullcontext, TORCH_DEFAULT, TORCH_DEFAULT)
 
 
 def choose_attention(
@@ -135,7 +135,7 @@ def choose(times: dict[str, float]) -> str:
 def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of a forward and backward pass in bfloat16 for each kernel that runs here, and why the others fail.
 
-    Where the packed kernels are not made for the shape, they are left out, with a reason only if no other is measured.
+    The packed kernels are skipped for shapes they do not support; a reason is given only if they alone were asked for.
     LocalUserError where a kernel leaves the GPU unusable to this process, as one that writes where it must not.
     """
     times, faults = {}, {}

@@ -1,8 +1,8 @@
 """Finds, in about a minute, the loader settings that are fastest on this machine and these files, and remembers them.
 
-Only settings that leave the stream of images as it is are tried: the threads and how far they work ahead, and on a GPU
-which part of a JPEG is decoded and by which decoder (decoders may round differently). A GPU is kept busy meanwhile: the
-settings that load fastest beside training need not be fastest alone, where decoding may take the whole chip.
+Only settings that do not change the images are tried: number of threads and prefetch depth, and on a GPU which part of
+a JPEG is decoded and by which decoder (decoders may round differently). A GPU is kept busy meanwhile: the settings that
+load fastest beside training need not be fastest alone, where decoding may take the whole chip.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dali_vit import data as datasets
 from dali_vit import environment, loaders
 from dali_vit.compiling import on_one_line
 from dali_vit.config import Config, LocalUserError
-from dali_vit.distributed import Group, gather_objects
+from dali_vit.distributed import Group, gather_objects, now
 from dali_vit.files import cache_folder, replacing
 from dali_vit.loaders import Decoder, LoaderSettings
 from dali_vit.mixup import normalize
@@ -216,11 +216,11 @@ def _rate(
         loader = loaders.train_loader(dataset, config, group, settings=settings, bad_samples=sorted(bad_samples))
         for _ in range(2 * settings.prefetch + 2):  # batches loaded ahead, before the measurement
             work(next(loader)[0])
-        count, began = 0, _now(group)
+        count, began = 0, now(group)
         while time.perf_counter() - began < _SECONDS_PER_SETTING:
             work(next(loader)[0])
             count += 1
-        seconds = (_now(group) - began) / count
+        seconds = (now(group) - began) / count
     # DALI's error, as when the device's memory does not hold the buffers; or too many bad samples, which training will
     # report. If one rank raised either of them here, the other ranks would wait for it.
     except (RuntimeError, DecodeError) as error:
@@ -235,12 +235,6 @@ def _rate(
             bad_samples.update(loader.bad_samples)
             loader.close()
     return config.optim.batch_size / max(gather_objects(seconds))
-
-
-def _now(group: Group) -> float:
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)
-    return time.perf_counter()
 
 
 def _conditions(dataset: datasets.Dataset, config: Config, group: Group, defaults: LoaderSettings) -> dict[str, Any]:

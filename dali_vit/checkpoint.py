@@ -52,6 +52,7 @@ class Checkpoint:
     config: Config
     classes: tuple[str, ...]
     loader: dict[str, Any]
+    """What else a run resumes from (`Saver.save`): the ranks' loader states, fingerprints of the data, and so on."""
     metrics: dict[str, float]
     """From the evaluation of these weights; empty where they were not evaluated."""
 

@@ -1,10 +1,10 @@
 """The command line: the only module that prints results.
 
 Exit codes: 0 done; 2 a fault that the user can mend (one line on stderr); 75 stopped by a signal or --max-hours with a
-checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to keep (while
-processes wait to meet it is death by SIGINT, 130 to a shell); 1 a defect of ours (traceback). `stopping` ends a run
-that hangs with 70. A run that is told to stop a second time, and an evaluation with --gpus N that is told to stop once,
-end with 128 + the signal.
+checkpoint (with --gpus N also before the first), to be started again; 130 Ctrl-C where there is nothing to save (while
+processes wait for each other SIGINT kills them, which a shell shows as 130, too); 1 a defect of ours (traceback).
+`stopping` ends a run that hangs with 70. A run that is told to stop a second time, and an evaluation with --gpus N that
+is told to stop once, end with 128 + the signal.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dali_vit.config import LocalUserError, UserError, mendable, to_yaml
 from dali_vit.config_file import expand
 from dali_vit.parsing import PROGRAM, named_recipe, naming_file, parse, parse_train, stdout_may_be_full
 from dali_vit.predictions import as_json, as_table
+from dali_vit.variants import check_config
 
 if TYPE_CHECKING:
     from dali_vit.distributed import Group
@@ -151,15 +152,7 @@ Trains plain Vision Transformers from raw JPEGs, ImageNet-1k's or your own.
 def _train(argv: list[str]) -> int:
     config, print_config = parse_train(argv)
     if print_config:
-        from dali_vit.validation import validate
-        from dali_vit.variants import TIMM_PREFIX, check_model
-
-        validate(config)
-        check_model(config.model, config.data.resolution)
-        if config.model.model.startswith(TIMM_PREFIX):
-            from dali_vit.model import timm_name  # imported here, as timm takes seconds
-
-            timm_name(config.model)
+        check_config(config)
         _say(to_yaml(config).removesuffix("\n"))
         return 0
     from dali_vit import distributed, plan, runlock, train
@@ -197,18 +190,7 @@ def _eval(argv: list[str]) -> int:
             return launch_once(processes, ["-m", "dali_vit", "eval", *argv])
     process.tidy_up_at_ctrl_c()
     with distributed.connect(arguments.gpus) as group:
-        asked = arguments.checkpoint, arguments.data, group
-        metrics = inference.evaluate_checkpoint(
-            *asked,
-            split=arguments.split,
-            minival=arguments.minival,
-            v2=arguments.v2,
-            real=arguments.real,
-            max_bad_share=arguments.max_bad_share,
-            batch_size=arguments.batch_size,
-            resolution=arguments.resolution,
-            threads=arguments.threads,
-        )
+        metrics = inference.evaluate_checkpoint(arguments, group)
         if group.is_main:
             if arguments.json:
                 # JSON has no NaN or infinity, which a model that has diverged gives.

@@ -18,7 +18,7 @@ from dali_vit.accumulation import is_lack_of_memory
 from dali_vit.config import Config, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
 
-__all__ = ["compile_fault", "how_to_compile", "name_failed_compilation", "on_one_line"]
+__all__ = ["compile_failure_as_user_error", "compile_fault", "how_to_compile", "on_one_line"]
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def compile_fault(device: torch.device) -> str | None:
     return None
 
 
-def name_failed_compilation(work: Callable[..., Any], config: Config) -> Callable[..., Any]:
+def compile_failure_as_user_error(work: Callable[..., Any], config: Config) -> Callable[..., Any]:
     """Wraps `work`, a compiled training step: LocalUserError where it cannot be compiled, though a sum can."""
 
     def guarded(*arguments: Any) -> Any:

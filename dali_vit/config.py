@@ -72,7 +72,7 @@ class DataConfig:
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
     max_bad_share: float = operational(0.01)
-    """Share of the images of train or val that may be undecodable and are left out; unless 0, one always may be."""
+    """Largest share of train or val that may be undecodable and is left out; above 0 one image always may be."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop, of 5 % of the area or more: TensorFlow's (the paper's) or torchvision's."""
     antialias: bool = True
@@ -140,7 +140,7 @@ class OptimConfig:
     grad_clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; None switches clipping off."""
     spike_threshold: float = operational(10.0)
-    """Leave out steps whose loss is this many standard deviations above its mean (docs/distributed.md); 0: none."""
+    """Skip steps whose loss is so many standard deviations above its running mean (docs/distributed.md); 0: none."""
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     mixup_alpha: float = 0.2

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,8 +147,8 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
     device = _own_gpu(local_rank, here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with _naming_mistakes(here):
-        with _naming_the_meeting(world_size, local_rank, timeout):
+    with _mistakes_as_user_errors(here):
+        with _report_rendezvous(world_size, local_rank, timeout):
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
         done = False
         try:
@@ -179,7 +180,7 @@ def _check_launcher(rank: int, world_size: int) -> None:
 
 
 @contextmanager
-def _naming_the_meeting(processes: int, local_rank: int, timeout: timedelta) -> Iterator[None]:
+def _report_rendezvous(processes: int, local_rank: int, timeout: timedelta) -> Iterator[None]:
     """Says, once on each machine, that processes wait for each other for long; UserError where they do not meet."""
     port = os.environ["MASTER_PORT"]
     where = f"{os.environ['MASTER_ADDR']}:{port}"
@@ -205,7 +206,7 @@ def _naming_the_meeting(processes: int, local_rank: int, timeout: timedelta) -> 
 
 
 @contextmanager
-def _naming_mistakes(processes: int) -> Iterator[None]:
+def _mistakes_as_user_errors(processes: int) -> Iterator[None]:
     """Turns what NCCL and gloo say of the user's mistakes into UserErrors; some comes with the first gradients."""
     try:
         yield
@@ -314,3 +315,10 @@ def barrier() -> None:
     """Waits for all ranks; nothing in a process that is alone. Collective."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def now(group: Group) -> float:
+    """The clock once this process's GPU, if it has one, has nothing left to do; in seconds, to measure by."""
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+    return time.perf_counter()

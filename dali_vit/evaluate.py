@@ -98,7 +98,7 @@ def evaluate_splits(
                 torch.cuda.empty_cache()  # of what the training steps left: DALI's buffers are not torch's
             loaders[name] = eval_loader(
                 files,
-                # What memory holds of a step, it holds of an evaluation.
+                # A batch that fits in training fits in an evaluation.
                 batch_size=config.optim.batch_size // group.world_size // config.run.grad_accum_steps,
                 resolution=config.data.resolution,
                 group=group,

@@ -69,7 +69,7 @@ def make_parent(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields another name beside a file, to write to: what is written there replaces the file once the body has ended.
+    """Atomic write: yields a temporary path beside the file, whose content replaces the file at the end of the body.
 
     It reaches the disk first, so that not even a loss of power leaves a file that is empty or cut short. If the body
     raises, it is removed. Of processes that replace a file at once, the last one's content stays. A link is replaced

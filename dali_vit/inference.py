@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dali_vit import big_vision, checkpoint, left_out
 from dali_vit import data as datasets
 from dali_vit.agreement import check_same_evaluation, check_same_settings
+from dali_vit.arguments import EvalArguments
 from dali_vit.config import UserError
 from dali_vit.distributed import Group, gather_objects, together
 from dali_vit.evaluate import evaluate
@@ -40,20 +41,7 @@ log = logging.getLogger(__name__)
 _LEAVING_OUT = ", or leave images out by --max-bad-share"
 
 
-def evaluate_checkpoint(
-    path: Path,
-    data: str,
-    group: Group,
-    *,
-    split: str = "val",
-    minival: float | None = None,
-    v2: bool = False,
-    real: Path | None = None,
-    max_bad_share: float = 0.0,
-    batch_size: int = 256,
-    resolution: int | None = None,
-    threads: int | None = None,
-) -> dict[str, float]:
+def evaluate_checkpoint(asked: EvalArguments, group: Group) -> dict[str, float]:
     """`<split>/top1`, `/top5` (percent), `/loss` and `/count` of a checkpoint; with `real` also `real/top1`, `/count`.
 
     Collective over the group; every image counts once. Up to max_bad_share of the images, unless it is 0 one in any
@@ -63,24 +51,26 @@ def evaluate_checkpoint(
     weights, which does not record it. With `v2` the class folders lie in DATA itself and the scalars are `v2/*`. Raises
     UserError or DecodeError, which name what does not fit.
     """
-    same = {"split": split, "minival": minival, "v2": v2, "batch_size": batch_size, "resolution": resolution}
-    check_same_settings({**same, "real": real is not None, "max_bad_share": max_bad_share})
+    path, data, split, minival, real = asked.checkpoint, asked.data, asked.split, asked.minival, asked.real
+    max_bad_share, batch_size = asked.max_bad_share, asked.batch_size
+    same = ("split", "minival", "v2", "batch_size", "resolution", "max_bad_share")
+    check_same_settings({**{name: getattr(asked, name) for name in same}, "real": real is not None})
     check_range("--batch-size", batch_size, 1, MAX_BATCH_SIZE)
     check_range("--max-bad-share", max_bad_share, 0, 1)
-    if v2 and (split != "val" or minival is not None):
+    if asked.v2 and (split != "val" or minival is not None):
         flag = f"--minival {minival:g}" if split == "val" else f"--split {split}"
         raise UserError(f"{flag}: with --v2 all of DATA is evaluated; leave one of them out")
     if real is not None and split != "val":
         raise UserError(f"--real {real}: its labels are those of val; leave --split {split} out")
-    named = "v2" if v2 else split
+    named = "v2" if asked.v2 else split
     newest = together(lambda: _newest(at_home(path)) if group.is_main and group.world_size > 1 else None)
     chosen = gather_objects(newest)[0]  # a run in progress may write a newer one meanwhile
 
     def load() -> tuple[checkpoint.OpenedModel, datasets.ImageList, Path, np.ndarray | None]:
-        if threads is not None:
-            check_range("--threads", threads, 1, MAX_THREADS)
-        opened = checkpoint.open_model(path / chosen if chosen else path, resolution)
-        files, folder = _images(data, opened, group, split=split, minival=minival, v2=v2)
+        if asked.threads is not None:
+            check_range("--threads", asked.threads, 1, MAX_THREADS)
+        opened = checkpoint.open_model(path / chosen if chosen else path, asked.resolution)
+        files, folder = _images(data, opened, group, split=split, minival=minival, v2=asked.v2)
         datasets.check_images(files, max_bad_share or None)
         if real is None:
             return opened, files, folder, None
@@ -105,7 +95,7 @@ def evaluate_checkpoint(
             batch_size=min(batch_size, len(files)),
             resolution=opened.resolution,
             group=group,
-            threads=threads or group.cores,
+            threads=asked.threads or group.cores,
             max_bad_share=max_bad_share,
         )
         try:

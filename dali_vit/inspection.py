@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dali_vit.config import UserError
+from dali_vit.listing import FORMATS
 from pipelines import probe
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
@@ -30,16 +31,6 @@ __all__ = [
     "one_line",
     "why_undecodable",
 ]
-
-_FORMATS = {
-    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".ppm", ".pgm", ".pnm", ".pbm"), "PPM"),
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".jp2": "JPEG2000",
-}
 
 
 KINDS = {
@@ -120,7 +111,7 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         return [("damaged", one_line(error))], False
     with image:
         kind = "JPEG" if image.format == "MPO" else image.format
-        if kind not in _FORMATS.values():
+        if kind not in FORMATS.values():
             return [("not an image", f"{kind}, which DALI does not decode")], False
         if image.width * image.height > min(max_pixels, MAX_PIXELS):
             return [("too large", f"{image.width} x {image.height} pixels")], False
@@ -130,7 +121,7 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         if round(256 * MAX_ASPECT_RATIO * min(image.size) / max(image.size)) < 224:
             problems.append(("too long", f"{image.width} x {image.height} pixels"))
     suffix = os.path.splitext(name)[1].lower()
-    if _FORMATS.get(suffix, kind) != kind:
+    if FORMATS.get(suffix, kind) != kind:
         problems.append(("other format", f"{kind} named {suffix}"))
     return problems, True
 

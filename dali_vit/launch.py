@@ -29,6 +29,8 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     for attempt in range(max_restarts + 1):
+        if attempt:
+            log.error("restart %d of %d, from the last checkpoint", attempt, max_restarts)
         try:
             # Workers are restarted here and not by torch, which would also repeat a mistake of the user.
             # After a failure, --no-resume would refuse what this very run wrote; --resume comes later, so it counts.
@@ -37,11 +39,8 @@ def launch(num_processes: int, argv: Sequence[str], *, max_restarts: int) -> int
             return REQUEUE
         if code in (0, 2, REQUEUE):
             return code
-        if attempt == max_restarts:
-            log.error("given up after %d restarts (--max-restarts)", max_restarts)
-            return 1
-        log.error("restart %d of %d, from the last checkpoint", attempt + 1, max_restarts)
-    raise AssertionError
+    log.error("given up after %d restarts (--max-restarts)", max_restarts)
+    return 1
 
 
 def launch_once(num_processes: int, program: Sequence[str]) -> int:

@@ -23,6 +23,7 @@ from pipelines.bad_samples import some
 from pipelines.readers import FileList
 
 __all__ = [
+    "FORMATS",
     "IMAGE_SUFFIXES",
     "IO_THREADS",
     "LEFT_OUT",
@@ -33,6 +34,7 @@ __all__ = [
     "class_names",
     "folder_name",
     "is_image",
+    "kind_of_archives",
     "left_out",
     "list_split",
     "other_val",
@@ -42,8 +44,17 @@ __all__ = [
     "without_images",
 ]
 
-# Formats that DALI decodes on both devices (not GIF); suffixes count in upper and lower case.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".pbm", ".jp2")
+# Formats that DALI decodes on both devices (not GIF), as Pillow calls them; suffixes count in upper and lower case.
+FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pnm", ".pbm"), "PPM"),
+    ".jp2": "JPEG2000",
+}
+IMAGE_SUFFIXES = tuple(FORMATS)
 
 LEFT_OUT = {
     "in a subfolder": "move images into the class folder itself",

@@ -30,12 +30,12 @@ class MetricLog:
     """The run's scalars, images and texts: TensorBoard events and `metrics.jsonl` in the run's folder.
 
     `start_step` is the step the run resumes from: what an interrupted run logged past it is dropped from both files,
-    because those steps run again. `evaluation_due`: so does the evaluation after that step, whose scalars are dropped
-    from metrics.jsonl (TensorBoard shows both, which are the same). UserError where metrics.jsonl cannot be opened.
-    Where writing fails later (a full disk, a folder that became read-only), a warning says so: metrics.jsonl lacks the
-    lines in question, and TensorBoard gets no more events. `now` returns where the folder is, should it be moved during
-    the run; the few events that are still to be written at that moment are lost. Where metrics.jsonl is removed or
-    replaced, alone or with the folder, the lines go to the file that has its name.
+    because those steps run again. `evaluation_due`: the evaluation after that step runs again, too, so its scalars are
+    dropped from metrics.jsonl (TensorBoard shows both, which are the same). UserError where metrics.jsonl cannot be
+    opened. Where writing fails later (a full disk, a folder that became read-only), a warning says so: metrics.jsonl
+    lacks the lines in question, and TensorBoard gets no more events. `now` returns where the folder is, should it be
+    moved during the run; the few events that are still to be written at that moment are lost. Where metrics.jsonl is
+    removed or replaced, alone or with the folder, the lines go to the file that has its name.
     """
 
     def __init__(

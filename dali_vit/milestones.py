@@ -1,4 +1,4 @@
-"""What a run does at the steps that are due for it: saves its weights, evaluates them, and logs what came of it."""
+"""Checkpoints and evaluations during a run: when the weights are saved, evaluated, and what is logged of it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Milestones:
         """The last evaluation, scalars by name: empty before the first, and where the data has nothing to evaluate."""
 
     def reach(self, done: int, progress: Progress, *, evaluating: bool, stop_reason: str | None) -> str | None:
-        """Saves the weights after `done` steps and, if `evaluating`, evaluates them: last, as that may end the run.
+        """Saves the weights after `done` steps; then evaluates them, if `evaluating` and no stop is pending.
 
-        Returns why the run is to stop: stop_reason, with which nothing is evaluated, or what came meanwhile. Where the
-        last step was left out the weights may have begun to diverge: they displace no good ones, unless the run ends
+        Returns the reason to stop: the one given, or one that came up during the evaluation; None to go on. Where the
+        last step was skipped the weights may have begun to diverge: they replace no good ones, unless the run ends
         with them. Collective.
         """
         saved = progress.window.healthy or stop_reason is not None or done == self._planned.total_steps

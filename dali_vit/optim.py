@@ -84,7 +84,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scales all gradients by min(1, max_norm / norm) and returns their global L2 norm from before, a 0-d tensor.
+    """Scales all gradients by min(1, max_norm / norm) and returns their global L2 norm before that, a 0-d tensor.
 
     With max_norm None they are not scaled. optax's formula: unlike torch's clip_grad_norm_ it adds no epsilon to the
     norm. Scaled by a norm that is not finite, the gradients become 0 or NaN.
@@ -139,11 +139,6 @@ class AdamWBFloat16Moment(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, betas=betas, eps=eps, fused=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Checkpoints from before the fused kernel have bfloat16 moments, which torch widens, and no `fused` in groups.
-        groups = [{**group, "fused": True} for group in state_dict["param_groups"]]
-        super().load_state_dict({**state_dict, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -1,4 +1,7 @@
-"""Turns a command's flags into its dataclass with tyro: recipes supply defaults, mistakes become UserErrors."""
+"""Turns a command's flags into its dataclass with tyro: recipes supply defaults, mistakes become UserErrors.
+
+And how a command's messages are printed.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from dali_vit.variants import TIMM_PREFIX
 
 __all__ = [
     "PROGRAM",
+    "LogFormatter",
     "LogHandler",
     "after_log",
     "named_recipe",
@@ -31,6 +35,7 @@ __all__ = [
     "parse",
     "parse_train",
     "stdout_may_be_full",
+    "without_control_characters",
 ]
 
 PROGRAM = "dali-vit"

@@ -11,13 +11,13 @@ from dali_vit import data as datasets
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, UserError, differences, total_steps
 from dali_vit.loaders import allow_open_files
-from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images, timm_name
+from dali_vit.model import check_forward, create_model, flops_per_image, no_such_images
 from dali_vit.names import fingerprint
 from dali_vit.optim import lr_schedule
 from dali_vit.runfolder import check_own, check_writable
 from dali_vit.step_folders import last_step
-from dali_vit.validation import given_data, validate
-from dali_vit.variants import TIMM_PREFIX, check_model
+from dali_vit.validation import given_data
+from dali_vit.variants import TIMM_PREFIX, check_config
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Plan:
     """Likewise of val's; None without any."""
 
     @property
+    def start(self) -> int:
+        """The step to go on from; 0 from scratch."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
     def has_other_val_images(self) -> bool:
         """Whether the run goes on, but with other images in val than those it was evaluated on."""
-        # Checkpoints from before it was kept do not say.
-        return (
-            self.checkpoint is not None
-            and self.checkpoint.loader.get("val_names", self.val_fingerprint) != self.val_fingerprint
-        )
+        return self.checkpoint is not None and self.checkpoint.loader["val_names"] != self.val_fingerprint
 
 
 def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
@@ -49,10 +50,7 @@ def plan(config: Config, world_size: int, *, writes: bool = True) -> Plan:
 
     writes: whether this process is to write the run's folder, which other machines may not have, and benchmarks do not.
     """
-    validate(config)
-    check_model(config.model, config.data.resolution)
-    if config.model.model.startswith(TIMM_PREFIX):
-        timm_name(config.model)
+    check_config(config)
     images_at_once = _images_at_once(config, world_size)
     data = given_data(config)
     checkpoint = _own_checkpoint(config)
@@ -195,7 +193,7 @@ def _check_same_images(
             f"--data {config.data.data}: {count} training images, {config.run_dir} was begun with {before};"
             f" {remedy}, or choose another --name"
         )
-    if (was := checkpoint.loader.get("resized", dataset.resized)) != dataset.resized:
+    if (was := checkpoint.loader["resized"]) != dataset.resized:
         how = [
             f"resized to a shorter side of {resized['shorter_side']} pixels at JPEG quality {resized['quality']}"
             if resized
@@ -206,7 +204,7 @@ def _check_same_images(
             f"--data {config.data.data}: its images were {how[0]}, those {config.run_dir} was begun with were {how[1]};"
             " give those, or choose another --name"
         )
-    if checkpoint.loader.get("train_names", train_fingerprint) != train_fingerprint:  # older checkpoints have none
+    if checkpoint.loader["train_names"] != train_fingerprint:
         raise UserError(
             f"--data {config.data.data}: as many training images as {config.run_dir} was begun with, but other names"
             " or classes of some; put back what was moved or renamed, or choose another --name"

@@ -17,8 +17,8 @@ from dali_vit.loaders import train_loader
 from dali_vit.prepare.sources import read_sample
 from dali_vit.prepare.targets import as_8_bits
 from dali_vit.report import augmentation
-from dali_vit.validation import check_range, given_data, validate
-from dali_vit.variants import check_model
+from dali_vit.validation import check_range, given_data
+from dali_vit.variants import check_config
 from pipelines.order import TrainOrder
 
 __all__ = ["preview"]
@@ -38,9 +38,9 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     Raises UserError for a config that no run could use, and for an `out` that exists or is no .png.
     """
     out = at_home(out)
-    validate(config)
+    check_config(config)
     data = given_data(config)
-    _check(config, out, count)
+    _check(out, count)
     dataset = datasets.load_dataset(data, minival=config.data.minival)
     samples = dataset.split("train")
     datasets.check_images(samples, config.data.max_bad_share)
@@ -69,13 +69,12 @@ def preview(config: Config, group: Group, out: Path, *, step: int = 0, count: in
     return f"{out}: {len(names)} images of step {step}, {grid.width} x {grid.height} pixels"
 
 
-def _check(config: Config, out: Path, count: int) -> None:
+def _check(out: Path, count: int) -> None:
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the name must end in .png")
     if out.exists():
         raise UserError(f"--out {out}: exists; choose another name or remove it")
     check_range("--images", count, 1)
-    check_model(config.model, config.data.resolution)
 
 
 def _open(samples: datasets.ImageList, index: int) -> Image.Image | None:

@@ -1,4 +1,8 @@
-"""A command as a process that starts and ends seconds faster, and whose end waits for no other process."""
+"""The process around a command.
+
+The environment variables that libraries read when they are imported, Ctrl-C, the standard streams, and an exit that
+neither takes seconds nor waits for other processes.
+"""
 
 from __future__ import annotations
 

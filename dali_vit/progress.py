@@ -1,4 +1,4 @@
-"""The steps of a run as they go: timed and summed where they run, and read, checked and logged once a log line."""
+"""Time, loss and gradient norm since the last log line, kept on the device; `log_line` reads, checks and logs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run describes itself to people: the opening summary, the progress line, the sample grid."""
+"""How a run describes itself in text: the opening remarks and summary, log lines, warnings, the time left."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dali_vit.checkpoint import Checkpoint
 from dali_vit.config import Config, DataConfig, ModelConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.environment import why_no_gpu
 from dali_vit.listing import other_val
 from dali_vit.manifest import MANIFEST
+from dali_vit.plan import Plan
 from dali_vit.structure import remarks_on_files, val_without_images
 from dali_vit.variants import TIMM_PREFIX
 
@@ -53,10 +52,10 @@ def with_sizes(config: ModelConfig) -> str:
     return f"{config.model} ({own})" if own else config.model
 
 
-def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_images: bool = False) -> list[str]:
+def remarks(config: Config, planned: Plan) -> list[str]:
     """Remarks on settings and data that are allowed but may not be what the user meant. Lists the folders of a small
     set."""
-    found = []
+    dataset, total_steps, found = planned.dataset, planned.total_steps, []
     if config.data.data == "demo" and (os.path.isdir("demo/train") or os.path.isfile(f"demo/{MANIFEST}")):
         found.append("--data demo is the dataset drawn on first use; for the folder demo/ that is here give ./demo")
     decay, rate = config.optim.weight_decay, config.optim.lr
@@ -67,7 +66,7 @@ def remarks(config: Config, dataset: Dataset, total_steps: int, *, other_val_ima
         )
     if len(dataset.classes) == 1:
         found.append(f"{dataset.root} has but one class, {dataset.classes[0]}: there is nothing to tell it from")
-    if other_val_images:
+    if planned.has_other_val_images:
         found.append(f"{dataset.root}: val has other images than before; what is measured on it is not to be compared")
     if not dataset.counts.get("val"):
         minival = dataset.counts.get("minival")
@@ -123,17 +122,16 @@ def _few_to_choose_by(dataset: Dataset) -> str | None:
 
 def summary(
     config: Config,
-    dataset: Dataset,
+    planned: Plan,
     group: Group,
     *,
     model: str,
     how: Mapping[str, str],
-    total_steps: int,
-    checkpoint: Checkpoint | None,
     bad_samples: int,
     threads: int,
 ) -> str:
     """What will be trained, on what, how (as `build_update` says) and for how long: one `name  value` line each."""
+    dataset, total_steps, checkpoint = planned.dataset, planned.total_steps, planned.checkpoint
     counts = ", ".join(f"{name} {count:,}" for name, count in dataset.counts.items())
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
@@ -158,7 +156,7 @@ def summary(
         rows["resuming"] = f"after step {checkpoint.step:,}"
         if bad_samples:
             rows["resuming"] += f", {bad_samples:,} image{'s' if bad_samples > 1 else ''} left out"
-        before = checkpoint.loader.get("world_size", group.world_size)
+        before = checkpoint.loader["world_size"]
         if before != group.world_size:
             processes = f"{group.world_size} process{'es' if group.world_size > 1 else ''}"
             rows["resuming"] += (
@@ -265,16 +263,6 @@ def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
 
 def _short(loss: float) -> str:
     return f"{loss:.4f}" if abs(loss) < 1e5 else f"{loss:.4g}"  # a diverging run's loss may have 38 digits
-
-
-def image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:
-    """The first images of a batch side by side, uint8 [N, S, S, 3] -> [rows*S, columns*S, 3]."""
-    images = images[: columns * rows].cpu()
-    columns = min(columns, len(images))
-    rows = len(images) // columns
-    _, height, width, channels = images.shape
-    grid = images[: rows * columns].reshape(rows, columns, height, width, channels)
-    return grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels).numpy()
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder besides scalars and checkpoints: settings, environment, samples, traces."""
+"""What a run keeps in its folder besides checkpoints: its log, settings, environment, samples and traces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,7 +22,6 @@ from dali_vit.distributed import Group
 from dali_vit.environment import describe_environment
 from dali_vit.files import dead_link, flush, replacing
 from dali_vit.metric_log import MetricLog
-from dali_vit.report import image_grid
 from dali_vit.runlock import current, unwritable
 
 log = logging.getLogger(__name__)
@@ -123,13 +123,23 @@ def log_texts(writer: MetricLog, config: Config, summary: str) -> None:
 
 def log_samples(writer: MetricLog, run_dir: Path, images: torch.Tensor) -> None:
     """Logs the first augmented images of a run to TensorBoard and samples/train.png; a warning if the file fails."""
-    grid = image_grid(images)
+    grid = _image_grid(images)
     writer.image("samples/train", grid, 0)
     try:
         (run_dir / "samples").mkdir(exist_ok=True)
         Image.fromarray(grid).save(run_dir / "samples" / "train.png")
     except OSError as error:
         log.warning("%s is not written (%s); training goes on", run_dir / "samples", error.strerror)
+
+
+def _image_grid(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:
+    """The first images of a batch side by side, uint8 [N, S, S, 3] -> [rows*S, columns*S, 3]."""
+    images = images[: columns * rows].cpu()
+    columns = min(columns, len(images))
+    rows = len(images) // columns
+    _, height, width, channels = images.shape
+    grid = images[: rows * columns].reshape(rows, columns, height, width, channels)
+    return grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels).numpy()
 
 
 @contextmanager

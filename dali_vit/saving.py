@@ -1,4 +1,4 @@
-"""What a run needs to go on: saved from all ranks into its checkpoints, beside the training, and restored from one."""
+"""Saves and restores a run: model, optimiser, random and loader states of all ranks, written in the background."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["Saver", "restore", "tidy_up"]
 class Saver:
     """Writes a run's checkpoints on rank 0, one at a time, while the training goes on.
 
-    All ranks make one and call the same of its methods. What was logged to `writer`, rank 0's, before a call reaches
-    the disk before the call's own write: the steps before a checkpoint do not run again. As a context it waits for the
-    write under way, whatever ends its body.
+    All ranks make one and call the same of its methods. Whatever was logged to `writer`, rank 0's, before a call is on
+    the disk before that call's checkpoint: the steps before a checkpoint do not run again. As a context it waits for
+    the write under way, whatever ends its body.
     """
 
     def __init__(

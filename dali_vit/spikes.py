@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MEMORY = 1000  # steps: until then the running mean is over all steps, from there on it is exponential
+MEMORY = 1000  # steps: up to here a plain mean of all, then an exponential one with this time constant
 WARM_UP = 100  # steps that are needed before a deviation means something
 _LEAST = 0.1  # the least deviation, as a share of the mean and of 1 nat; see `is_spike`
 

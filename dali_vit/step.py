@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit.accumulation import forward_and_backward, name_lack_of_memory
-from dali_vit.attention import TORCHS_CHOICE, choose_attention
+from dali_vit.accumulation import forward_and_backward, oom_as_user_error
+from dali_vit.attention import TORCH_DEFAULT, choose_attention
 from dali_vit.blocks import use_packed_attention
-from dali_vit.compiling import how_to_compile, name_failed_compilation
+from dali_vit.compiling import compile_failure_as_user_error, how_to_compile
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.environment import too_old
@@ -22,9 +22,9 @@ from dali_vit.mixup import mixup_cross_entropy, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
 from dali_vit.spikes import SharedLoss
 
-# torch 2.15 renamed the argument.
-_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+# torch 2.15 deprecates broadcast_buffers. Its successor still sends them once, at the start, when they are the same.
+_HAS_SUCCESSOR = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _HAS_SUCCESSOR else "broadcast_buffers": False}
 
 DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True}
 """DistributedDataParallel's settings that change its speed alone; tools/measure_ddp.py compares them."""
@@ -129,7 +129,7 @@ def build_update(
         # torch's cache on disk does not tell kernels of attention apart: a later run would get the first one's.
         torch.compiler.config.cache_key_tag = f"{_CACHE_KEY_TAG} attention: {attention.kernel}"
         loss_step = torch.compile(loss_step, mode=None if mode == "default" else mode)  # type: ignore[assignment]
-    if attention.kernel != TORCHS_CHOICE:
+    if attention.kernel != TORCH_DEFAULT:
         how["attention"] = attention.words
     if parts > 1:
         how["parts"] = f"{parts}, whose gradients are added up"
@@ -152,7 +152,7 @@ def build_update(
         ahead.step_is_queued()
         return loss, norm
 
-    return name_failed_compilation(name_lack_of_memory(update, config, group), config), how
+    return compile_failure_as_user_error(oom_as_user_error(update, config, group), config), how
 
 
 __all__ = ["DDP_OPTIONS", "RunAhead", "TrainStep", "build_update"]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dali_vit.distributed import PATIENCE, Group, collective_timeout
-from dali_vit.launch import REQUEUE, hang_up_is_ignored
+from dali_vit.launch import hang_up_is_ignored
 
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _STANDSTILL = 2.0  # seconds: if a thread that only sleeps wakes up this late, the whole process was stopped
@@ -30,7 +30,7 @@ class Interrupted(Exception):
     """The run stopped early and can be started again; the message says where it stopped."""
 
 
-__all__ = ["HUNG", "REQUEUE", "Interrupted", "Stop", "Watchdog"]
+__all__ = ["Interrupted", "Stop", "Watchdog"]
 
 
 class Stop:
@@ -113,9 +113,9 @@ class Watchdog:
     """Ends a process that makes no progress, naming the stage it hangs in.
 
     Ranks that merely wait for a hanging rank are in the stage "step": they are given half as long again, so that the
-    hanging rank reports first. What comes before the first step is given ten minutes in any case, and torch.compile
-    may search for the fastest kernels for half an hour. Time in which the whole process stands still (Ctrl-Z, or a
-    scheduler that suspends jobs) does not count.
+    hanging rank reports first. What comes before the first step is given ten minutes in any case, and torch.compile may
+    search for the fastest kernels, for which it is given six times as long. Time in which the whole process stands
+    still (Ctrl-Z, or a scheduler that suspends jobs) does not count.
     """
 
     def __init__(self, group: Group, seconds: float, stage: str, step: int) -> None:

@@ -1,5 +1,8 @@
 """The training loop, phases in the order they run: model, restore, data, logs, loop.
 
+`plan.plan` has made the model, indexed the data set and found the checkpoint, before anything is written; `cli._train`
+calls it, takes the lock on the run's folder, and calls `train`.
+
 How a run starts: from the newest checkpoint in its own folder where there is one; else from scratch, with
 weights that depend on the seed alone. Order and augmentation of the data are pure functions of (seed, step)
 and so is Mixup's lambda: on the CPU, with as many processes as before, going on from a checkpoint repeats the
@@ -16,7 +19,7 @@ from contextlib import closing, nullcontext
 import torch
 
 from dali_vit import left_out, report
-from dali_vit.accumulation import name_lack_of_memory, warn_of_memory, warn_of_others
+from dali_vit.accumulation import oom_as_user_error, warn_of_memory, warn_of_others
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
@@ -43,25 +46,20 @@ _COMPILING = 3  # steps, within which torch.compile is done and CUDA graphs are 
 def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = False) -> dict[str, float]:
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
-    ends_process: as for `Stop`. Collective over the group. Raises UserError for losses and gradients that stay of no
-    use and for a disk that takes no checkpoint, and Interrupted where a signal or the clock stopped the run.
+    ends_process: whether the process ends with this run, as for `Stop`. Collective over the group. Raises UserError
+    where more steps or images are skipped than allowed or the last checkpoint cannot be written, and Interrupted where
+    a signal or the clock stopped the run.
     """
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
-    start = checkpoint.step if checkpoint else 0
-    check_same_run(
-        config,
-        dataset,
-        start=start,
-        train_fingerprint=planned.train_fingerprint,
-        val_fingerprint=planned.val_fingerprint,
-    )
-    # Nodes that cannot reach each other fail here.
+    start = planned.start
+    check_same_run(config, planned)
+    # Makes the gloo group by which ranks agree on stops: nodes that cannot reach each other fail here.
     stop = Stop(group, config.run.max_hours, config.run.hang_timeout, ends_process=ends_process)
     if group.is_main:
-        for remark in report.remarks(config, dataset, total, other_val_images=planned.has_other_val_images):
+        for remark in report.remarks(config, planned):
             log.warning("%s", remark)
     # Whether the run was stopped while it evaluated the weights of its newest checkpoint.
-    evaluation_due = bool(checkpoint and checkpoint.loader.get("evaluation_due"))
+    evaluation_due = checkpoint is not None and checkpoint.loader["evaluation_due"]
     if checkpoint and start >= total and not evaluation_due:
         log.info("%s is finished: %s", config.run_dir, report.evaluation_line(start, total, checkpoint.metrics))
         if group.is_main:
@@ -86,26 +84,24 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
         settings = loader_settings(dataset, config, group, model)
         bad_samples = left_out.still_bad(checkpoint.loader["ranks"], dataset, config, group) if checkpoint else []
         loader = train_loader(dataset, config, group, settings=settings, start_step=start, bad_samples=bad_samples)
-        next_batch = name_lack_of_memory(loader.__next__, config, group)
+        next_batch = oom_as_user_error(loader.__next__, config, group)
 
         # The run's folder and its logs, which are rank 0's.
         writer = together(lambda: open_folder(config, start, evaluation_due) if group.is_main else None)
         if writer is not None:
             summary = report.summary(
                 config,
-                dataset,
+                planned,
                 group,
                 model=report.model_line(config.model, num_parameters(model), forward_flops, config.data.resolution),
                 how=how,
-                total_steps=total,
-                checkpoint=checkpoint,
                 bad_samples=len(bad_samples),
                 threads=settings.threads,
             )
             log.info("%s", summary)
             log_texts(writer, config, summary)
 
-    # The loop. What it opens is closed in reverse: the last write is waited for before signals end a process at once.
+    # The loop. Contexts close in reverse order: the last checkpoint is on disk before signals end the process at once.
     watchdog = Watchdog(group, config.run.hang_timeout, "loader", start)
     saver = Saver(config, group, planned, optimizer, loader, writer)
     milestones = Milestones(config, group, planned, saver, writer, stop, watchdog)

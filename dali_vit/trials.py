@@ -1,4 +1,4 @@
-"""At which of the loader's settings a process has ended while the search for the fastest tried them."""
+"""Remembers the loader settings at which a process died while the search tried them: twice, and they are left out."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-from dali_vit.config import ModelConfig, UserError
-from dali_vit.validation import MAX_RESOLUTION
+from dali_vit.config import Config, ModelConfig, UserError
+from dali_vit.validation import MAX_RESOLUTION, validate
 
 
 class Variant(NamedTuple):
@@ -54,6 +54,16 @@ def resolve_variant(config: ModelConfig) -> tuple[Variant, int]:
         if not 1 <= value <= _MAX_SIZE[name]:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be from 1 to {_MAX_SIZE[name]:,}")
     return VARIANTS[match[1]]._replace(**overrides), patch
+
+
+def check_config(config: Config) -> None:
+    """UserError for settings that no run can use, whatever the data and the machine; asks timm for a model of timm."""
+    validate(config)
+    check_model(config.model, config.data.resolution)
+    if config.model.model.startswith(TIMM_PREFIX):
+        from dali_vit.model import timm_name  # imported here, as timm takes seconds
+
+        timm_name(config.model)
 
 
 def check_model(config: ModelConfig, resolution: int) -> None:

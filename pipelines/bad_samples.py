@@ -38,9 +38,9 @@ def most_allowed(max_share: float, count: int) -> int:
 class BadSamples:
     """What is known of the samples that cannot be read or decoded.
 
-    indices: the samples already known to be bad. make: makes a pipeline that fails at a bad sample, on the loader's
-    device; make_on_cpu, where that is a GPU: makes one on the CPU, as libjpeg-turbo refuses every JPEG that was cut
-    short and other decoders may not. Raises DecodeError when more samples are bad than the share max_share of all
+    indices: the samples already known to be bad. make: builds a pipeline on the loader's device that fails at a bad
+    sample; make_on_cpu: the same on the CPU, for loaders of a GPU alone, as libjpeg-turbo refuses every JPEG that was
+    cut short and other decoders may not. Raises DecodeError when more samples are bad than the share max_share of all
     (1 is allowed in any case, unless the share is 0), and ValueError for arguments out of range.
     """
 

@@ -29,8 +29,11 @@ __all__ = [
     "decode",
     "decode_window",
     "image_size",
+    "refuse_too_large",
     "sample_window_tensorflow",
     "sample_window_torchvision",
+    "start_unless_too_large",
+    "width_to_resize_to",
 ]
 
 # A larger image counts as undecodable, as it does for Pillow: decoded, it would take more than 512 MiB, and a file that

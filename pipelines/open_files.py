@@ -15,7 +15,7 @@ class TooManyFiles(ValueError):
 
 
 def allow(files: int, what: str, instead: str) -> None:
-    """Raises the limit where needed, so that `files` files can be open at once, and as many again.
+    """Raises the limit where needed: to twice `files`, and some hundred for all else that is open.
 
     what, instead: how the error names the files, and what it advises where the limit cannot be raised.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,7 +184,7 @@ def test_a_batch_that_the_loader_has_no_memory_for_is_named_alike(tiny_config, c
     def load() -> None:
         raise LackOfMemory("CUDA allocation failed")
 
-    guarded = accumulation.name_lack_of_memory(load, tiny_config, cpu)
+    guarded = accumulation.oom_as_user_error(load, tiny_config, cpu)
     for _ in range(10):
         with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images being loaded beside 8"):
             guarded()
@@ -206,7 +205,7 @@ def test_a_lack_of_memory_has_many_names(said, tiny_config, cpu):
     def fail(error: str) -> None:
         raise RuntimeError(error)
 
-    guarded = accumulation.name_lack_of_memory(fail, tiny_config, cpu)
+    guarded = accumulation.oom_as_user_error(fail, tiny_config, cpu)
     with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images at once"):
         guarded(said)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -232,7 +231,6 @@ def test_each_rank_says_for_itself_what_its_memory_does_not_hold(rank, monkeypat
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train"])
-    logging.getLogger("dali_vit").setLevel(logging.INFO)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "dali-vit: --batch-size 8: the memory of GPU 1 does not hold it\n"
 
@@ -306,7 +304,7 @@ def test_what_memory_does_not_hold_is_a_processs_share_in_parts(ranks, parts, er
         raise LackOfMemory("DALI's") if error is None else RuntimeError(error)
 
     group = dataclasses.replace(cpu, world_size=ranks)
-    guarded = accumulation.name_lack_of_memory(fail, with_parts(tiny_config, parts), group)
+    guarded = accumulation.oom_as_user_error(fail, with_parts(tiny_config, parts), group)
     with pytest.raises(LocalUserError) as refused:
         guarded()
     assert str(refused.value) == f"--batch-size 8: memory does not hold {told} smaller batch or more GPUs"

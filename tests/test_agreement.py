@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dali_vit.agreement import check_same_evaluation, check_same_run, check_same
 from dali_vit.config import GROUPS, Config, DataConfig, UserError
 from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
 from dali_vit.names import fingerprint
+from dali_vit.plan import Plan
 from tests.conftest import write_image_folder
 from tests.processes import run_ranks
 from tests.test_inference import CONFIG, GREEN, RED, colour_model, paint
@@ -58,13 +60,10 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 def train(ranks: Ranks, config: Config, dataset: Dataset, start: int = 0) -> None:
     ranks.begin()
     assert dataset.val is not None
-    check_same_run(
-        config,
-        dataset,
-        start=start,
-        train_fingerprint=fingerprint(dataset.split("train"), dataset.root / "train"),
-        val_fingerprint=fingerprint(dataset.val, dataset.root / "val"),
-    )
+    of_train = fingerprint(dataset.split("train"), dataset.root / "train")
+    of_val = fingerprint(dataset.val, dataset.root / "val")
+    checkpoint: Any = SimpleNamespace(step=start)
+    check_same_run(config, Plan(dataset, torch.nn.Identity(), 12, checkpoint, of_train, of_val))
 
 
 def test_the_same_set_may_lie_elsewhere(ranks: Ranks, tiny_config: Config, tmp_path: Path) -> None:
@@ -203,14 +202,15 @@ import json, sys
 from pathlib import Path
 
 from dali_vit import distributed, inference
+from dali_vit.arguments import EvalArguments
 from dali_vit.config import UserError
 
 results = []
 with distributed.connect(0) as group:
     for checkpoint, data, resolution in json.loads(sys.argv[1])[group.rank]:
-        options = {"batch_size": 2, "threads": 1, "resolution": resolution}
+        arguments = EvalArguments(Path(checkpoint), data, batch_size=2, threads=1, resolution=resolution)
         try:
-            found = inference.evaluate_checkpoint(Path(checkpoint), data, group, **options)
+            found = inference.evaluate_checkpoint(arguments, group)
         except UserError as error:
             found = str(error)
         results.append(found)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 
 import dali_vit.step
 from dali_vit import attention
-from dali_vit.attention import TORCHS_CHOICE, Attention, Shape, choose, choose_attention, shape_of
+from dali_vit.attention import TORCH_DEFAULT, Attention, Shape, choose, choose_attention, shape_of
 from dali_vit.config import Config, LocalUserError, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import create_model
@@ -35,7 +35,7 @@ def test_shape_is_that_of_a_step() -> None:
     for other in ("resnet18", "vit_base_patch16_xp_224", "vit_small_patch16_18x2_224"):
         model = create_model(ModelConfig(model=f"timm:{other}"), num_classes=10, resolution=224)
         assert shape_of(model, 128) is None
-        assert choose_attention("auto", model, 128, GPU, compiled=True).kernel == TORCHS_CHOICE
+        assert choose_attention("auto", model, 128, GPU, compiled=True).kernel == TORCH_DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_torchs_own_choice_stays_on_a_cpu_and_where_nothing_runs(
     monkeypatch.setattr(attention, "_milliseconds", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     context, _, words, _ = choose_attention("auto", vit(), 64, GPU, compiled=False)
-    assert words == TORCHS_CHOICE
+    assert words == TORCH_DEFAULT
     assert caplog.messages == ["none of flash, cudnn, efficient runs here: attention is torch's plain one"]
     other = Group(1, 2, 1, 2, GPU.device)
-    assert choose_attention("auto", vit(), 64, other, compiled=False).words == TORCHS_CHOICE
+    assert choose_attention("auto", vit(), 64, other, compiled=False).words == TORCH_DEFAULT
     assert len(caplog.messages) == 1  # by rank 0
     with context():
         pass
@@ -205,7 +205,7 @@ def test_packed_kernels_that_compute_something_else_are_left_out(
         attention._check_packed(shape, CPU.device)
 
 
-@pytest.mark.parametrize(("kernel", "told"), [("flash", "flash (1.00 ms a layer)"), (TORCHS_CHOICE, None)])
+@pytest.mark.parametrize(("kernel", "told"), [("flash", "flash (1.00 ms a layer)"), (TORCH_DEFAULT, None)])
 def test_a_run_tells_the_kernel_that_was_chosen(kernel: str, told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without attention has none to tell of."""
     chosen = Attention(nullcontext, kernel, told or kernel)

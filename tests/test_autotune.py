@@ -146,7 +146,7 @@ def test_the_model_works_on_every_batch_and_stays_as_it_was(
 ) -> None:
     """What a GPU does meanwhile, on the CPU: a model whose batch statistics must not be touched."""
     monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.05)
-    monkeypatch.setattr(autotune, "_now", lambda group: time.perf_counter())
+    monkeypatch.setattr(autotune, "now", lambda group: time.perf_counter())
     seen: list[torch.Tensor] = []
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Identity())
     model[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
@@ -332,7 +332,7 @@ def test_what_was_loaded_ahead_is_not_measured(dataset, config, monkeypatch) -> 
         def close(self):
             pass
 
-    loader, begun, now = Counting(), [], autotune._now
+    loader, begun, now = Counting(), [], autotune.now
 
     def noting(group):
         begun.append(loader.given)
@@ -340,6 +340,6 @@ def test_what_was_loaded_ahead_is_not_measured(dataset, config, monkeypatch) -> 
 
     monkeypatch.setattr(autotune.loaders, "train_loader", lambda *_, **__: loader)
     monkeypatch.setattr(autotune, "_SECONDS_PER_SETTING", 0.01)
-    monkeypatch.setattr(autotune, "_now", noting)
+    monkeypatch.setattr(autotune, "now", noting)
     autotune._rate(dataset, config, CPU, LoaderSettings(1, prefetch=3), set(), lambda _: None)
     assert begun[0] >= 2 * 3 + 2

@@ -196,6 +196,8 @@ def test_the_best_setting_has_the_shortest_worst_batch_of_those_as_fast():
     assert [line.split("   ")[-1] for line in table[1:4]] == ["as it is", "hw_decoder_load 0.5", "region full"]
     assert table[4] == "Best: hw_decoder_load 0.5, 0.98 times the rate of the settings as they are."
     assert report.sweep_table([as_is, slow], as_is).endswith("Best: the settings as they are.")
+    preallocated = report.sweep_table([as_is, hints := trial(1200, 10, preallocate_width_hint=1)], hints)
+    assert preallocated.endswith(" the settings as they are (training does not try preallocate_width_hint).")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), DecodeError("too many", ["x.jpg"])])

@@ -181,7 +181,7 @@ def test_a_lack_of_memory_late_in_a_run_is_no_failed_compilation(tiny_config: Co
     def fail(text: str) -> None:
         raise torch._dynamo.exc.TorchDynamoException(text)
 
-    guarded = compiling.name_failed_compilation(fail, tiny_config)
+    guarded = compiling.compile_failure_as_user_error(fail, tiny_config)
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         guarded("CUDA out of memory")
     with pytest.raises(LocalUserError):

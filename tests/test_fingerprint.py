@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dali_vit import checkpoint
 from dali_vit.config import Config, UserError
 from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
@@ -135,21 +134,3 @@ def test_names_of_many_lengths_are_taken_apart_in_chunks(monkeypatch):
     monkeypatch.setattr("dali_vit.names._CHUNK", 7)
     chunks = list(chunks_of_names(files, Path("/data")))
     assert [name.decode() for chunk in chunks for name in chunk] == names
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("lost", ["train_names", "val_names", "resized"])
-def test_checkpoints_from_before_images_were_recorded_go_on(lost, small, tmp_path, tiny_config, cpu, monkeypatch):
-    config = with_data(tiny_config, small)
-    train(config, cpu, plan(config, 1))
-    newest = checkpoint.newest
-
-    def older(run_dir):
-        found = newest(run_dir)
-        assert found.loader.pop(lost)
-        return found
-
-    monkeypatch.setattr(checkpoint, "newest", older)
-    again = plan(config, 1)
-    assert again.checkpoint.step == 12
-    assert not again.has_other_val_images

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dali_vit import big_vision, checkpoint
+from dali_vit.arguments import EvalArguments
 from dali_vit.config import Config, DataConfig, ModelConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.inference import _progress_bar, evaluate_checkpoint
@@ -123,7 +124,7 @@ def test_only_the_main_process_shows_it(data, tmp_path):
     model = save(tmp_path / "m.safetensors", 3, ("a", "b", "c"))
     with on_a_terminal() as shown:
         second = Group(1, 2, 1, 2, torch.device("cpu"))
-        result = evaluate_checkpoint(model, str(data), second, batch_size=2, threads=1)
+        result = evaluate_checkpoint(EvalArguments(model, str(data), batch_size=2, threads=1), second)
     assert result["val/count"] == 3
     assert shown == [""]
 

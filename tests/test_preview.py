@@ -145,5 +145,9 @@ def test_mistakes_are_named(image_folder, tmp_path, capsys):
         code, _, err = preview(image_folder, out, *flags, capsys=capsys)
         assert (code, err.count("\n")) == (2, 1)
         assert words in err
+    flags = ("--model", "timm:nope", "--data", str(image_folder), "--out", str(good), "--gpus", "0")
+    code, _, err = run("preview", *flags, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "dali-vit: --model timm:nope: " in err
     assert [path.name for path in tmp_path.iterdir()] == ["there.png"]
     assert (tmp_path / "there.png").read_bytes() == b"mine"

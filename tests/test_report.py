@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dali_vit.config import Config, ModelConfig, OptimConfig
 from dali_vit.data import Dataset, FileList
 from dali_vit.distributed import Group
 from dali_vit.manifest import MANIFEST
+from dali_vit.plan import Plan
 from dali_vit.report import evaluation_line, model_line, progress_line, remarks, summary, with_sizes
 
 
@@ -25,9 +27,13 @@ def dataset(*, minival: int, val: int, train: int = 2000) -> Dataset:
     return Dataset("set", Path("/set"), ("a", "b"), files(train), files(minival), files(val))
 
 
+def plan(dataset: Dataset, total_steps: int = 112_603, checkpoint: Any = None) -> Plan:
+    return Plan(dataset, torch.nn.Identity(), total_steps, checkpoint, "of train", "of val")
+
+
 def test_a_single_class_is_remarked_on() -> None:
     single = replace(dataset(minival=100, val=1), classes=("images",))
-    (said,) = remarks(Config(), single, 112_603)
+    (said,) = remarks(Config(), plan(single))
     assert said == "/set has but one class, images: there is nothing to tell it from"
 
 
@@ -61,18 +67,18 @@ def test_a_single_class_is_remarked_on() -> None:
 def test_what_is_evaluated_is_said_where_it_is_less_than_usual(minival: int, val: int, said: list[str]) -> None:
     few = "the best checkpoint is chosen by the"
     said = [text.format(few=few, chance="much by chance") for text in said]
-    assert remarks(Config(), dataset(minival=minival, val=val), 112_603) == said
+    assert remarks(Config(), plan(dataset(minival=minival, val=val))) == said
     at_the_end = replace(Config(), run=replace(Config().run, eval_every=0.0))  # there is nothing to choose from
-    assert remarks(at_the_end, dataset(minival=minival, val=val), 112_603) == [s for s in said if "chance" not in s]
+    assert remarks(at_the_end, plan(dataset(minival=minival, val=val))) == [s for s in said if "chance" not in s]
     without = replace(Config(), data=replace(Config().data, minival=0.0))
-    assert remarks(without, dataset(minival=0, val=100), 112_603) == []  # as asked for
+    assert remarks(without, plan(dataset(minival=0, val=100))) == []  # as asked for
     demo = replace(Config(), data=replace(Config().data, data="demo"))
-    assert remarks(demo, dataset(minival=20, val=500), 112_603) == []  # which is no one's own
+    assert remarks(demo, plan(dataset(minival=20, val=500))) == []  # which is no one's own
 
 
 def test_a_share_that_is_too_large_to_hold_out_is_not_asked_for() -> None:
     config = replace(Config(), optim=replace(Config().optim, batch_size=8))
-    assert [remarks(config, dataset(minival=2, val=3, train=train), 112_603) for train in (197, 198)] == [
+    assert [remarks(config, plan(dataset(minival=2, val=3, train=train))) for train in (197, 198)] == [
         ["the best checkpoint is chosen by the 2 images of minival, much by chance"],
         ["the best checkpoint is chosen by the 2 images of minival, much by chance; give --minival 0.5"],
     ]
@@ -81,11 +87,11 @@ def test_a_share_that_is_too_large_to_hold_out_is_not_asked_for() -> None:
 def test_a_decay_that_is_torchs_is_remarked_on() -> None:
     """timm's usual 0.1, by which nothing is learned here; ours is multiplied by the schedule alone."""
     config = replace(Config(), optim=replace(Config().optim, weight_decay=0.1))
-    assert remarks(config, dataset(minival=100, val=2), 112_603) == [
+    assert remarks(config, plan(dataset(minival=100, val=2))) == [
         "--weight-decay 0.1 is not multiplied by --lr: torch and timm call it 100; what they call 0.1 is 0.0001 here"
     ]
     sgd = replace(config, optim=replace(config.optim, optimizer="sgd"))
-    assert remarks(sgd, dataset(minival=100, val=2), 112_603) == []
+    assert remarks(sgd, plan(dataset(minival=100, val=2))) == []
 
 
 @pytest.mark.parametrize("holds", ["train", MANIFEST])
@@ -93,7 +99,7 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     demo = replace(Config(), data=replace(Config().data, data="demo"))
-    assert remarks(demo, dataset(minival=100, val=2), 112_603) == []  # it may be anything
+    assert remarks(demo, plan(dataset(minival=100, val=2))) == []  # it may be anything
     (tmp_path / "demo" / holds).touch() if holds == MANIFEST else (tmp_path / "demo" / holds).mkdir()
     for data, said in (
         ("./demo", []),
@@ -103,14 +109,14 @@ def test_a_folder_of_the_name_demo_is_remarked_on(holds: str, tmp_path: Path, mo
         ),
     ):
         config = replace(Config(), data=replace(Config().data, data=data))
-        assert remarks(config, dataset(minival=100, val=2), 112_603) == said
+        assert remarks(config, plan(dataset(minival=100, val=2))) == said
 
 
 def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
     (tmp_path / "validation" / "a").mkdir(parents=True)
     (tmp_path / "validation" / "a" / "1.jpg").touch()
     named = replace(dataset(minival=100, val=0), root=tmp_path)
-    assert remarks(Config(), named, 112_603) == [
+    assert remarks(Config(), plan(named)) == [
         f"{tmp_path} has no val/: minival alone is evaluated; if validation/ is meant, rename it to val/"
     ]
 
@@ -119,7 +125,7 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
 def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | None) -> None:
     """As by the recipes' batches, which are ImageNet's."""
     said = f"--batch-size 1024: the training set has but {train} {images}, which each step repeats; give a smaller one"
-    assert remarks(Config(), dataset(minival=100, val=2, train=train), 112_603) == ([said] if images else [])
+    assert remarks(Config(), plan(dataset(minival=100, val=2, train=train))) == ([said] if images else [])
 
 
 def test_files_that_are_not_trained_on_are_remarked_on(tmp_path: Path) -> None:
@@ -128,31 +134,34 @@ def test_files_that_are_not_trained_on_are_remarked_on(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     here = replace(dataset(minival=100, val=2), root=tmp_path)
-    assert remarks(Config(), here, 112_603) == [
+    assert remarks(Config(), plan(here)) == [
         f"{tmp_path}: files in a subfolder are left out (3, such as {tmp_path}/train/a/deep/2.jpg): move images into"
         " the class folder itself",
         f"{tmp_path}: files of another suffix are left out (1, such as {tmp_path}/train/b/4.avif): save images as JPEG"
         " or PNG",
     ]
-    assert remarks(Config(), replace(dataset(minival=100, val=2, train=10_000), root=tmp_path), 112_603) == []
+    assert remarks(Config(), plan(replace(dataset(minival=100, val=2, train=10_000), root=tmp_path))) == []
 
 
 def test_other_images_in_val_are_remarked_on() -> None:
-    assert remarks(Config(), dataset(minival=100, val=2), 112_603, other_val_images=True) == [
+    before = SimpleNamespace(loader={"val_names": "of another val"})
+    assert remarks(Config(), plan(dataset(minival=100, val=2), checkpoint=before)) == [
         "/set: val has other images than before; what is measured on it is not to be compared"
     ]
+    before.loader["val_names"] = "of val"
+    assert remarks(Config(), plan(dataset(minival=100, val=2), checkpoint=before)) == []
 
 
 def test_a_warm_up_of_most_of_the_run_is_remarked_on() -> None:
     """ImageNet-100 under the default recipe: 126,689 images, 99 % of them 90 times in batches of 1,024."""
     total = round(90 * 0.99 * 126_689 / 1024)
-    (said,) = remarks(Config(), dataset(minival=100, val=2), total)
+    (said,) = remarks(Config(), plan(dataset(minival=100, val=2), total))
     assert said == (
         "--warmup-steps 10000: 91 % of the run's 11023 steps are at a rate below --lr; ImageNet's 90 epochs have 9 %,"
         " here 1002"
     )
     half = replace(Config(), optim=OptimConfig(warmup_steps=5511))
-    assert remarks(half, dataset(minival=100, val=2), total) == []
+    assert remarks(half, plan(dataset(minival=100, val=2), total)) == []
 
 
 def test_sizes_that_are_not_the_names_are_told() -> None:
@@ -174,12 +183,10 @@ def test_the_length_of_a_run(steps: int, length: str) -> None:
     config = replace(Config(), optim=OptimConfig(batch_size=1))
     text = summary(
         config,
-        dataset(minival=1, val=2, train=9),
+        plan(dataset(minival=1, val=2, train=9), steps),
         group,
         model="M",
         how={},
-        total_steps=steps,
-        checkpoint=None,
         bad_samples=0,
         threads=1,
     )
@@ -199,13 +206,13 @@ def test_why_no_gpu_is_used_is_said_unless_none_was_asked_for(
 ) -> None:
     monkeypatch.setattr("dali_vit.report.why_no_gpu", lambda: "no NVIDIA driver")
     config = replace(Config(), run=replace(Config().run, gpus=gpus))
-    given: dict[str, Any] = {"model": "M", "how": {}, "total_steps": 9, "checkpoint": None, "bad_samples": 0}
+    given: dict[str, Any] = {"model": "M", "how": {}, "bad_samples": 0}
     group = Group(0, 2, 0, 2, torch.device("cpu"))
-    text = summary(config, dataset(minival=100, val=2), group, **given, threads=1)
+    text = summary(config, plan(dataset(minival=100, val=2), 9), group, **given, threads=1)
     assert f"devices   2 x CPU, {said}" in text.splitlines()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
     on_gpu = replace(group, device=torch.device("cuda", 0))
-    text = summary(config, dataset(minival=100, val=2), on_gpu, **given, threads=1)
+    text = summary(config, plan(dataset(minival=100, val=2), 9), on_gpu, **given, threads=1)
     assert "devices   2 x H200, bf16 autocast, float32 residual stream" in text.splitlines()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -29,8 +28,8 @@ from torch._dynamo import config as dynamo_config
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit import distributed, process, recipes, step
-from dali_vit.config import CompileMode, Config, LocalUserError, ModelConfig, OptimConfig, RunConfig, UserError
+from dali_vit import distributed, recipes, step
+from dali_vit.config import CompileMode, Config, ModelConfig, OptimConfig, RunConfig, UserError
 from dali_vit.distributed import Group
 from dali_vit.launch import launch_once
 from dali_vit.model import create_model
@@ -48,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@command.telling_mistakes("measure_ddp.py")
 def main() -> None:
     parser = command.Parser(__doc__)
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
@@ -58,12 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="each setting once in a round; default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="steps of a setting in a round; default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    try:
-        sys.exit(_main(parser.parse_args()))
-    except UserError as error:
-        if process.int_from_environment("RANK", 0) == 0 or isinstance(error, LocalUserError):
-            print(f"measure_ddp.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(_main(parser.parse_args()))
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -112,10 +107,10 @@ def take_turns(steps: dict[str, Callable[[], Any]], arguments: argparse.Namespac
     for turn in range(arguments.rounds + 1):
         for name, run in steps.items():
             distributed.barrier()
-            began = now(group)
+            began = distributed.now(group)
             for _ in range(arguments.steps):
                 run()
-            seconds = max(distributed.gather_objects(now(group) - began)) / arguments.steps
+            seconds = max(distributed.gather_objects(distributed.now(group) - began)) / arguments.steps
             if turn > 0:  # round 0 compiles and makes the buckets
                 rounds[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in rounds.items()}
@@ -145,12 +140,6 @@ def make(name: str, arguments: argparse.Namespace, group: Group) -> Callable[[],
     images = torch.randint(0, 256, size, dtype=torch.uint8, device=group.device)
     labels = torch.randint(0, 1000, (arguments.batch_size,), device=group.device)
     return lambda: update(images, labels, 0.8, 1e-4)
-
-
-def now(group: Group) -> float:
-    if group.device.type == "cuda":
-        torch.cuda.synchronize(group.device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

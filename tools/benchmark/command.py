@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dali_vit import process
-from dali_vit.config import UserError
+from dali_vit.config import LocalUserError, UserError, mendable
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:  # not where a test imports a tool
     process.end_at_ctrl_c()
@@ -33,11 +33,18 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def telling_mistakes(program: str) -> Iterator[None]:
-    """Makes of a UserError one line on stderr and exit code 2; also as the decorator of a tool's `main`."""
+    """Makes of a UserError, and of what the user can mend of the system's refusals, one line on stderr and exit code 2.
+
+    Of several processes rank 0 alone prints what all raise. Also as the decorator of a tool's `main`.
+    """
     try:
         yield
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        told = mendable(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        if process.int_from_environment("RANK", 0) == 0 or isinstance(error, LocalUserError):
+            print(f"{program}: {' '.join(str(told).split())}", file=sys.stderr)
         sys.exit(2)
 
 

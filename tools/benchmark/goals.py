@@ -143,8 +143,7 @@ def summary(results: Results, commands: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The last is what earlier versions recorded.
-_OF_ONE_RUN = ("command", "host", "cores busy before", "load average before")
+_OF_ONE_RUN = ("command", "host", "cores busy before")
 
 
 def _environment(results: Results) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import compare
-from benchmark.sweep import Settings, Trial
+from benchmark.sweep import NOT_FOR_TRAINING, Settings, Trial
 from benchmark.windows import Measurement
 from dali_vit.config import UserError
 from dali_vit.files import replacing
@@ -124,6 +124,9 @@ def sweep_table(trials: list[Trial], best: Trial) -> str:
     found = (
         f"{settings}, {gain:.2f} times the rate of the settings as they are" if settings else "the settings as they are"
     )
+    ours, theirs = best.settings.flat(), baseline.flat()
+    if unused := [name for name in NOT_FOR_TRAINING if ours[name] != theirs[name]]:
+        found += f" (training does not try {', '.join(unused)})"
     return "\n".join([*lines, f"Best: {found}."])
 
 

@@ -19,6 +19,9 @@ from pipelines.loader import TrainLoader
 # Rates closer than this are taken as equal, and the worst batch decides: windows of a second differ by as much.
 EQUAL_RATES = 0.02
 
+# What a sweep tries but training's own search (`dali_vit.autotune`) does not, and no flag sets.
+NOT_FOR_TRAINING = ("preallocate_width_hint", "preallocate_height_hint", "hybrid_huffman_threshold")
+
 
 @dataclass(frozen=True)
 class Settings:
