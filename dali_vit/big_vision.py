@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from dali_vit.config import ModelConfig, UserError
 from dali_vit.files import replacing
-from dali_vit.listing import some
 from dali_vit.model import PlainViT, create_model
 from dali_vit.variants import VARIANTS, Variant
+from pipelines.words import one_line, some
 
 Params = dict[str, np.ndarray]
 
@@ -79,7 +79,7 @@ def load_npz(path: str | Path) -> Params:
     except MemoryError as error:  # or a header that is damaged asks for more than there is
         raise UserError(f"{path}: does not fit into memory, or is damaged ({error}); fetch or copy it again") from error
     except Exception as error:  # numpy, zipfile and what they decompress with each have errors of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if not isinstance(error, OSError) and not zipfile.is_zipfile(path):
             reason = "it is no ZIP archive"  # numpy would advise to load it as a pickle, unsafely
         raise UserError(f"{path}: not a whole .npz file ({reason}); fetch or copy it again") from error

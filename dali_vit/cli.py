@@ -242,7 +242,7 @@ def _by_main_alone(group: Group, work: Callable[[], T]) -> T | None:
                 raise
             raise UserError(str(error)) from error
 
-    return distributed.together(lambda: told() if group.is_main else None)
+    return distributed.on_main(group, told)
 
 
 def _convert(argv: list[str]) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from dali_vit.accumulation import is_lack_of_memory
 from dali_vit.config import Config, LocalUserError, UserError
 from dali_vit.distributed import Group, gather_objects
+from dali_vit.memory import is_lack_of_memory
 
 __all__ = ["compile_failure_as_user_error", "compile_fault", "how_to_compile", "on_one_line"]
 

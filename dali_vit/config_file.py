@@ -14,6 +14,7 @@ import yaml
 
 from dali_vit.config import GROUPS, UserError
 from dali_vit.files import at_home
+from pipelines.words import one_line
 
 __all__ = ["expand", "named_file"]
 
@@ -132,7 +133,7 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{FLAG} {path}: {error} is given twice; give it once") from error
     # Besides YAML's own: what only looks like a number or a date, or has a tag that does not suit it.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{FLAG} {path}: is not YAML ({reason}); {_MEANT}") from error
     if not isinstance(groups, dict) or not all(isinstance(values, dict) for values in groups.values()):
         raise UserError(f"{FLAG} {path}: must hold the groups {', '.join(GROUPS)}, of settings each; {_MEANT}")

@@ -304,6 +304,11 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
+def on_main(group: Group, work: Callable[[], T]) -> T | None:
+    """The result of work that rank 0 alone does; None on the other ranks. Its UserErrors are raised on all of them."""
+    return together(lambda: work() if group.is_main else None)
+
+
 def share_buffers(model: torch.nn.Module) -> None:
     """Gives every rank the buffers of rank 0 (batch norm's running statistics differ between ranks)."""
     if dist.is_initialized():

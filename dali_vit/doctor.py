@@ -17,13 +17,14 @@ from dali_vit.loaders import train_loader
 from dali_vit.metrics import peak_flops
 from pipelines import windows
 from pipelines.readers import FileList
+from pipelines.words import counted, one_line
 
 
 def report() -> tuple[str, bool]:
     """What the machine has, and whether each part of a run works on it, as lines of `name  value`, the last of which
     says whether it is fit to train; and whether it is."""
     rows: list[tuple[str, str]] = list(environment.versions().items())
-    rows.append(("cpu", f"{environment.cpu_name()}, {_counted(environment.cpu_count(), 'core', 'cores')} usable"))
+    rows.append(("cpu", f"{environment.cpu_name()}, {counted(environment.cpu_count(), 'core')} usable"))
     rows.append(("driver", environment.gpu_driver() or "none"))
     gpus = environment.gpu_names()
     prevents, slows = [], []
@@ -39,7 +40,7 @@ def report() -> tuple[str, bool]:
         rows.append(("gpus", f"none: {environment.why_no_gpu()}"))
     threads = max(1, environment.cpu_count() // max(1, len(gpus)))
     if gpus:
-        rows.append(("training", f"{_counted(len(gpus), 'process', 'processes')}, bf16 autocast, torch.compile"))
+        rows.append(("training", f"{counted(len(gpus), 'process', 'processes')}, bf16 autocast, torch.compile"))
     else:
         rows.append(("training", "on the CPU in float32, torch.compile off unless asked for"))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
@@ -59,16 +60,12 @@ def report() -> tuple[str, bool]:
     rows.append(
         (
             "input",
-            f"DALI decodes and augments {where}, {_counted(threads, 'thread', 'threads')} a process: {_state(fault)}",
+            f"DALI decodes and augments {where}, {counted(threads, 'thread')} a process: {_state(fault)}",
         )
     )
     rows.append(("verdict", _verdict(prevents, slows if gpus else [], where)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows), not prevents
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    return f"{count} {one if count == 1 else several}"
 
 
 def _verdict(prevents: list[str], slows: list[str], where: str) -> str:
@@ -96,5 +93,5 @@ def _input_fault(device: torch.device) -> str | None:
             next(loader)
             loader.close()
         except (RuntimeError, ValueError) as error:
-            return " ".join(str(error).split())[:200]
+            return one_line(error)[:200]
     return None

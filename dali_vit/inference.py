@@ -25,7 +25,7 @@ from dali_vit.evaluate import evaluate
 from dali_vit.files import at_home, file_sha256, make_parent, replacing
 from dali_vit.image_files import list_images, other_images
 from dali_vit.inspection import no_messages_beside_ours
-from dali_vit.listing import scan, some, utf8_name
+from dali_vit.listing import scan, utf8_name
 from dali_vit.loaders import eval_loader
 from dali_vit.mixup import normalize
 from dali_vit.model import num_parameters
@@ -35,6 +35,7 @@ from dali_vit.undecodable import faults_of, saying_why
 from dali_vit.validation import MAX_BATCH_SIZE, MAX_THREADS, check_local, check_range
 from dali_vit.wordnet import descriptions
 from pipelines.bad_samples import DecodeError
+from pipelines.words import some
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from pipelines import probe
 from pipelines.bad_samples import DecodeError
 from pipelines.crop import MAX_PIXELS, Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
+from pipelines.words import one_line
 
 __all__ = [
     "KINDS",
@@ -28,7 +29,6 @@ __all__ = [
     "find_undecodable",
     "inspect_header",
     "no_messages_beside_ours",
-    "one_line",
     "why_undecodable",
 ]
 
@@ -187,8 +187,3 @@ def why_undecodable(data: bytes) -> tuple[str, str]:
         early = "truncated" in str(error) or "unexpected end" in str(error).lower()
         return "truncated" if early else "damaged", one_line(error)
     return "damaged", "DALI does not decode it, though Pillow does"
-
-
-def one_line(error: object) -> str:
-    """An error's message on one line, or its type's name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

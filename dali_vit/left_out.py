@@ -11,10 +11,10 @@ from typing import Any
 from dali_vit import data as datasets
 from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group, gather_objects, together
-from dali_vit.listing import some
 from dali_vit.loaders import num_threads
 from pipelines.bad_samples import most_allowed
 from pipelines.bad_samples import still_bad as still_undecodable
+from pipelines.words import some
 
 __all__ = ["check_share", "of_all_ranks", "still_bad"]
 

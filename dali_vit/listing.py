@@ -19,8 +19,8 @@ from dali_vit import index_cache
 from dali_vit.config import UserError
 from dali_vit.files import dead_link
 from dali_vit.index_cache import Listing
-from pipelines.bad_samples import some
 from pipelines.readers import FileList
+from pipelines.words import some
 
 __all__ = [
     "FORMATS",

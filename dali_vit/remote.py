@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.files import cache_folder, file_sha256, flush, replacing
 from dali_vit.manifest import MANIFEST, read_manifest
+from pipelines.words import one_line
 
 __all__ = ["fetch", "is_remote"]
 
@@ -89,7 +90,7 @@ class _Store:
                 named = session.client("s3", config=settings, region_name="auto", endpoint_url=endpoint)
         # The last two where a section of the configuration is not of the form that botocore expects.
         except (BotoCoreError, ValueError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"{uri}: {reason}: check AWS_PROFILE, AWS_ENDPOINT_URL and the like, and AWS's configuration files"
             ) from error
@@ -126,7 +127,7 @@ class _Store:
                 kind = _Unreachable
             else:
                 kind = _Unreachable
-                reason = " ".join(str(getattr(error, "last_exception", error)).split())
+                reason = one_line(getattr(error, "last_exception", error))
                 what = f"{path} cannot be read ({reason})"
                 remedy = "check the network, the credentials and AWS_ENDPOINT_URL"
             raise kind(f"{self.uri}: {what}: {remedy}") from error

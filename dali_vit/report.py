@@ -23,6 +23,7 @@ from dali_vit.manifest import MANIFEST
 from dali_vit.plan import Plan
 from dali_vit.structure import remarks_on_files, val_without_images
 from dali_vit.variants import TIMM_PREFIX
+from pipelines.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def remarks(config: Config, planned: Plan) -> list[str]:
         if config.data.minival and not dataset.counts.get("minival"):
             images = dataset.counts["train"]
             found.append(
-                f"--minival {config.data.minival:g} of {images} training image{'s' if images > 1 else ''} is none:"
+                f"--minival {config.data.minival:g} of {counted(images, 'training image')} is none:"
                 " the best checkpoint is chosen by val"
             )
     if config.run.eval_every and config.data.data != "demo" and (few := _few_to_choose_by(dataset)):
@@ -89,7 +90,7 @@ def remarks(config: Config, planned: Plan) -> list[str]:
     if config.optim.batch_size > images:
         found.append(
             f"--batch-size {config.optim.batch_size}: the training set has but"
-            f" {images} image{'s' if images > 1 else ''}, which each step repeats; give a smaller one"
+            f" {counted(images, 'image')}, which each step repeats; give a smaller one"
         )
     folders = (dataset.root / split / name for split in ("train", "val") for name in dataset.classes)
     found += remarks_on_files(dataset.root, dataset.split("train"), folders)
@@ -114,9 +115,7 @@ def _few_to_choose_by(dataset: Dataset) -> str | None:
     remedies = [f"--minival {share:g}"] if share <= 0.5 else []
     if split == "minival" and counts.get("val", 0) >= _FEW_TO_CHOOSE_BY:
         remedies.append("--minival 0, by which val chooses")
-    remark = (
-        f"the best checkpoint is chosen by the {images} image{'s' if images > 1 else ''} of {split}, much by chance"
-    )
+    remark = f"the best checkpoint is chosen by the {counted(images, 'image')} of {split}, much by chance"
     return f"{remark}; give {', or '.join(remedies)}" if remedies else remark
 
 
@@ -136,8 +135,8 @@ def summary(
     on_gpu = group.device.type == "cuda"
     device = torch.cuda.get_device_name(group.device) if on_gpu else "CPU"
     unasked = "" if on_gpu or config.run.gpus == 0 else f"; no GPU is used: {why_no_gpu()}"
-    classes = f"{len(dataset.classes)} class{'es' if len(dataset.classes) > 1 else ''}"
-    on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
+    classes = counted(len(dataset.classes), "class", "classes")
+    on_threads = counted(threads, "thread")
     precision = f"bf16 autocast, {config.model.residual} residual stream"
     epochs = total_steps * config.optim.batch_size / len(dataset.split("train"))
     rows = {
@@ -148,17 +147,16 @@ def summary(
         "model": model,
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}{unasked}",
         **how,
-        "length": f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {config.optim.batch_size}"
-        f" image{'s' if config.optim.batch_size > 1 else ''}"
+        "length": f"{counted(total_steps, 'step')} of {counted(config.optim.batch_size, 'image')}"
         f" ({epochs:{'.1f' if epochs >= 1 else '.2g'}} epochs)",
     }
     if checkpoint is not None:
         rows["resuming"] = f"after step {checkpoint.step:,}"
         if bad_samples:
-            rows["resuming"] += f", {bad_samples:,} image{'s' if bad_samples > 1 else ''} left out"
+            rows["resuming"] += f", {counted(bad_samples, 'image')} left out"
         before = checkpoint.loader["world_size"]
         if before != group.world_size:
-            processes = f"{group.world_size} process{'es' if group.world_size > 1 else ''}"
+            processes = counted(group.world_size, "process", "processes")
             rows["resuming"] += (
                 f", with {processes} instead of {before}: batch size and data order stay,"
                 f" {config.optim.batch_size // group.world_size} images a process instead of"
@@ -257,7 +255,7 @@ def evaluation_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
         values = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
         parts.append(f"{split} top1 {values['top1']:.2f} % top5 {values['top5']:.2f} % loss {_short(values['loss'])}")
         if bad := round(values.get("bad_samples", 0)):
-            parts[-1] += f" ({bad:,} image{'s' if bad > 1 else ''} left out)"
+            parts[-1] += f" ({counted(bad, 'image')} left out)"
     return " | ".join([f"step {step:>{len(str(total))}}/{total}", *parts])
 
 

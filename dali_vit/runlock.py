@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dali_vit.config import Config, UserError
-from dali_vit.distributed import Group, together
+from dali_vit.distributed import Group, on_main
 from dali_vit.files import dead_link
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def locked(config: Config, group: Group) -> Iterator[None]:
     the folder, as NFS tells other machines of no lock on a folder.
     """
     with ExitStack() as held:
-        together(lambda: _lock(config, held) if group.is_main else None)
+        on_main(group, lambda: _lock(config, held))
         yield
 
 

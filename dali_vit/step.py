@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dali_vit.accumulation import forward_and_backward, oom_as_user_error
+from dali_vit.accumulation import forward_and_backward
 from dali_vit.attention import TORCH_DEFAULT, choose_attention
 from dali_vit.blocks import use_packed_attention
 from dali_vit.compiling import compile_failure_as_user_error, how_to_compile
 from dali_vit.config import WITH_CUDA_GRAPHS, Config, UserError
 from dali_vit.distributed import Group, gather_objects
 from dali_vit.environment import too_old
+from dali_vit.memory import oom_as_user_error
 from dali_vit.mixup import mixup_cross_entropy, normalize_and_mix
 from dali_vit.optim import optimizer_step, set_lr
 from dali_vit.spikes import SharedLoss

@@ -19,12 +19,12 @@ from contextlib import closing, nullcontext
 import torch
 
 from dali_vit import left_out, report
-from dali_vit.accumulation import oom_as_user_error, warn_of_memory, warn_of_others
 from dali_vit.agreement import check_same_run
 from dali_vit.autotune import loader_settings
 from dali_vit.config import Config, UserError
-from dali_vit.distributed import Group, together
+from dali_vit.distributed import Group, on_main
 from dali_vit.loaders import train_loader
+from dali_vit.memory import oom_as_user_error, warn_of_memory, warn_of_others
 from dali_vit.milestones import Milestones
 from dali_vit.mixup import sample_lambda
 from dali_vit.model import flops_per_image, num_parameters
@@ -87,7 +87,7 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
         next_batch = oom_as_user_error(loader.__next__, config, group)
 
         # The run's folder and its logs, which are rank 0's.
-        writer = together(lambda: open_folder(config, start, evaluation_due) if group.is_main else None)
+        writer = on_main(group, lambda: open_folder(config, start, evaluation_due))
         if writer is not None:
             summary = report.summary(
                 config,

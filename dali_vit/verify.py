@@ -25,7 +25,7 @@ from dali_vit.config import UserError
 from dali_vit.data import Dataset
 from dali_vit.environment import cpu_count
 from dali_vit.files import at_home, file_sha256
-from dali_vit.inspection import KINDS, Problem, find_undecodable, inspect_header, one_line, why_undecodable
+from dali_vit.inspection import KINDS, Problem, find_undecodable, inspect_header, why_undecodable
 from dali_vit.listing import LeftOut, left_out, other_val
 from dali_vit.manifest import read_manifest
 from dali_vit.prepare.sources import read_sample
@@ -34,6 +34,7 @@ from dali_vit.structure import load_with_faults, val_without_images
 from dali_vit.validation import MAX_THREADS, check_range
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
+from pipelines.words import one_line
 
 __all__ = ["KINDS", "Problem", "Report", "VerifyArguments", "verify"]
 

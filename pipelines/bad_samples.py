@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipelines import probe
 from pipelines.crop import Decoder
 from pipelines.readers import Samples
+from pipelines.words import some
 
 __all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "some", "still_bad"]
 
@@ -137,12 +138,6 @@ class BadSamples:
                 " their place, or prepare shards again (`dali-vit verify` lists all), or go on with a higher share",
                 names,
             )
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def still_bad(

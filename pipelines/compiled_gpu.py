@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.words import one_line
+
 __all__ = ["RandAugment", "available", "try_out"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
@@ -64,7 +66,7 @@ def available(size: int) -> bool:
     if thread.is_alive():
         reason = f"they have not run after {_PATIENCE:g} s"
     elif errors:
-        reason = " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())
+        reason = one_line(f"{type(errors[0]).__name__}: {errors[0]}")
     else:
         return True
     log.warning("RandAugment runs as DALI's own operators, as its Triton kernels fail here (%s)", reason)

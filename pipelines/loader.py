@@ -26,6 +26,7 @@ from pipelines.probe import LackOfMemory
 from pipelines.randaugment import behind_graph
 from pipelines.readers import Samples, allow_open_files
 from pipelines.train import Augment, train_pipeline
+from pipelines.words import one_line
 
 __all__ = ["DecodeError", "EvalLoader", "LackOfMemory", "TooManyFiles", "TrainLoader"]
 
@@ -233,7 +234,7 @@ class TrainLoader:
             self._decoder = replace(self._decoder, region="full")
             log.warning("step %d fails again: whole images are decoded from here on, which is slower", self._step)
         else:
-            said = " ".join(str(error).split())[:300]
+            said = one_line(error)[:300]
             log.warning("step %d is loaded again, as DALI failed at no image that is bad: %s", self._step, said)
         return True
 

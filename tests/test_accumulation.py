@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dali_vit.step
-from dali_vit import accumulation, cli, plan
+from dali_vit import accumulation, cli, memory, plan
 from dali_vit.accumulation import next_divisor
 from dali_vit.config import Config, LocalUserError, ModelConfig, UserError
 from dali_vit.distributed import Group
@@ -184,7 +184,7 @@ def test_a_batch_that_the_loader_has_no_memory_for_is_named_alike(tiny_config, c
     def load() -> None:
         raise LackOfMemory("CUDA allocation failed")
 
-    guarded = accumulation.oom_as_user_error(load, tiny_config, cpu)
+    guarded = memory.oom_as_user_error(load, tiny_config, cpu)
     for _ in range(10):
         with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images being loaded beside 8"):
             guarded()
@@ -205,7 +205,7 @@ def test_a_lack_of_memory_has_many_names(said, tiny_config, cpu):
     def fail(error: str) -> None:
         raise RuntimeError(error)
 
-    guarded = accumulation.oom_as_user_error(fail, tiny_config, cpu)
+    guarded = memory.oom_as_user_error(fail, tiny_config, cpu)
     with pytest.raises(LocalUserError, match="--batch-size 8: memory does not hold 8 images at once"):
         guarded(said)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -238,16 +238,16 @@ def test_each_rank_says_for_itself_what_its_memory_does_not_hold(rank, monkeypat
 def test_a_step_on_the_cpu_that_takes_more_memory_than_there_is_is_warned_of(tiny_config, cpu, monkeypatch, caplog):
     model = create_model(tiny_config.model, num_classes=4, resolution=32)
     needed = 8 * kept_bytes_per_image(model, 32)
-    monkeypatch.setattr(accumulation, "available_memory", lambda: needed)
-    accumulation.warn_of_memory(model, tiny_config, cpu)
+    monkeypatch.setattr(memory, "available_memory", lambda: needed)
+    memory.warn_of_memory(model, tiny_config, cpu)
     assert caplog.text == ""
-    monkeypatch.setattr(accumulation, "available_memory", lambda: needed / 3)
-    accumulation.warn_of_memory(model, tiny_config, cpu)
+    monkeypatch.setattr(memory, "available_memory", lambda: needed / 3)
+    memory.warn_of_memory(model, tiny_config, cpu)
     (record,) = caplog.records
     assert "a step of 8 images takes about" in record.getMessage()
     assert "give --grad-accum-steps 4 or a smaller --batch-size" in record.getMessage()
     caplog.clear()
-    accumulation.warn_of_memory(model, with_parts(tiny_config, 4), cpu)
+    memory.warn_of_memory(model, with_parts(tiny_config, 4), cpu)
     assert caplog.text == ""
 
 
@@ -255,14 +255,14 @@ def test_other_processes_on_a_gpu_are_warned_of_and_what_cuda_takes_is_not(tiny_
     group = dataclasses.replace(cpu, device=torch.device("cuda", 1))
     model = create_model(tiny_config.model, num_classes=4, resolution=32)
     gib = 2**30
-    monkeypatch.setattr(accumulation, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H", total_memory=80 * gib))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - 2 * device.index) * gib, 80 * gib))
-    accumulation.warn_of_others(group)
+    memory.warn_of_others(group)
     assert caplog.text == ""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (17 * gib, 80 * gib))
-    accumulation.warn_of_memory(model, tiny_config, group)  # of the CPU's
-    accumulation.warn_of_others(group)
+    memory.warn_of_memory(model, tiny_config, group)  # of the CPU's
+    memory.warn_of_others(group)
     (record,) = caplog.records
     assert record.getMessage() == (
         "the memory of GPU 1 (H, 80 GiB) is used by other processes, which hold 63.0 GiB: expect low rates or too"
@@ -280,12 +280,12 @@ def test_memory_is_that_of_all_processes_of_a_machine_and_of_a_part_of_a_batch(t
     model = create_model(tiny_config.model, num_classes=4, resolution=32)
     image = kept_bytes_per_image(model, 32)
     two = dataclasses.replace(cpu, world_size=2, local_world_size=2)
-    monkeypatch.setattr(accumulation, "available_memory", lambda: 7 * image)
-    accumulation.warn_of_memory(model, tiny_config, two)  # 4 images each
+    monkeypatch.setattr(memory, "available_memory", lambda: 7 * image)
+    memory.warn_of_memory(model, tiny_config, two)  # 4 images each
     assert "a step of 8 images takes about" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(accumulation, "available_memory", lambda: 2 * image)
-    accumulation.warn_of_memory(model, with_parts(tiny_config, 2), cpu)  # 4 at a time
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * image)
+    memory.warn_of_memory(model, with_parts(tiny_config, 2), cpu)  # 4 at a time
     assert "give --grad-accum-steps 4 or" in caplog.text
 
 
@@ -304,7 +304,7 @@ def test_what_memory_does_not_hold_is_a_processs_share_in_parts(ranks, parts, er
         raise LackOfMemory("DALI's") if error is None else RuntimeError(error)
 
     group = dataclasses.replace(cpu, world_size=ranks)
-    guarded = accumulation.oom_as_user_error(fail, with_parts(tiny_config, parts), group)
+    guarded = memory.oom_as_user_error(fail, with_parts(tiny_config, parts), group)
     with pytest.raises(LocalUserError) as refused:
         guarded()
     assert str(refused.value) == f"--batch-size 8: memory does not hold {told} smaller batch or more GPUs"
@@ -312,9 +312,9 @@ def test_what_memory_does_not_hold_is_a_processs_share_in_parts(ranks, parts, er
 
 def test_memory_is_that_of_one_of_several_machines_and_told_of_once(tiny_config, cpu, monkeypatch, caplog):
     model = create_model(tiny_config.model, num_classes=4, resolution=32)
-    monkeypatch.setattr(accumulation, "available_memory", lambda: 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1)
     two_machines = dataclasses.replace(cpu, world_size=4, local_world_size=2)
-    accumulation.warn_of_memory(model, tiny_config, dataclasses.replace(two_machines, rank=1))
+    memory.warn_of_memory(model, tiny_config, dataclasses.replace(two_machines, rank=1))
     assert caplog.text == ""
-    accumulation.warn_of_memory(model, tiny_config, two_machines)
+    memory.warn_of_memory(model, tiny_config, two_machines)
     assert "a step of 4 images takes about" in caplog.text

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "tools"))  # where Python looks when the tool is r
 import bench_throughput
 from benchmark import compare, kernels, report, windows
 
-from dali_vit import accumulation, recipes
 from dali_vit import data as datasets
+from dali_vit import memory, recipes
 from dali_vit.config import LocalUserError, ModelConfig, UserError
 from dali_vit.model import create_model, flops_per_image
 from pipelines.bad_samples import DecodeError
@@ -117,7 +117,7 @@ def test_one_mode_gives_its_own_keys_alone(image_folder, tmp_path, capsys, short
 
 
 def test_a_step_that_memory_may_not_hold_is_warned_of(image_folder, capsys, short_windows, monkeypatch, caplog):
-    monkeypatch.setattr(accumulation, "available_memory", lambda: 1.0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1.0)
     for mode, warned in [("loader", False), ("model", True)]:
         code, _, err = run(*flags(image_folder), *QUICK, "--mode", mode, capsys=capsys)
         assert code == 0, err

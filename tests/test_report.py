@@ -40,12 +40,12 @@ def test_a_single_class_is_remarked_on() -> None:
 @pytest.mark.parametrize(
     ("minival", "val", "said"),
     [
-        (0, 100, ["--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val"]),
+        (0, 100, ["--minival 0.01 of 2,000 training images is none: the best checkpoint is chosen by val"]),
         (
             0,
             99,
             [
-                "--minival 0.01 of 2000 training images is none: the best checkpoint is chosen by val",
+                "--minival 0.01 of 2,000 training images is none: the best checkpoint is chosen by val",
                 "{few} 99 images of val, {chance}; give --minival 0.05",
             ],
         ),
@@ -124,7 +124,8 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("train", "images"), [(1, "image"), (1023, "images"), (1024, None)])
 def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | None) -> None:
     """As by the recipes' batches, which are ImageNet's."""
-    said = f"--batch-size 1024: the training set has but {train} {images}, which each step repeats; give a smaller one"
+    count = f"{train:,} {images}"
+    said = f"--batch-size 1024: the training set has but {count}, which each step repeats; give a smaller one"
     assert remarks(Config(), plan(dataset(minival=100, val=2, train=train))) == ([said] if images else [])
 
 

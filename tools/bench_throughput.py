@@ -31,12 +31,12 @@ from benchmark import compare, kernels, modes, report, sweep
 from benchmark.windows import Measurement, busy_cores
 
 from dali_vit import distributed, plan
-from dali_vit.accumulation import warn_of_memory, warn_of_others
 from dali_vit.autotune import loader_settings
 from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
 from dali_vit.environment import describe_environment, usable_cores
 from dali_vit.launch import launch_once
 from dali_vit.loaders import LoaderSettings
+from dali_vit.memory import warn_of_memory, warn_of_others
 from dali_vit.metrics import peak_flops
 from dali_vit.model import flops_per_image
 from dali_vit.parsing import named_recipe

@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 from benchmark import command  # first, see there
 
+from pipelines.words import counted
+
 # isort: split
 
 import numpy as np
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.out}: {args.count:,} training and {args.val_count:,} validation images of {args.classes:,} classes, "
         f"{kilobytes:.1f} KB and {width:.0f} x {height:.0f} pixels on average\n"
-        f"{new:,} written in {seconds:.1f} s by {workers} worker{'s' if workers > 1 else ''},"
+        f"{new:,} written in {seconds:.1f} s by {counted(workers, 'worker')},"
         f" {new / seconds * 60:,.0f} a minute"
     )
     return 0

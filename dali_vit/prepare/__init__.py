@@ -43,6 +43,7 @@ from dali_vit.prepare.targets import (
 from dali_vit.validation import MAX_THREADS, check_local
 from pipelines.readers import FileList
 from pipelines.shards import ShardList
+from pipelines.words import counted
 
 __all__ = ["PrepareArguments", "prepare"]
 
@@ -161,7 +162,7 @@ def _prepare(arguments: PrepareArguments, target: Path, partial: Path, existing:
             name,
             f"{split.count:,}",
             split.mean_bytes / 1000,
-            f" in {len(split.shards)} shard{'s' * (len(split.shards) > 1)}" if split.shards else "",
+            f" in {counted(len(split.shards), 'shard')}" if split.shards else "",
         )
     recorded = {**(source.resized or {}), **settings.recorded()}
     write_manifest(folder, Manifest(arguments.to, source.classes, splits, plan, recorded))

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from dali_vit.config import UserError
 from dali_vit.files import flush
-from dali_vit.listing import some
 from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
 from dali_vit.prepare.tfrecord import num_records, read_tfrecord
+from pipelines.words import some
 
 __all__ = ["open_parquet", "open_tfrecords"]
 

@@ -23,10 +23,11 @@ import numpy as np
 
 from dali_vit.config import UserError
 from dali_vit.data import load_dataset
-from dali_vit.listing import folder_name, kind_of_archives, left_out, other_val, scan, some
+from dali_vit.listing import folder_name, kind_of_archives, left_out, other_val, scan
 from dali_vit.prepare.tars import images_of_tar, images_of_tars_in_tar
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
+from pipelines.words import some
 
 __all__ = [
     "Format",
