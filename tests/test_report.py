@@ -121,6 +121,11 @@ def test_another_name_for_val_is_remarked_on(tmp_path: Path) -> None:
     ]
 
 
+def test_classes_that_val_has_no_images_of_are_remarked_on() -> None:
+    one = replace(dataset(minival=100, val=2), val=FileList.from_paths(["0.jpg"], [1]))
+    assert remarks(Config(), plan(one)) == ["/set: val has no images of 1 of 2 classes (a)"]
+
+
 @pytest.mark.parametrize(("train", "images"), [(1, "image"), (1023, "images"), (1024, None)])
 def test_a_batch_larger_than_the_data_is_remarked_on(train: int, images: str | None) -> None:
     """As by the recipes' batches, which are ImageNet's."""
