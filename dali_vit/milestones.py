@@ -41,7 +41,9 @@ class Milestones:
         self.metrics: dict[str, float] = {}
         """The last evaluation, scalars by name: empty before the first, and where the data has nothing to evaluate."""
 
-    def reach(self, done: int, progress: Progress, *, evaluating: bool, stop_reason: str | None) -> str | None:
+    def save_and_evaluate(
+        self, done: int, progress: Progress, *, evaluating: bool, stop_reason: str | None
+    ) -> str | None:
         """Saves the weights after `done` steps; then evaluates them, if `evaluating` and no stop is pending.
 
         Returns the reason to stop: the one given, or one that came up during the evaluation; None to go on. Where the

@@ -152,12 +152,16 @@ def profiling(config: Config, group: Group, steps: int) -> Iterator[Any]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if group.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    handler = torch.profiler.tensorboard_trace_handler(str(config.run_dir / "profile"), f"rank{group.rank}")
+
+    def write(profiler: torch.profiler.profile) -> None:
+        # The run's folder may have been moved meanwhile, which rank 0 knows.
+        torch.profiler.tensorboard_trace_handler(str(current(config) / "profile"), f"rank{group.rank}")(profiler)
+
     active = min(config.run.profile, steps)
     before = min(PROFILE_AFTER, steps - active)
     warmup = min(2, before)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the warning that so few steps leave none for the profiler's warm-up
         schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
-    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=handler) as profiler:
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler

@@ -144,7 +144,9 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
             if saving or done % config.run.log_every == 0:
                 progress.log_line(done, lr)  # reads the losses, and so whether the step was taken or left out
             if saving:
-                stop_reason = milestones.reach(done, progress, evaluating=evaluating, stop_reason=stop_reason)
+                stop_reason = milestones.save_and_evaluate(
+                    done, progress, evaluating=evaluating, stop_reason=stop_reason
+                )
             if stop_reason:
                 break
         # No rank ends before the last checkpoint is written: launchers end the others with the first to stop.
@@ -163,7 +165,7 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
 def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]:
     """The last evaluation; UserError where it shows that the weights are of no use, as after a rate far too high."""
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"{config.run_dir}: its weights have become infinite or NaN; lower --lr, with another --name")
+        raise UserError(f"{current(config)}: its weights have become infinite or NaN; lower --lr, with another --name")
     return metrics
 
 

@@ -26,6 +26,7 @@ from dali_vit.data import load_dataset
 from dali_vit.distributed import Group
 from dali_vit.plan import plan
 from dali_vit.prepare import PrepareArguments, prepare
+from dali_vit.saving import Saver
 from dali_vit.step_folders import prune
 from dali_vit.stopping import Interrupted
 from dali_vit.train import train
@@ -234,3 +235,31 @@ def test_a_run_may_lie_within_a_class_and_among_shards(tiny_config: Config, tmp_
     shards = prepare(PrepareArguments(Path(tiny_config.data.data), tmp_path / "shards"))
     among = replace(tiny_config, data=replace(tiny_config.data, data=str(shards)))
     assert plan(replace(among, run=replace(tiny_config.run, runs_dir=shards / "train")), 1).checkpoint is None
+
+
+@pytest.mark.timeout(60)
+def test_the_last_good_checkpoint_is_looked_for_where_the_run_is_now(tiny_config: Config, cpu: Group) -> None:
+    before, now = tiny_config.run_dir, tiny_config.run_dir.parent / "renamed"
+    planned = plan(tiny_config, 1)
+    unused: Any = None
+    with runlock.locked(tiny_config, cpu):
+        train(tiny_config, cpu, planned)
+        before.rename(now)
+        with Saver(tiny_config, cpu, planned, unused, unused, None) as saver:
+            newest = saver.newest()
+    assert newest is not None
+    assert newest.path == now / "checkpoints" / "step_000000012"
+
+
+@pytest.mark.timeout(60)
+def test_a_trace_goes_into_the_folder_that_was_renamed(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the old name may be another run by then."""
+    config = replace(tiny_config, run=replace(tiny_config.run, profile=2))
+    before, now = config.run_dir, config.run_dir.parent / "renamed"
+    before_step_7(lambda: before.rename(now), monkeypatch)
+    with runlock.locked(config, cpu):
+        train(config, cpu, plan(config, 1))
+    assert not before.exists()
+    assert [path.name.split(".")[0] for path in (now / "profile").iterdir()] == ["rank0"]

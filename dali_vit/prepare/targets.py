@@ -45,6 +45,7 @@ __all__ = [
 
 # Seed of the order in which samples lie in the shards: the same for everyone.
 _SHUFFLE_SEED = 0
+_LONGEST_SUFFIX = 8  # characters: the header of a tar has room for 100 bytes of a member's name
 # Bytes of a sample in a tar besides the image: two headers, the class, half a block of padding.
 _TAR_OVERHEAD = 512 + 256 + 2 * 512
 _FOLDER_PART = 1000
@@ -304,7 +305,8 @@ def _tar_header(name: str, size: int) -> bytes:
 def _extension(name: str) -> str:
     """Suffix of an image's member: that of the image's name, but `jpg` for .jpeg and for a missing or odd suffix."""
     suffix = os.path.splitext(name)[1].lower().lstrip(".")
-    return "jpg" if suffix in ("", "jpeg") or not suffix.isalnum() else suffix
+    odd = not suffix.isalnum() or len(suffix) > _LONGEST_SUFFIX
+    return "jpg" if odd or suffix == "jpeg" else suffix
 
 
 def _read_dali_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
