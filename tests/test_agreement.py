@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dali_vit import agreement, checkpoint
+from dali_vit import agreement, checkpoint, distributed
 from dali_vit.agreement import check_same_evaluation, check_same_run, check_same_settings
 from dali_vit.config import GROUPS, Config, DataConfig, UserError
 from dali_vit.data import Dataset, ImageList, load_dataset, with_labels
@@ -260,3 +261,13 @@ def test_two_ranks_evaluate_the_same_or_say_why_not(tmp_path: Path) -> None:
         assert resolution == "--resolution: rank 0 was given 32, rank 1 48; give all processes the same"
         assert re.search(r"rank 1 \(on .*\) has other images there than rank 0 \(on ", other_images)
         assert absent.startswith(f"rank 1: {tmp_path}/2: no such folder;")
+
+
+def test_a_refusal_that_no_user_can_mend_keeps_its_traceback() -> None:
+    """As one without a file, which may be a defect."""
+
+    def refused() -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        distributed.together(refused)

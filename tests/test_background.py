@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, saving
 from dali_vit.background import BackgroundWriter, snapshot
 from dali_vit.config import Config
 from dali_vit.distributed import Group
@@ -208,3 +208,22 @@ def test_a_copy_from_the_gpu_waits_for_nothing_and_is_overtaken_by_nothing():
     assert again["weight"].is_pinned()
     event.synchronize()
     assert again["weight"].eq(1).all()
+
+
+@pytest.mark.timeout(60)
+def test_events_are_handed_over_before_the_logs_are_flushed_and_the_write_begins(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard writes them in a thread of its own, which may be late."""
+    done: list[str] = []
+    monkeypatch.setattr(saving, "flush_logs", lambda run_dir: done.append("logs"))
+    monkeypatch.setattr(checkpoint, "save", lambda **_: done.append("checkpoint"))
+    monkeypatch.setattr(checkpoint, "add_metrics", lambda **_: done.append("metrics"))
+    planned = plan(tiny_config, 1)
+    loader: Any = SimpleNamespace(state_dict=lambda: {"num_samples": 54})
+    writer: Any = SimpleNamespace(flush=lambda: done.append("events"))
+    with Saver(tiny_config, cpu, planned, torch.optim.SGD(planned.model.parameters()), loader, writer) as saver:
+        saver.save(3, evaluation_due=True)
+        saver.newest()  # waits for the write
+        saver.add_metrics(3, {"val/top1": 1.0})
+    assert done == ["events", "logs", "checkpoint", "events", "logs", "metrics"]

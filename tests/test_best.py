@@ -81,3 +81,17 @@ def test_a_run_ends_with_its_best_evaluation_unless_that_was_the_last(tiny_confi
         told = [message for message in caplog.messages if message.startswith("best: ")]
         assert told == ([f"best: step  {best}/12 | val top1 30.00 % top5 50.00 % loss 1.0000"] if best else [])
         assert caplog.messages[-1].startswith("done in ")
+
+
+@pytest.mark.timeout(60)
+def test_the_one_that_was_the_best_goes_with_the_evaluation_of_a_better_one(tiny_config, cpu, monkeypatch):
+    """That of the last step, too, after which nothing is saved."""
+    given = iter((20.0, 30.0))
+    monkeypatch.setattr(
+        "dali_vit.milestones.evaluate_splits", lambda *_: {"val/top1": next(given), "val/top5": 50.0, "val/loss": 1.0}
+    )
+    config = dataclasses.replace(
+        tiny_config, run=dataclasses.replace(tiny_config.run, eval_every=1, keep_checkpoints=1)
+    )
+    train(config, cpu, plan(config, 1))
+    assert sorted(os.listdir(config.run_dir / "checkpoints")) == ["best", "step_000000012"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
@@ -180,3 +181,11 @@ def test_in_bfloat16_the_compiled_step_is_as_near_to_float32_as_timms(overrides)
         for gradients in (ours, usual)
     ]
     assert errors[0] < 1.25 * errors[1]
+
+
+def test_in_evaluation_a_compiled_block_is_timms(monkeypatch):
+    block = LeanBlock(32, 2).eval()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(LeanBlock, "_attention", lambda *_: pytest.fail("not timm's"))
+    tokens = torch.randn(2, 5, 32)
+    assert torch.equal(block(tokens), Block.forward(block, tokens))

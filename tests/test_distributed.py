@@ -327,3 +327,15 @@ with distributed.connect(0) as group:
 """
     result = python("-c", program)
     assert result.stdout == f"{expected}\n", result.stderr
+
+
+def test_a_launcher_that_does_not_say_how_many_share_a_machine(monkeypatch):
+    """There are at least as many as this one's number tells."""
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", **MEETING}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(UserError, match=r"^4 processes on this machine, but 2 GPUs: "), distributed.connect(None):
+        raise AssertionError

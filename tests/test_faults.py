@@ -228,6 +228,9 @@ def test_the_watchdog_names_a_hanging_process_before_the_others_give_it_up():
     for hang_timeout in (60.0, 600.0, 1800.0):
         waits = distributed.collective_timeout(hang_timeout).total_seconds()
         assert waits > max(distributed.PATIENCE.values()) * hang_timeout
+    # Nor does one that waits in a collective of any stage end before one that hangs in its loader.
+    waiting = [patience for stage, patience in distributed.PATIENCE.items() if stage != "loader"]
+    assert min(waiting) >= 1.5 * distributed.PATIENCE["loader"]
 
 
 @pytest.mark.timeout(60)

@@ -101,3 +101,9 @@ def test_a_model_that_timm_lacks_is_not_printed(capsys):
 def test_epochs_and_steps_are_not_both_taken(capsys):
     code, _, err = run("train", "--epochs", "3", "--steps=20", "--print-config", capsys=capsys)
     assert (code, err) == (2, "dali-vit: --epochs and --steps: give one of them, not both\n")
+
+
+def test_a_negative_number_of_gpus_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run("train", "--data", "demo", "--gpus", "-1", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err == "dali-vit: --gpus -1: must not be negative; 0 means the CPU\n"

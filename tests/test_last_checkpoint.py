@@ -6,7 +6,7 @@ import pytest
 
 from dali_vit import checkpoint
 from tests.conftest import read_metrics
-from tests.processes import command, running
+from tests.processes import command, run_ranks, running
 
 SLOW_DISK = """
 import time
@@ -61,4 +61,29 @@ def test_a_checkpoint_that_is_being_written_is_kept_where_another_process_fails(
     with running(*launcher, *arguments) as process:
         _, err = process.communicate(timeout=90)
     assert "as it happens" in err
+    assert checkpoint.newest(tmp_path / "run").step == 10
+
+
+REFUSED = """
+from dali_vit import checkpoint, cli
+
+save = checkpoint.save
+
+def refuse_the_last(run_dir, *, step, **options):
+    if step == 20:
+        raise OSError("no space left on the disk")
+    return save(run_dir, step=step, **options)
+
+checkpoint.save = refuse_the_last
+cli.run()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_where_the_last_checkpoint_is_refused_no_process_ends_well(image_folder, tmp_path):
+    """Only the first has written it; a script may go by the exit code of another."""
+    arguments = command(image_folder, tmp_path, steps=20)
+    first, second = run_ranks(2, "-c", REFUSED, *arguments, code=2)
+    assert first[1].endswith("(no space left on the disk); make room and start again\n")
+    assert "no space left" not in second[1]
     assert checkpoint.newest(tmp_path / "run").step == 10

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -182,6 +183,7 @@ def test_an_image_that_the_main_process_cannot_decode_is_told_to_the_others(monk
         ({"MASTER_ADDR": ""}, f"MASTER_ADDR: not set, {NOT_MET} to run one process alone"),
         ({"MASTER_PORT": None}, f"MASTER_PORT: not set, {NOT_MET} to run one process alone"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be from 1 to 65535; choose a port that is free"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: must be from 1 to 65535; choose a port that is free"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http: not a whole number; set the one of this process or unset it"),
         ({"RANK": "2"}, "RANK=2: must be from 0 to below WORLD_SIZE=2; number the processes from 0"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: not a whole number; set the one of this process or unset it"),
@@ -305,3 +307,35 @@ def test_processes_whom_their_launcher_has_meet_are_its_to_start_again(monkeypat
     monkeypatch.setattr(distributed.dist, "init_process_group", fail)
     with pytest.raises(torch.distributed.DistStoreError), distributed.connect(0):
         raise AssertionError
+
+
+def test_processes_that_have_met_are_not_said_to_wait(monkeypatch):
+    """And of those of a machine one says that it waits."""
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+    done: list[str] = []
+
+    class Timer:
+        def __init__(self, seconds, work, arguments):
+            assert (seconds, work) == (distributed._SAID_AFTER, distributed.log.warning)
+
+        def start(self):
+            done.append("start")
+
+        def cancel(self):
+            done.append("cancel")
+
+    monkeypatch.setattr(distributed.threading, "Timer", Timer)
+    for local_rank in (0, 1):
+        with distributed._report_rendezvous(2, local_rank, timedelta(seconds=9)):
+            done.append(f"{local_rank} waits")
+    assert done == ["start", "0 waits", "cancel", "1 waits", "cancel"]
+
+
+def test_a_process_of_a_launcher_takes_its_share_of_the_cores(monkeypatch):
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_core_share", lambda: 77)
+    with distributed.connect(0) as group:
+        assert group.cores == 77

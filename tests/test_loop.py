@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import shutil
 from dataclasses import replace
@@ -163,8 +164,15 @@ def test_that_nothing_is_evaluated_is_said(
     shutil.rmtree(folder / "val")
     data = replace(tiny_config.data, data=str(folder), minival=0.0)
     config = replace(tiny_config, data=data, optim=replace(tiny_config.optim, steps=3))
-    train(config, cpu, plan(config, 1))
-    assert caplog.messages[0] == f"{folder} has no val/, and --minival leaves none: nothing is evaluated"
+    with caplog.at_level(logging.INFO, "dali_vit"):
+        train(config, cpu, plan(config, 1))
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told[0] == f"{folder} has no val/, and --minival leaves none: nothing is evaluated"
+    # Nor is there an evaluation without a number in the logs.
+    assert [message for message in caplog.messages if message.startswith("step 3/3")][-1].startswith(
+        "step 3/3 | epoch "
+    )
+    assert not any("perf/evaluation_s" in line for line in read_metrics(config.run_dir))
 
 
 def leave_out_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,3 +293,26 @@ def test_the_variants_are_big_visions() -> None:
         "g": (1408, 40, 6144, 16),
         "G": (1664, 48, 8192, 16),
     }
+
+
+@pytest.mark.timeout(60)
+def test_each_batch_of_an_evaluation_is_given_the_watchdogs_patience_anew(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a large set takes longer than --hang-timeout, and does not hang."""
+    told: list[tuple[str, int]] = []
+    of_batches: list[list[tuple[str, int]]] = []
+
+    def evaluate_splits(*given: Any) -> dict[str, float]:
+        for _ in range(3):
+            told.clear()
+            given[-1]()
+            of_batches.append(told.copy())
+        return {}
+
+    monkeypatch.setattr(milestones, "evaluate_splits", evaluate_splits)
+    monkeypatch.setattr(loop.Watchdog, "enter", lambda watchdog, stage, step: told.append((stage, step)))
+    monkeypatch.setattr(loop.Watchdog, "_watch", lambda watchdog: None)
+    config = replace(tiny_config, optim=replace(tiny_config.optim, steps=4))
+    train(config, cpu, plan(config, 1))
+    assert of_batches == [[("evaluation", 3)]] * 3

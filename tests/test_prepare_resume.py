@@ -222,3 +222,19 @@ def test_two_do_not_prepare_the_same_target_at_once(tmp_path, monkeypatch):
     prepare(arguments)
     assert tried
     assert load_dataset(tmp_path / "set", minival=0).counts["train"] == NUM_TRAIN
+
+
+def test_shards_of_a_source_that_was_moved_are_the_same(tmp_path):
+    """Unlike an index they do not depend on where it lies."""
+    arguments = replace(write_source("tfds", tmp_path / "source"), target=tmp_path / "set")
+    made = {path: path.stat().st_mtime_ns for path in prepare(arguments).rglob("*")}
+    arguments.source.rename(tmp_path / "moved")
+    prepare(replace(arguments, source=tmp_path / "moved"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")} == made
+
+
+def test_a_target_within_the_source_is_refused_however_it_is_called(tmp_path):
+    arguments = write_source("folder", tmp_path / "source")
+    (tmp_path / "link").symlink_to(arguments.source)
+    prepare_fails(replace(arguments, target=tmp_path / "link" / "set"), "lies within")
+    prepare_fails(replace(arguments, source=tmp_path / "link", target=arguments.source / "set"), "lies within")

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import dali_vit.milestones
 from dali_vit import metrics, progress, report
-from dali_vit.config import Config
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.model import flops_per_image
 from dali_vit.plan import plan
@@ -98,6 +99,29 @@ def test_the_time_left_of_a_run_that_goes_on_is_of_the_steps_it_took(
     saver: Any = None
     Progress(tiny_config, cpu, plan(tiny_config, 1), loader, saver, None, forward_flops=1.0, bad_samples=[])
     assert made == [(12, 5)]
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.01, True), (0.05, False)])
+def test_the_images_that_all_processes_left_out_are_counted_against_the_share(
+    share: float, refused: bool, tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has left one out, of which one is allowed in any case."""
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, max_bad_share=share))
+    monkeypatch.setattr(progress, "gather_objects", lambda own: [own, {"bad_samples": [7]}])
+    loader: Any = SimpleNamespace(step=0, bad_samples=(3,), state_dict=lambda: {"bad_samples": [3]})
+    logged: dict[str, float] = {}
+    writer: Any = SimpleNamespace(scalars=lambda step, scalars: logged.update(scalars))
+    saver: Any = None
+    steps = Progress(config, cpu, plan(config, 1), loader, saver, writer, forward_flops=1.0, bad_samples=[])
+    with steps.timer.waiting():
+        pass
+    steps.window.add(torch.tensor(1.0), torch.tensor(2.0))
+    if not refused:
+        steps.log_line(1, 0.1)
+        assert logged["data/bad_samples"] == 2
+        return
+    with pytest.raises(UserError, match=r"^2 of 54 images of train cannot be read, .*\(--max-bad-share 0\.01\)"):
+        steps.log_line(1, 0.1)
 
 
 @pytest.mark.parametrize(

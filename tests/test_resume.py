@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import subprocess
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from dali_vit import checkpoint
-from dali_vit.config import OptimConfig
+from dali_vit import checkpoint, saving
+from dali_vit.config import Config, OptimConfig
 from dali_vit.distributed import Group
 from dali_vit.optim import create_optimizer
+from dali_vit.plan import plan
 from dali_vit.saving import restore
+from dali_vit.train import train
 from tests.conftest import TINY, read_metrics
 from tests.processes import dali_vit, logged_steps, running, wait_for
 
@@ -96,3 +99,16 @@ def test_each_rank_gets_its_own_random_state_back():
         anew = torch.get_rng_state()
         restore(saved, model, optimizer, Group(rank, world_size, rank, world_size, torch.device("cpu")))
         assert torch.equal(torch.get_rng_state(), anew if expected is None else expected)
+
+
+@pytest.mark.timeout(60)
+def test_a_finished_run_that_may_only_be_read_says_how_it_ended(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = train(tiny_config, cpu, plan(tiny_config, 1))
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(saving, "remove_unfinished", refuse)
+    assert train(tiny_config, cpu, plan(tiny_config, 1)) == metrics

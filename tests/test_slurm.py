@@ -139,3 +139,19 @@ def test_jobs_and_steps_of_a_node_have_ports_of_their_own(job, step, port, monke
     monkeypatch.setenv("MASTER_ADDR", "node1")
     assert distributed.is_worker()
     assert os.environ["MASTER_PORT"] == port
+
+
+def test_what_is_set_already_is_kept(monkeypatch):
+    """By a launcher that srun started, or by a user who knows a port that is free."""
+    given = {"STEP_NUM_TASKS": "2", "STEP_TASKS_PER_NODE": "1(x2)", "JOB_ID": "7", "PROCID": "1", "LOCALID": "0"}
+    for name, value in {**given, "NODEID": "1", "STEP_NODELIST": "n[1-2]"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    launchers = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**launchers, **meeting}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_worker()
+    assert {name: os.environ[name] for name in (*launchers, *meeting)} == {**launchers, **meeting}
+    monkeypatch.setenv("RANK", "")
+    assert distributed.is_worker()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", *meeting)] == ["1", "2", *meeting.values()]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from PIL import Image
 
 import dali_vit.step
 import dali_vit.train
+from dali_vit import progress
 from dali_vit.plan import plan
+from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.report import StarvationWarning
 from dali_vit.train import train
 from tests.conftest import read_metrics
@@ -100,3 +104,18 @@ def test_a_fast_reader_is_not_warned_of(tiny_config, cpu, caplog, monkeypatch):
         found = waits(tiny_config, cpu)
     assert max(found) < 10
     assert "training waits for data" not in caplog.text
+
+
+@pytest.mark.parametrize(("shards", "tuned"), [(True, False), (False, True)])
+def test_a_run_knows_what_is_in_use_already(shards, tuned, tiny_config, cpu, tmp_path, monkeypatch):
+    """And that steps are judged as many together as a log line has."""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(progress.report, "StarvationWarning", lambda **given: made.append(given))
+    monkeypatch.setattr(progress.autotune, "is_on", lambda config, group: tuned)
+    data, run = tiny_config.data, replace(tiny_config.run, log_every=7)
+    if shards:
+        data = replace(data, data=str(prepare(PrepareArguments(Path(data.data), tmp_path / "shards"))))
+    config = replace(tiny_config, data=data, run=run)
+    planned, loader = plan(config, 1), SimpleNamespace(step=0)
+    progress.Progress(config, cpu, planned, loader, None, None, forward_flops=1.0, bad_samples=[])
+    assert made == [{"steps": 7, "in_shards": shards, "autotuned": tuned}]

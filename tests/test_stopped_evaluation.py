@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dali_vit import checkpoint
+from dali_vit import checkpoint, milestones
+from dali_vit.config import Config
+from dali_vit.distributed import Group
+from dali_vit.plan import plan
+from dali_vit.stopping import Interrupted, Stop
+from dali_vit.train import train
 from tests.conftest import read_metrics
 from tests.processes import assert_equal, command, dali_vit, running, wait_for, weights
 
@@ -93,3 +99,17 @@ def test_a_second_signal_in_the_evaluation_that_is_made_up_for(image_folder: Pat
     assert result.returncode == 75
     assert "--max-hours are over after step 9" in result.stderr
     assert evaluated_steps(tmp_path / "run") == [8]
+
+
+@pytest.mark.timeout(60)
+def test_a_run_that_is_to_stop_evaluates_no_more(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What time a scheduler gives it is for the checkpoint; on GPUs the ranks would ask only after ten batches."""
+    monkeypatch.setattr(milestones, "evaluate_splits", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(Stop, "agreed", lambda stop, step: "stopped by SIGTERM" if step == 7 else None)
+    config = replace(tiny_config, run=replace(tiny_config.run, eval_every=1))  # after step 7
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM after step 7;"):
+        train(config, cpu, plan(config, 1))
+    kept = checkpoint.newest(config.run_dir)
+    assert (kept.step, kept.loader["evaluation_due"]) == (7, True)

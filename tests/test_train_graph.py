@@ -84,6 +84,7 @@ def test_options_of_the_augmentation_reach_the_graph(tmp_path: Path) -> None:
         ({"area_range": (0.0, 1.0)}, "area_range"),
         ({"area_range": (0.5, 1.5)}, "area_range"),
         ({"ratio_range": (2.0, 1.0)}, "ratio_range"),
+        ({"ratio_range": (0.0, 1.0)}, "ratio_range"),
         ({"randaug_layers": -1}, "randaug_layers is -1"),
         ({"randaug_magnitude": 11}, "randaug_magnitude is 11"),
         ({"randaug_contrast": "none"}, "randaug_contrast is 'none'"),
