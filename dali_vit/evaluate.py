@@ -27,8 +27,11 @@ def evaluate(
     `batches` yields images uint8 [N, S, S, 3] and labels int64 [N]; a label of -1 marks padding. With
     `acceptable` (ReaL: int64 [images, K], the right classes of each image, filled up with -1) a label is
     instead the image's row, rows without any class are left out, and top5 and loss are not reported.
-    Counts are integers, summed over ranks, so that the accuracies do not depend on the number of ranks.
+    Counts are integers, summed over ranks, so that the accuracies do not depend on the number of ranks. Collective:
+    every rank evaluates with the buffers of rank 0, as batch norm's statistics differ between ranks. On a GPU matrix
+    products are in bfloat16.
     """
+    share_buffers(model)
     was_training = model.training
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, top-1, top-5
@@ -89,7 +92,6 @@ def evaluate_splits(
             progress()
 
     metrics: dict[str, float] = {}
-    share_buffers(model)
     for name, files in (("minival", dataset.minival), ("val", dataset.val)):
         if files is None:
             continue

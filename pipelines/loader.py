@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipelines.open_files import TooManyFiles
 from pipelines.order import EvalOrder, TrainOrder
 from pipelines.probe import LackOfMemory
 from pipelines.randaugment import behind_graph
-from pipelines.readers import Samples, allow_open_files
+from pipelines.readers import Samples, allow_open_files, check_samples
 from pipelines.train import Augment, train_pipeline
 from pipelines.words import one_line
 
@@ -60,8 +61,8 @@ def _on_cpu(decoding: dict[str, Any]) -> probe.MakePipeline | None:
 
 def _check_at_least(least: int, **arguments: int) -> None:
     for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value}: it must be a whole number of at least {least}")
 
 
 def _num_lanes(num_threads: int) -> int:
@@ -83,12 +84,13 @@ class TrainLoader:
     pipelines that take the steps in turn.
 
     A sample that cannot be read or decoded is named in a warning and left out from then on: in its place comes a grey
-    image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes, so
-    that `bad_samples`, those known from before, spares time but changes nothing. Raises DecodeError when more are
-    bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless the share is 0); DALI's
-    RuntimeError when it fails for another reason, again and at whole images, as when nothing can be read any more,
-    LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may be open at once; and
-    ValueError for arguments that do not fit together. After an error the loader is closed.
+    image of label -1, so that all others stay where they were, on every rank. It is found when its turn comes: to give
+    `bad_samples`, those known from before, spares time, but what was mended meanwhile stays left out. Raises
+    DecodeError when more are bad than the share max_bad_share of all samples (1 sample is allowed in any case, unless
+    the share is 0); DALI's RuntimeError when it fails for another reason, again and at whole images, as when nothing
+    can be read any more, LackOfMemory where that is a GPU's memory; TooManyFiles where a batch has more files than may
+    be open at once; and ValueError for arguments that do not fit together. After an error, Ctrl-C included, the loader
+    is closed; `step` is the one to go on from.
     """
 
     def __init__(
@@ -109,8 +111,9 @@ class TrainLoader:
         bad_samples: Sequence[int] = (),
         max_bad_share: float = 0.01,
     ) -> None:
-        _check_at_least(1, image_size=image_size, num_threads=num_threads, prefetch=prefetch)
+        _check_at_least(1, batch_size=batch_size, image_size=image_size, num_threads=num_threads, prefetch=prefetch)
         _check_at_least(0, start_step=start_step)
+        check_samples(samples)
         self._samples = samples
         self._order = TrainOrder(len(samples), batch_size, rank, world_size, seed)
         allow_open_files(samples, self._order.local_batch_size)
@@ -121,7 +124,9 @@ class TrainLoader:
         decoding: dict[str, Any] = {"decoder": self._decoder, "device_id": device_id, "num_threads": num_threads}
         self._probing = functools.partial(probe.decode_pipeline, **decoding)
         self._bad = BadSamples(samples, self._probing, bad_samples, max_bad_share, _on_cpu(decoding))
-        augment = augment or Augment()
+        augment = Augment() if augment is None else augment
+        if not isinstance(augment, Augment):
+            raise ValueError(f"augment is {augment!r}: give an Augment, or None for the paper's augmentation")
         self._rand_augment = behind_graph(
             device_id,
             image_size=image_size,
@@ -181,6 +186,13 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if not self._pipelines:
             raise ValueError("the loader is closed: make a new one at the step to continue from")
+        try:
+            return self._next()
+        except BaseException:  # Ctrl-C among them, or what a handler of signals raises: the pipelines may be ahead
+            self.close()
+            raise
+
+    def _next(self) -> Batch:
         while True:
             pipeline = self._pipelines[(self._step - self._first_step) % self._lanes]
             try:
@@ -188,16 +200,16 @@ class TrainLoader:
             except RuntimeError as error:
                 self.close()
                 probe.check_memory(error)
-                if not self._leave_out(self._next_samples(), failed=True) and not self._try_again(error):
+                if not self._bad.find(self._next_samples(), failed=True) and not self._try_again(error):
                     raise
                 log.debug("the pipeline is made anew after: %s", error)
             else:
                 cut_short = self._bad.cut_short(self._order.indices(self._step), last_bytes.numpy())
-                if not self._leave_out(cut_short, failed=False):
+                if not self._bad.find(cut_short, failed=False):
                     self._step += 1
                     return images, labels
                 # As the pipeline has to be made anew, for what is bad in the batches it had begun, too.
-                self._leave_out(self._next_samples(), failed=False)
+                self._bad.find(self._next_samples(), failed=False)
             self._open()
 
     def _next_samples(self) -> np.ndarray:
@@ -206,14 +218,6 @@ class TrainLoader:
         indices = np.concatenate([self._order.indices(self._step + i) for i in range(steps)])
         _, first = np.unique(indices, return_index=True)
         return indices[np.sort(first)]
-
-    def _leave_out(self, indices: np.ndarray, *, failed: bool) -> bool:
-        """Leaves the bad ones of some samples out from now on; whether there are any."""
-        try:
-            return self._bad.find(indices, failed=failed)
-        except DecodeError:
-            self.close()
-            raise
 
     def _try_again(self, error: RuntimeError) -> bool:
         """Whether a step that failed through no sample is to be loaded again.
@@ -270,7 +274,8 @@ class EvalLoader:
         decoder: Decoder | None = None,
         max_bad_share: float = 0.0,
     ) -> None:
-        _check_at_least(1, image_size=image_size, num_threads=num_threads)
+        _check_at_least(1, batch_size=batch_size, image_size=image_size, num_threads=num_threads)
+        check_samples(samples)
         self._order = EvalOrder(len(samples), batch_size, rank, world_size)
         allow_open_files(samples, batch_size)
         device_id = _device_id(device)

@@ -24,7 +24,10 @@ __all__ = [
     "Samples",
     "TrainSource",
     "allow_open_files",
+    "as_indices",
+    "check_samples",
     "read",
+    "stack_paths",
 ]
 
 NUM_LAST_BYTES = 8  # of a file, which show whether it was cut short; even the smallest image, a PBM, has as many
@@ -58,7 +61,8 @@ class Samples(Protocol):
         """How messages name a sample: a file's path, or for instance `shard-0003.tar: n01440764/x.JPEG`."""
 
     def payload(self, indices: np.ndarray, /) -> list[np.ndarray]:
-        """One uint8 array a sample. DALI does not copy it: its memory must stay unchanged while the samples live."""
+        """One uint8 array [n] a sample. DALI does not copy it, but holds it as long as it is needed: it must not be
+        changed any more. Called by the thread that takes batches from the loader."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,14 +85,17 @@ class FileList:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str], labels: Sequence[int] | np.ndarray) -> FileList:
-        """List of the given files; ValueError if there is not one label per path."""
+        """List of the given files; ValueError unless there is one class index from 0 per path."""
         if len(paths) != len(labels):
             raise ValueError(f"{len(paths)} paths but {len(labels)} labels: give one label per path")
+        classes = np.asarray(labels).reshape(len(paths))
+        if len(classes) and (classes.dtype.kind not in "iu" or classes.min() < 0):
+            raise ValueError(f"labels of {classes.dtype} from {classes.min()} on: give class indices, integers from 0")
         encoded = [os.fsencode(path) for path in paths]
         lengths = np.fromiter((len(path) for path in encoded), np.int32, len(encoded))
         ends = np.cumsum(lengths, dtype=np.int64)
         buffer = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(buffer, ends - lengths, lengths, np.asarray(labels, np.int64).reshape(len(paths)))
+        return cls(buffer, ends - lengths, lengths, classes.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -112,9 +119,28 @@ class FileList:
         return os.fsdecode(self.encoded_path(index).tobytes())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> FileList:
-        """The files at the given indices, in that order; the paths themselves stay shared."""
-        indices = np.asarray(indices, np.int64)
+        """The files at the given indices, in that order, or in the places of a mask; the paths stay shared."""
+        indices = as_indices(indices)
         return FileList(self.buffer, self.starts[indices], self.lengths[indices], self.labels[indices])
+
+
+def as_indices(chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Indices int64 as they are given, or of the places where a mask, bool [N], is true."""
+    chosen = np.asarray(chosen)
+    return np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+
+
+def check_samples(samples: Samples) -> None:
+    """Raises ValueError for what is no `Samples`, or has not one class index, int64, for each of them."""
+    if not all(hasattr(samples, name) for name in ("encoded", "labels", "__len__", "subset", "path", "payload")):
+        raise ValueError(
+            f"samples is a {type(samples).__name__}: give a split of a data set, as dataset.split('train'),"
+            " FileList.from_paths(paths, labels), or an object with the methods of pipelines.readers.Samples"
+        )
+    labels = samples.labels
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (len(samples),):
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise ValueError(f"samples.labels is {found}: it must be a numpy array int64 [{len(samples)}], a label each")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipelines import open_files
-from pipelines.readers import FileList
+from pipelines.readers import FileList, as_indices
 
 __all__ = ["ImageList", "ShardList"]
 
@@ -55,7 +55,7 @@ class ShardList:
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ShardList:
         """The samples at the given indices, in that order; names and maps stay shared."""
-        indices = np.asarray(indices, np.int64)
+        indices = as_indices(indices)
         shard, offsets, lengths, labels = (
             column[indices] for column in (self.shard, self.offsets, self.lengths, self.labels)
         )

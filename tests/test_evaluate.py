@@ -216,3 +216,12 @@ def test_loaders_are_made_as_the_run_says_and_progress_is_told_around_each_batch
     expected = {"batch_size": 8 // world_size // 2, "resolution": 32, "group": group, "threads": 3}
     assert made == [expected | {"max_bad_share": 0.7}] * 2
     assert events == ["told", "fetched", "told", "fetched", "told"] * 2
+
+
+def test_every_rank_evaluates_with_the_same_buffers(monkeypatch):
+    """Those of batch norm have come of each rank's own images."""
+    shared = []
+    monkeypatch.setattr(dali_vit.evaluate, "share_buffers", shared.append)
+    model = FromPixels()
+    evaluate(model, batches(), torch.device("cpu"))
+    assert shared == [model]

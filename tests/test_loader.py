@@ -145,13 +145,13 @@ def test_flips_are_fair_and_can_be_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("num_threads", 0, 1), ("image_size", -1, 1), ("prefetch", 0, 1), ("start_step", -1, 0)],
+    [("num_threads", 0, 1), ("image_size", 9.5, 1), ("batch_size", 0, 1), ("prefetch", 0, 1), ("start_step", -1, 0)],
 )
-def test_loaders_reject_numbers_out_of_range(name: str, value: int, least: int, files: FileList) -> None:
-    message = f"{name} is {value}: it must be at least {least}"
+def test_loaders_reject_numbers_out_of_range(name: str, value: float, least: int, files: FileList) -> None:
+    message = f"{name} is {value}: it must be a whole number of at least {least}"
     with pytest.raises(ValueError, match=message):
         train_loader(files, **{name: value})
-    if name in ("num_threads", "image_size"):
+    if name in ("num_threads", "image_size", "batch_size"):
         with pytest.raises(ValueError, match=message):
             eval_loader(files, **{name: value})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,26 @@ def test_file_list_is_compact() -> None:
 def test_file_list_needs_a_label_per_path() -> None:
     with pytest.raises(ValueError, match="5 paths but 4 labels"):
         FileList.from_paths(PATHS, [0] * 4)
+
+
+@pytest.mark.parametrize("labels", [[0.7, 0, 1, 2, 3], [0, 1, 2, 3, -1], [True] * 5, [0, 1, 2, 3, float("nan")]])
+def test_labels_are_class_indices(labels: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^labels of \w+ from .* on: give class indices, integers from 0$"):
+        FileList.from_paths(PATHS, labels)
+
+
+def test_labels_are_the_lists_own() -> None:
+    labels = np.arange(5)
+    files = FileList.from_paths(PATHS, labels)
+    labels[:] = 9
+    assert files.labels.tolist() == [0, 1, 2, 3, 4]
+    assert len(FileList.from_paths([], [])) == 0
+
+
+def test_a_subset_may_be_given_by_a_mask() -> None:
+    chosen = FileList.from_paths(PATHS, np.arange(5)).subset(np.array([False, True, False, False, True]))
+    assert chosen.labels.tolist() == [1, 4]
+    assert [chosen.path(i) for i in range(2)] == [PATHS[1], PATHS[4]]
 
 
 def test_train_source_is_a_pure_function_of_the_step() -> None:
