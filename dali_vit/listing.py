@@ -39,7 +39,6 @@ __all__ = [
     "list_split",
     "other_val",
     "scan",
-    "some",
     "utf8_name",
     "without_images",
 ]

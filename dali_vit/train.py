@@ -47,8 +47,9 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
     """Runs or resumes a planned run to its end and returns its last evaluation, scalars by name.
 
     ends_process: whether the process ends with this run, as for `Stop`. Collective over the group. Raises UserError
-    where more steps or images are skipped than allowed or the last checkpoint cannot be written, and Interrupted where
-    a signal or the clock stopped the run.
+    where more steps or images are skipped than allowed, the last checkpoint cannot be written, or the weights have
+    become infinite or NaN; DecodeError where this rank's loader finds too many bad images; and Interrupted where a
+    signal or the clock stopped the run.
     """
     dataset, model, checkpoint, total = planned.dataset, planned.model, planned.checkpoint, planned.total_steps
     start = planned.start

@@ -14,7 +14,7 @@ from pipelines.crop import Decoder
 from pipelines.readers import Samples
 from pipelines.words import some
 
-__all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "some", "still_bad"]
+__all__ = ["BadSamples", "DecodeError", "has_end_of_jpeg", "is_whole_jpeg", "most_allowed", "still_bad"]
 
 log = logging.getLogger("dali_vit.data")  # among the training's own messages
 

@@ -266,5 +266,7 @@ def test_an_error_of_one_rank_alone_is_told_by_it(error, told, monkeypatch, caps
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(bench_throughput, "_main", fail)
-    code, _, err = run(capsys=capsys)
-    assert (code, err) == (2, "bench_throughput.py: x.jpg\n" * told)
+    for processes, is_told in (("", True), ("2", told)):  # without WORLD_SIZE the rank is one left over
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        code, _, err = run(capsys=capsys)
+        assert (code, err) == (2, "bench_throughput.py: x.jpg\n" * is_told)

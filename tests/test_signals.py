@@ -147,8 +147,7 @@ ROOT = Path(__file__).parents[1]
 TWICE = """
 import os, signal, time, torch
 from dali_vit.distributed import Group
-from dali_vit.distributed import Group
-from dali_vit.stopping import Stop, Watchdog
+from dali_vit.stopping import Stop
 
 stop = Stop(Group(0, 1, 0, 1, torch.device("cpu")), None, 0, ends_process=True)
 with stop.watching():

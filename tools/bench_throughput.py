@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from benchmark.windows import Measurement, busy_cores
 
 from dali_vit import distributed, plan
 from dali_vit.autotune import loader_settings
-from dali_vit.config import CompileMode, Config, DataConfig, LocalUserError, ModelConfig, UserError, mendable, to_dict
+from dali_vit.config import CompileMode, Config, DataConfig, ModelConfig, UserError, mendable, to_dict
 from dali_vit.environment import describe_environment, usable_cores
 from dali_vit.launch import launch_once
 from dali_vit.loaders import LoaderSettings
@@ -100,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         code = _main(argv)
     except (UserError, DecodeError) as error:
-        of_one_rank = isinstance(error, (LocalUserError, DecodeError))  # every rank raises any other
-        if os.environ.get("RANK", "0") in ("", "0") or of_one_rank:
+        if command.tells(error) or isinstance(error, DecodeError):  # which one rank alone may raise
             print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except OSError as error:

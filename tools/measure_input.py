@@ -85,7 +85,7 @@ def main() -> None:
     except RuntimeError as error:  # of DALI, most likely at an image's size
         shut_down([pipeline])  # its threads may be at other images still, and print what is wrong with them
         cause = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
-        reason = one_line(cause)[:200]
+        reason = one_line(cause or error)[:200]
         raise UserError(
             f"--data {arguments.data}: cannot be loaded ({reason}); if an image is at fault,"
             f" `dali-vit verify {arguments.data}` names it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
+def tells(error: Exception) -> bool:
+    """Whether this process is to print an error: where a launcher has started several, all ranks raise most of them."""
+    other = os.environ.get("WORLD_SIZE") and os.environ.get("RANK", "0") not in ("", "0")
+    return not other or isinstance(error, LocalUserError)
+
+
 @contextmanager
 def telling_mistakes(program: str) -> Iterator[None]:
     """Makes of a UserError, and of what the user can mend of the system's refusals, one line on stderr and exit code 2.
@@ -43,7 +50,7 @@ def telling_mistakes(program: str) -> Iterator[None]:
         told = mendable(error) if isinstance(error, OSError) else error
         if told is None:
             raise
-        if process.int_from_environment("RANK", 0) == 0 or isinstance(error, LocalUserError):
+        if tells(error):
             print(f"{program}: {' '.join(str(told).split())}", file=sys.stderr)
         sys.exit(2)
 
