@@ -14,7 +14,7 @@ from pipelines.readers import FileList, Samples
 
 
 class Graph:
-    """Fails at a batch with a label below 0."""
+    """Fails at a batch with a label 0."""
 
     def __init__(self, labels: np.ndarray, batch_size: int, error: str) -> None:
         self._batches = iter(np.split(labels, range(batch_size, len(labels), batch_size)))
@@ -23,7 +23,7 @@ class Graph:
 
     def run(self) -> None:
         assert not self.stopped
-        if next(self._batches).min() < 0:
+        if next(self._batches).min() == 0:
             raise RuntimeError(self._error)
 
     def _shutdown(self) -> None:
@@ -51,7 +51,7 @@ def files(*labels: int) -> FileList:
 
 def test_each_pipeline_is_stopped_before_the_next_is_made_for_the_rest() -> None:
     graphs = Graphs()
-    samples = files(1, 1, 1, -1, 1, 1)
+    samples = files(1, 1, 1, 0, 1, 1)
     found = []
     for sample in try_samples(samples, graphs, batch_size=2):
         found.append(sample)
@@ -64,5 +64,5 @@ def test_each_pipeline_is_stopped_before_the_next_is_made_for_the_rest() -> None
 def test_no_pipeline_is_left_where_memory_is_lacking() -> None:
     graphs = Graphs("CUDA allocation failed")
     with pytest.raises(LackOfMemory):
-        list(try_samples(files(1, -1), graphs))
+        list(try_samples(files(1, 0), graphs))
     assert (len(graphs.made), graphs.left()) == (1, 0)
