@@ -18,6 +18,7 @@ from dali_vit.distributed import Group
 from dali_vit.environment import available_memory
 from dali_vit.model import kept_bytes_per_image
 from pipelines.probe import LackOfMemory
+from pipelines.words import counted
 
 __all__ = ["is_lack_of_memory", "oom_as_user_error", "warn_of_memory", "warn_of_others"]
 
@@ -45,9 +46,9 @@ def oom_as_user_error(work: Callable[..., Any], config: Config, group: Group) ->
                 raise
             more = next_divisor(share, parts + 1)
             remedy = f"--grad-accum-steps {more}, " if more > parts else ""
-            images = f"{share // parts} image{'s' if share > parts else ''} at once"
+            images = f"{counted(share // parts, 'image')} at once"
             if isinstance(error, LackOfMemory):  # raised for DALI, which loads whole batches
-                images = f"{share} images being loaded beside {share // parts} being trained on"
+                images = f"{counted(share, 'image')} being loaded beside {share // parts:,} being trained on"
             raise LocalUserError(
                 f"--batch-size {config.optim.batch_size}: {_memory(group.device)} does not hold {images};"
                 f" give {remedy}a smaller batch or more GPUs"
