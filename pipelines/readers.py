@@ -90,7 +90,8 @@ class FileList:
             raise ValueError(f"{len(paths)} paths but {len(labels)} labels: give one label per path")
         classes = np.asarray(labels).reshape(len(paths))
         if len(classes) and (classes.dtype.kind not in "iu" or classes.min() < 0):
-            raise ValueError(f"labels of {classes.dtype} from {classes.min()} on: give class indices, integers from 0")
+            wrong = classes.min() if classes.dtype.kind in "iu" else f"{classes.tolist()[0]!r} ({classes.dtype})"
+            raise ValueError(f"labels such as {wrong}: give class indices, integers from 0")
         encoded = [os.fsencode(path) for path in paths]
         lengths = np.fromiter((len(path) for path in encoded), np.int32, len(encoded))
         ends = np.cumsum(lengths, dtype=np.int64)

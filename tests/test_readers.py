@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -68,9 +69,19 @@ def test_file_list_needs_a_label_per_path() -> None:
         FileList.from_paths(PATHS, [0] * 4)
 
 
-@pytest.mark.parametrize("labels", [[0.7, 0, 1, 2, 3], [0, 1, 2, 3, -1], [True] * 5, [0, 1, 2, 3, float("nan")]])
-def test_labels_are_class_indices(labels: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"^labels of \w+ from .* on: give class indices, integers from 0$"):
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ([0.7, 0, 1, 2, 3], "0.7"),
+        ([0, 1, 2, 3, -1], "-1"),
+        ([True] * 5, "True"),
+        ([0, 1, 2, 3, math.nan], "0.0"),
+        (["0", "1", "2", "3", "4"], "'0'"),  # as a table in a text file gives them
+        ([None, 1, 2, 3, 4], "None"),
+    ],
+)
+def test_labels_are_class_indices(labels: list[Any], wrong: str) -> None:
+    with pytest.raises(ValueError, match=rf"^labels such as .*{wrong}.*: give class indices, integers from 0$"):
         FileList.from_paths(PATHS, labels)
 
 
