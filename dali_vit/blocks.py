@@ -17,17 +17,30 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+_COMPUTED = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2")  # by a compiled LeanBlock
 _TWICE_U, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # of 2 u, where GELU's u = sqrt(2 / pi) (x + 0.044715 x^3)
 
 
 class LeanBlock(Block):
-    """timm's pre-norm block on tokens [N, T, C], as PlainViT uses it: without dropout and layer scale; GELU by tanh."""
+    """timm's pre-norm block on tokens [N, T, C], as PlainViT uses it: without dropout and layer scale; GELU by tanh.
+
+    Raises ValueError for a block with other layers, which the compiled step would silently leave out.
+    """
 
     norm1: nn.LayerNorm
     attn: Attention
     norm2: nn.LayerNorm
     mlp: Any  # timm's Mlp, whose layers may be convolutions elsewhere
     packed: type[Function] | None = None  # in place of torch's attention; see use_packed_attention
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        layers = [layer for layer in self.named_modules() if not _is_idle(layer[1])]
+        left_out = [name for name, layer in layers if name not in _COMPUTED and next(layer.children(), None) is None]
+        if left_out or getattr(self.mlp.act, "approximate", "none") != "tanh":
+            raise ValueError(
+                f"a compiled LeanBlock does not compute {', '.join(left_out) or self.mlp.act}; add it there"
+            )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         masked = attn_mask is not None or is_causal
@@ -46,6 +59,10 @@ class LeanBlock(Block):
 
     def _mlp(self, x: Tensor) -> Tensor:
         return _linear(self.mlp.fc2, _Gelu.apply(_linear(self.mlp.fc1, x)))
+
+
+def _is_idle(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Identity) or (isinstance(layer, nn.Dropout) and layer.p == 0)
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:

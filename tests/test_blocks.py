@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block
@@ -184,8 +186,25 @@ def test_in_bfloat16_the_compiled_step_is_as_near_to_float32_as_timms(overrides)
 
 
 def test_in_evaluation_a_compiled_block_is_timms(monkeypatch):
-    block = LeanBlock(32, 2).eval()
+    block = LeanBlock(32, 2, act_layer=partial(nn.GELU, approximate="tanh")).eval()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(LeanBlock, "_attention", lambda *_: pytest.fail("not timm's"))
     tokens = torch.randn(2, 5, 32)
     assert torch.equal(block(tokens), Block.forward(block, tokens))
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer"),
+    [
+        ({"init_values": 1e-5}, "ls1, ls2"),
+        ({"qk_norm": True, "norm_layer": nn.LayerNorm}, "attn.q_norm, attn.k_norm"),
+        ({"proj_drop": 0.1}, "attn.proj_drop, mlp.drop1, mlp.drop2"),
+        ({"attn_drop": 0.1}, "attn.attn_drop"),
+        ({"drop_path": 0.1}, "drop_path1, drop_path2"),
+        ({"act_layer": nn.GELU}, r"GELU\(approximate='none'\)"),
+        ({"act_layer": nn.ReLU}, r"ReLU\(\)"),
+    ],
+)
+def test_a_block_that_the_compiled_step_would_compute_otherwise_is_refused(settings, layer):
+    with pytest.raises(ValueError, match=f"^a compiled LeanBlock does not compute {layer}; add it there$"):
+        LeanBlock(32, 2, **{"act_layer": partial(nn.GELU, approximate="tanh"), **settings})
