@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -57,22 +57,29 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """
     decayed, others = decay_groups(model)
     device = (decayed + others)[0].device
-    decay = config.weight_decay / config.lr if config.optimizer == "adamw" else config.weight_decay
-    groups = [
-        {"params": params, "weight_decay": weight_decay, "lr": torch.zeros((), device=device)}
-        for params, weight_decay in [(decayed, decay), (others, 0.0)]
-        if params
-    ]
-    betas = (config.beta1, config.beta2)
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
-        # SGD's first step begins with zeros, but if that step is left out, SGD leaves its new buffers uninitialised.
-        for p in decayed + others:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return optimizer
-    if config.first_moment == "bfloat16":
-        return AdamWBFloat16Moment(groups, betas=betas, eps=config.eps)
-    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
+
+    def groups(decay: float) -> list[dict[str, Any]]:
+        return [
+            {"params": params, "weight_decay": weight_decay, "lr": torch.zeros((), device=device)}
+            for params, weight_decay in [(decayed, decay), (others, 0.0)]
+            if params
+        ]
+
+    match config.optimizer:
+        case "adamw":
+            options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+            decoupled = groups(config.weight_decay / config.lr)
+            if config.first_moment == "bfloat16":
+                return AdamWBFloat16Moment(decoupled, **options)
+            return torch.optim.AdamW(decoupled, **options, fused=True)
+        case "sgd":
+            optimizer = torch.optim.SGD(groups(config.weight_decay), momentum=config.momentum, fused=True)
+            # SGD's first step begins with zeros, but if that is left out, SGD leaves its new buffers uninitialised.
+            for p in decayed + others:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            return optimizer
+        case _:
+            assert_never(config.optimizer)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -103,8 +110,11 @@ def optimizer_step(
 
     With several GPUs, gradients and loss must be averaged over them already. The learning rate is set by `set_lr`.
     Where the norm is not finite, or the loss (0-d) is a spike by a threshold above 0, the update is left out:
-    parameters and optimiser state stay as they are, and the norm returned is NaN.
+    parameters and optimiser state stay as they are, and the norm returned is NaN. TypeError for an optimiser that is
+    not fused, which would take every step.
     """
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        raise TypeError(f"{type(optimizer).__name__} is not fused: it does not heed found_inf, and takes every step")
     norm = clip_grad_norm((p for group in optimizer.param_groups for p in group["params"]), grad_clip_norm)
     left_out = ~torch.isfinite(norm)
     if loss is not None and spike_threshold > 0:

@@ -31,6 +31,9 @@ MAX_STEPS = 10**10
 MAX_SECONDS = 10**7
 MAX_FLOAT32 = 1e38
 
+# Settings without effect, by optimiser.
+_IDLE = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps", "first_moment")}
+
 
 def check_range(flag: str, value: float, low: float, high: float = math.inf) -> None:
     """UserError unless low <= value <= high and the value is finite."""
@@ -59,7 +62,7 @@ def given_data(config: Config) -> str:
 def validate(config: Config) -> None:
     """Raises UserError for the first value that no run can use, naming its flag and the remedy."""
     data, optim, run = config.data, config.optim, config.run
-    for group in (data, optim, run):
+    for group in (data, config.model, optim, run):
         for f in dataclasses.fields(group):
             value = getattr(group, f.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -87,8 +90,7 @@ def validate(config: Config) -> None:
     for flag, share in [("--beta1", optim.beta1), ("--beta2", optim.beta2), ("--momentum", optim.momentum)]:
         if not 0 <= share < 1:
             raise UserError(f"{flag} {share:g}: must be from 0 to below 1")
-    idle = ("momentum",) if optim.optimizer == "adamw" else ("beta1", "beta2", "eps", "first_moment")
-    for name in idle:
+    for name in _IDLE[optim.optimizer]:
         if getattr(optim, name) != getattr(OptimConfig, name):
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(optim, name)}: has no effect on {optim.optimizer}; leave it out"

@@ -292,3 +292,13 @@ def test_a_first_step_that_is_left_out_leaves_no_trace(name: str) -> None:
             optimizer_step(optimizer, None)
     for found, expected in zip(stumbling.parameters(), healthy.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_an_optimizer_that_would_take_the_steps_that_are_left_out_is_refused() -> None:
+    """torch's fused ones alone read found_inf."""
+    layer = nn.Linear(2, 2)
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    with pytest.raises(TypeError, match=r"^AdamW is not fused: "):
+        optimizer_step(torch.optim.AdamW(layer.parameters()), 1.0)
+    assert layer.weight.isfinite().all()
