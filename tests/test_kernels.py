@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,33 @@ def test_what_is_compiled_is_kept(tmp_path: Path) -> None:
     ]
     assert [ran.stdout.split() for ran in hits] == [["0", "0", "0"], ["1", "1", "1"]]
     assert any(name.endswith(".nbc") for _, _, names in os.walk(tmp_path) for name in names)
+
+
+def test_what_is_compiled_follows_the_code_of_other_files(tmp_path: Path) -> None:
+    """Numba by itself would look at the file of the function alone, and give 7 again."""
+    shutil.copytree(ROOT / "pipelines" / "kernels", tmp_path / "pipelines" / "kernels")
+    (tmp_path / "pipelines" / "__init__.py").touch()
+    (tmp_path / "pipelines" / "kernels" / "mine.py").write_text(
+        "from numba import types\n"
+        "from pipelines.kernels import calls, helper\n"
+        "def run(out):\n"
+        "    out[0] = helper.number()\n"
+        "address = calls.address(types.void(types.CPointer(types.int64)), run)\n"
+    )
+    code = (
+        "import ctypes\n"
+        "from pipelines.kernels import calls, mine\n"
+        "out = ctypes.c_int64()\n"
+        "ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))(mine.address)(ctypes.byref(out))\n"
+        "print(out.value, calls._compiled[0].cache_hits)"
+    )
+    env = {**environment(), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    printed = []
+    for number in (7, 7, 99):
+        helper = f"from pipelines.kernels.calls import jit\n@jit\ndef number():\n    return {number}\n"
+        (tmp_path / "pipelines" / "kernels" / "helper.py").write_text(helper)
+        ran = subprocess.run(
+            [sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True
+        )
+        printed.append(ran.stdout.split())
+    assert printed == [["7", "0"], ["7", "1"], ["99", "0"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -23,6 +25,9 @@ BATCH = types.void(_shapes, types.voidptr, types.int32, _shapes, types.voidptr, 
 
 def address(signature: Any, function: Callable[..., None]) -> int:
     """Address of the compiled function, which is cached on disk where that is writable, and stays in memory."""
+    # By itself Numba compiles anew where the function's own file changed, not one with functions that it calls.
+    if not function.__qualname__.endswith(_version()):
+        function.__qualname__ += _version()
     try:
         compiled: CFunc = numba.cfunc(signature, cache=True)(function)
     except (RuntimeError, OSError):  # no folder for the cache, or a full disk
@@ -34,6 +39,13 @@ def address(signature: Any, function: Callable[..., None]) -> int:
 
 
 _compiled: list[CFunc] = []
+
+
+@functools.cache
+def _version() -> str:
+    """Changes with the code in this folder; part of the names under which Numba keeps compiled functions."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return "_" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @functools.cache
