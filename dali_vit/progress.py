@@ -48,7 +48,8 @@ class Progress:
             autotuned=autotune.is_on(config, group),
         )
         self.timer, self.window = StepTimer(group.device), Window(group)
-        self._time_left = report.TimeLeft(self._total, loader.step)
+        self._start = loader.step
+        self._time_left = report.TimeLeft(self._total, self._start)
 
     def log_line(self, done: int, lr: float) -> None:
         """Logs the steps since the last call, of which the last was at the rate lr and is the run's `done`-th.
@@ -86,9 +87,12 @@ class Progress:
         skipped, config = self.window.skipped, self._config
         if skipped > config.run.max_skipped_steps or skipped == self._total:
             kept = self._saver.newest()
+            remedy = "lower --lr"
+            if self._start == 0 and skipped == steps.stop:
+                remedy = "not one was taken, so that --lr is not to blame; try --compile off, or another --model"
             raise UserError(
                 f"{skipped} steps were left out, the last of them between steps {steps.start + 1} and {steps.stop}:"
                 f" the gradient was not finite or the loss a spike (--max-skipped-steps {config.run.max_skipped_steps},"
-                f" --spike-threshold {config.optim.spike_threshold:g}); lower --lr;"
+                f" --spike-threshold {config.optim.spike_threshold:g}); {remedy};"
                 f" last good checkpoint: {kept.path if kept else 'none yet'}"
             )

@@ -164,8 +164,8 @@ def train(config: Config, group: Group, planned: Plan, *, ends_process: bool = F
 
 
 def _check_finite(metrics: dict[str, float], config: Config) -> dict[str, float]:
-    """The last evaluation; UserError where it shows that the weights are of no use, as after a rate far too high."""
-    if not all(map(math.isfinite, metrics.values())):
+    """The last evaluation; UserError where its loss shows that the weights are of no use, as after too high a rate."""
+    if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("/loss")):
         raise UserError(f"{current(config)}: its weights have become infinite or NaN; lower --lr, with another --name")
     return metrics
 

@@ -15,7 +15,7 @@ def test_gradients_that_stay_not_finite_stop_the_run(image_folder, tmp_path, cap
     code, _, err = run(*command, "--lr", "1e30", "--grad-clip-norm", "None", "--checkpoint-every", "2", capsys=capsys)
     assert code == 2
     assert re.search(r"1[12] steps were left out, the last of them between steps \d+ and \d+: the gradient was", err)
-    assert "last good checkpoint" in err
+    assert "); lower --lr; last good checkpoint" in err
     assert err.count("\n") == 1
     kept = checkpoint.newest(tmp_path / "runs" / "nan")
     assert kept is None or all(t.isfinite().all() for t in kept.model_state().values())
