@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dali_vit.config import Config, DataConfig, ModelConfig
+from dali_vit.config import Config, DataConfig, ModelConfig, OptimConfig
 from dali_vit.data import Dataset
 from dali_vit.distributed import Group
 from dali_vit.environment import why_no_gpu
@@ -44,6 +44,14 @@ def augmentation(config: DataConfig) -> str:
     """Crop and RandAugment in words."""
     randaug = f"RandAugment({config.randaug_layers}, {config.randaug_magnitude:g})"
     return f"{config.crop} crop, {randaug if config.randaug_layers else 'no RandAugment'}"
+
+
+def optimisation(config: OptimConfig) -> str:
+    """Optimiser, schedule and what the loss is changed by, in words."""
+    optimizer = {"adamw": "AdamW", "sgd": "SGD"}[config.optimizer]
+    words = f"{optimizer}, lr {config.lr:g} after {counted(config.warmup_steps, 'step')} of warm-up"
+    words += f", weight decay {config.weight_decay:g}"
+    return words + (f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else "")
 
 
 def with_sizes(config: ModelConfig) -> str:
@@ -145,6 +153,7 @@ def summary(
         "input": f"{augmentation(config.data)}, Mixup {config.optim.mixup_alpha:g};"
         f" DALI on the {'GPU' if on_gpu else 'CPU'}, {on_threads}",
         "model": model,
+        "optimiser": optimisation(config.optim),
         "devices": f"{group.world_size} x {device}, {precision if on_gpu else 'float32'}{unasked}",
         **how,
         "length": f"{counted(total_steps, 'step')} of {counted(config.optim.batch_size, 'image')}"

@@ -222,6 +222,19 @@ def test_why_no_gpu_is_used_is_said_unless_none_was_asked_for(
     assert "devices   2 x H200, bf16 autocast, float32 residual stream" in text.splitlines()
 
 
+def test_how_a_run_optimises_is_told() -> None:
+    group = Group(0, 1, 0, 1, torch.device("cpu"))
+    told = []
+    for optim in (OptimConfig(), OptimConfig(optimizer="sgd", lr=0.4, warmup_steps=1, label_smoothing=0.1)):
+        config = replace(Config(), optim=optim)
+        text = summary(config, plan(dataset(minival=1, val=2)), group, model="M", how={}, bad_samples=0, threads=1)
+        told += [line for line in text.splitlines() if line.startswith("optimiser ")]
+    assert told == [
+        "optimiser AdamW, lr 0.001 after 10,000 steps of warm-up, weight decay 0.0001",
+        "optimiser SGD, lr 0.4 after 1 step of warm-up, weight decay 0.0001, label smoothing 0.1",
+    ]
+
+
 def test_rates_are_of_all_gpus_and_mfu_of_the_peak_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "peak_flops", lambda _: 1000.0)
     group = Group(0, 2, 0, 2, torch.device("cpu"))
