@@ -87,6 +87,7 @@ def evaluate_checkpoint(asked: EvalArguments, group: Group) -> dict[str, float]:
         weights = file_sha256(at_home(path)) if at_home(path).is_file() else opened.step
         check_same_evaluation(data, files, folder, weights=weights, real_labels=real_labels)
     model = opened.model.to(group.device)
+    instead = f", or give a higher --max-bad-share than {max_bad_share:g}" if max_bad_share else _LEAVING_OUT
 
     def run(
         name: str, files: datasets.ImageList, acceptable: torch.Tensor | None = None
@@ -106,7 +107,6 @@ def evaluate_checkpoint(asked: EvalArguments, group: Group) -> dict[str, float]:
         finally:
             batches.close()
 
-    instead = f", or give a higher --max-bad-share than {max_bad_share:g}" if max_bad_share else _LEAVING_OUT
     result, bad = run(named, files)
     metrics = {f"{named}/{name}": value for name, value in result.items()}
     if bad_of_all := sorted(itertools.chain.from_iterable(gather_objects(bad))):

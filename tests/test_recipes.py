@@ -81,7 +81,7 @@ def test_recipe_resolves_to_the_papers_row(name):
 
 
 def test_there_is_no_recipe_outside_the_table_but_the_demo():
-    assert set(recipes.RECIPES) == {*TABLE, "demo"}
+    assert set(recipes.RECIPES) == {*TABLE, "demo"}, "TABLE holds what each recipe is to resolve to: add yours"
     demo = flat(recipes.get("demo"))
     assert (demo["randaug_layers"], demo["randaug_magnitude"], demo["mixup_alpha"]) == (1, 2.0, 0.0)
 
