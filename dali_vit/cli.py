@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _rank() -> int:
     """This process's rank; `distributed` is not asked, as it imports torch and has not taken over srun's variables."""
     rank, tasks = process.int_from_environment("RANK", 0), process.int_from_environment("SLURM_STEP_NUM_TASKS", 1)
-    if os.environ.get("RANK"):
-        return rank if os.environ.get("WORLD_SIZE") else 0
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE"):
+        return rank
     return process.int_from_environment("SLURM_PROCID", 0) if tasks > 1 else 0
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dali_vit import meeting
 from dali_vit.config import LocalUserError, UserError, mendable
 from dali_vit.environment import cpu_count, cpu_quota, machine, quota_holder, usable_cores
 from dali_vit.process import end_with_parent, ended_by_ctrl_c, int_from_environment
@@ -65,12 +66,16 @@ def is_worker() -> bool:
     It first sets RANK and the like from srun's variables, so that they are there for all that asks for them afterwards.
     """
     _adopt_slurm()
+    return _has_launcher()
+
+
+def _has_launcher() -> bool:
     return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
 
 
 def _adopt_slurm() -> None:
     """Under srun, sets the variables that torchrun would, from SLURM's."""
-    if os.environ.get("RANK") or int_from_environment("SLURM_STEP_NUM_TASKS", 1) < 2:
+    if _has_launcher() or int_from_environment("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
     needed = ["JOB_ID", "PROCID", "LOCALID", "STEP_TASKS_PER_NODE"]
     for name in needed if os.environ.get("MASTER_ADDR") else ["STEP_NODELIST", *needed]:
@@ -149,7 +154,10 @@ def connect(gpus: int | None, hang_timeout: float = 600.0) -> Iterator[Group]:
         torch.cuda.set_device(device)
     with _mistakes_as_user_errors(here):
         with _report_rendezvous(world_size, local_rank, timeout):
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+            where = meeting.init_arguments(rank, world_size, timeout)
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None, **where
+            )
         done = False
         try:
             yield _limit_threads(Group(rank, world_size, local_rank, local_world_size, device, _core_share()))
@@ -224,9 +232,11 @@ def _mistakes_as_user_errors(processes: int) -> Iterator[None]:
                 " give one that `ip address` lists"
             ) from error
         if _NOT_REACHED.search(str(error)):  # gloo listens where the machine's name leads, or on loopback alone
+            whose, remedy = "the other machines'", "on each machine to its network interface towards the others"
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                whose, remedy = "its other", "to one of its network interfaces, such as lo"
             raise LocalUserError(
-                f"{platform.node()}: the other machines' processes are not reached from here; set GLOO_SOCKET_IFNAME on"
-                " each machine to its network interface towards the others"
+                f"{platform.node()}: {whose} processes are not reached from here; set GLOO_SOCKET_IFNAME {remedy}"
             ) from error
         raise
 

@@ -265,11 +265,17 @@ def test_a_machine_that_the_others_do_not_reach_is_named(said, expected, message
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(said)
 
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **MEETING}.items():
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", **MEETING}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.dist, "init_process_group", fail)
     with pytest.raises(expected, match=message), distributed.connect(0):
         raise AssertionError
+    if expected is LocalUserError and "GLOO_SOCKET_IFNAME on" in message:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        message = r": its other processes are not reached from here; set GLOO_SOCKET_IFNAME to one of its"
+        with pytest.raises(expected, match=message), distributed.connect(0):
+            raise AssertionError
 
 
 @of_nccl

@@ -304,7 +304,7 @@ def test_processes_whom_their_launcher_has_meet_are_its_to_start_again(monkeypat
     variables = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", **MEETING}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    monkeypatch.setattr(distributed.meeting, "init_arguments", fail)
     with pytest.raises(torch.distributed.DistStoreError), distributed.connect(0):
         raise AssertionError
 

@@ -152,6 +152,7 @@ def test_what_is_set_already_is_kept(monkeypatch):
         monkeypatch.setenv(name, value)
     assert distributed.is_worker()
     assert {name: os.environ[name] for name in (*launchers, *meeting)} == {**launchers, **meeting}
-    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE")  # left over in the shell that srun was started from
     assert distributed.is_worker()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", *meeting)] == ["1", "2", *meeting.values()]
