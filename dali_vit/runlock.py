@@ -9,7 +9,7 @@ import os
 import shlex
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +49,10 @@ def _lock(config: Config, held: ExitStack) -> None:
         raise UserError(f"--runs-dir {config.run.runs_dir}: {unwritable(config, error)}") from error
     held.callback(os.close, descriptor)
     try:
-        lock = os.open(config.run_dir / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
-        held.callback(os.close, lock)
-    except OSError:  # the folder may be read-only, and the run finished
-        lock = descriptor
+        lock = _open_lock(config.run_dir, descriptor)
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.run.runs_dir}: {unwritable(config, error)}") from error
+    held.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -62,6 +62,16 @@ def _lock(config: Config, held: ExitStack) -> None:
     _locks[config.run_dir] = descriptor, held
     held.callback(_locks.pop, config.run_dir, None)
     held.callback(_moves.pop, config.run_dir, None)
+
+
+def _open_lock(run_dir: Path, descriptor: int) -> int:
+    """A descriptor of what is to be locked in a run's folder, which is open as `descriptor`."""
+    try:
+        return os.open(run_dir / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError:
+        with suppress(FileNotFoundError):  # another user's, or on a disk that is read-only now: the lock is the same
+            return os.open(run_dir / LOCK, os.O_RDONLY)
+        return os.dup(descriptor)  # the folder may be read-only, and the run finished
 
 
 def current(config: Config) -> Path:

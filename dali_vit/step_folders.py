@@ -46,10 +46,15 @@ def remove_unfinished(folder: Path) -> None:
     No process may be writing one at the same time.
     """
     for stale in (*folder.glob(".tmp-*"), *folder.glob("step_*/.dali-vit-*.tmp")):
-        if stale.is_symlink() or stale.is_file():
-            stale.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            if stale.is_symlink() or stale.is_file():
+                stale.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(stale)
+        except PermissionError as error:  # where several users have a run in turns
+            warn_once(f"{stale}: cannot be removed ({error.strerror}): have its owner remove it, as it takes up room")
+        except OSError:  # such as of a file that is still read over NFS: the next time
+            pass
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:

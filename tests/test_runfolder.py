@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dali_vit import runfolder
-from dali_vit.config import Config
+from dali_vit.config import Config, UserError
 from dali_vit.distributed import Group
 from dali_vit.runfolder import open_folder, profiling, write_run_files
 
@@ -95,3 +95,15 @@ def test_a_run_without_a_step_left_has_no_trace(tiny_config: Config, cpu: Group)
     with profiling(config, cpu, 0) as profiler:
         profiler.step()
     assert not (config.run_dir / "profile").exists()
+
+
+def test_where_the_log_is_another_users_its_settings_are_not_replaced(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_folder(tiny_config, 0, evaluation_due=False).close()
+    (tiny_config.run_dir / "config.yaml").write_text("theirs")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "metrics.jsonl")
+    said = rf"^{tiny_config.run_dir}/metrics.jsonl: cannot be written \(Permission denied\); mend that and start again$"
+    with pytest.raises(UserError, match=said):
+        open_folder(tiny_config, 5, evaluation_due=False)
+    assert (tiny_config.run_dir / "config.yaml").read_text() == "theirs"

@@ -128,7 +128,7 @@ def test_a_folder_that_takes_no_file_is_locked_itself(
     before = os.open
 
     def refuse(path: Any, flags: int, *mode: int) -> int:
-        if os.path.basename(path) == ".lock":
+        if os.path.basename(path) == ".lock" and flags & os.O_CREAT:
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         return before(path, flags, *mode)
 
@@ -140,6 +140,35 @@ def test_a_folder_that_takes_no_file_is_locked_itself(
         os.close(second)
         with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
             pass
+    assert caplog.text == ""
+
+
+def test_the_lock_of_another_user_is_the_same(
+    tiny_config: Config, cpu: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a group that may write to the folder, but not to the file: a lock on the folder would be another one."""
+    allowed, before = {os.O_RDONLY}, os.open
+
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if os.path.basename(path) == ".lock" and flags not in allowed:
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return before(path, flags, *mode)
+
+    with runlock.locked(tiny_config, cpu):
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(UserError, match="another process is running it"), runlock.locked(tiny_config, cpu):
+            pass
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with runlock.locked(tiny_config, cpu):
+        lock = before(tiny_config.run_dir / ".lock", os.O_WRONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    allowed.clear()  # as under umask 077
+    said = r"^--runs-dir .*: cannot write .*\.lock \(Permission denied\)$"
+    with pytest.raises(UserError, match=said), runlock.locked(tiny_config, cpu):
+        pass
     assert caplog.text == ""
 
 

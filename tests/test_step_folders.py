@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -81,4 +82,23 @@ def test_a_copy_of_the_best_that_cannot_be_compared_stays(tmp_path: Path, caplog
     assert sorted(os.listdir(copy)) == ["checkpoint.json", "model.safetensors"]
     assert caplog.messages == [
         f"{copy}: is a folder, not a link to the best checkpoint, and will not be brought up to date: remove it"
+    ]
+
+
+def test_what_is_unfinished_and_cannot_be_removed_is_named_and_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as another user's, which would take up room unseen."""
+    for name, code in ((".tmp-old-step_000000001", errno.EACCES), (".tmp-old-step_000000002", errno.ENOTEMPTY)):
+        (tmp_path / name).mkdir()
+
+        def refuse(path: Path, code: int = code) -> None:
+            raise OSError(code, os.strerror(code), str(path))
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        remove_unfinished(tmp_path)
+        (tmp_path / name).rmdir()
+    assert caplog.messages == [
+        f"{tmp_path}/.tmp-old-step_000000001: cannot be removed (Permission denied): have its owner remove it, as it"
+        " takes up room"
     ]
