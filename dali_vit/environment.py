@@ -213,9 +213,9 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # A checkout may be another user's, for which git asks to be told so: its code runs in this process already.
+        command = ["git", "-c", "safe.directory=*", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", __file__)  # an installed copy may lie in another project's checkout

@@ -70,7 +70,7 @@ def _start(num_processes: int, program: Sequence[str]) -> int:
     # Seconds that workers have to write a checkpoint. torch 2.15 reads it (default: 30); older versions always give 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below
-    signals = ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hang_up_is_ignored() else ["SIGHUP"])]
+    signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", *([] if hang_up_is_ignored() else ["SIGHUP"])]
     # By its address: no name server need know this machine.
     launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}"]
     try:

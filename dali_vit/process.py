@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -182,6 +183,10 @@ def check_surroundings() -> None:
         os.getcwd()
     except FileNotFoundError:  # torch would report its own libraries as missing
         raise LocalUserError("the working directory was removed; cd to another") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:  # torch's import would end in a traceback
+        raise LocalUserError(f"{error.strerror}: set TMPDIR to a folder that can be written to") from None
     if sys.flags.optimize > 1:
         raise LocalUserError("PYTHONOPTIMIZE=2 or -OO: DALI needs the docstrings that this leaves out; unset it")
 

@@ -23,7 +23,8 @@ from dali_vit.launch import hang_up_is_ignored
 HUNG = 70  # EX_SOFTWARE: the watchdog ended the process
 _STANDSTILL = 2.0  # seconds: if a thread that only sleeps wakes up this late, the whole process was stopped
 _PREPARATION = 600.0  # seconds: settings are tried and kernels compiled, however short a step is
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP comes when a terminal is closed
+# SIGHUP comes when a terminal is closed; schedulers are often told to send SIGUSR1 before a job's time is over.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -36,10 +37,10 @@ __all__ = ["Interrupted", "Stop", "Watchdog"]
 class Stop:
     """Whether the run is to stop after this step: because a signal came, or because its hours are over.
 
-    The first SIGTERM, SIGINT or SIGHUP is remembered; a second one ends the process at once. All ranks agree on the
-    step: `agreed` is collective, and on GPUs, where agreeing costs time, the ranks do it only every 10 steps. The hours
-    begin with `start_clock`. ends_process: whether the process ends with a run that is stopped: then the signals stay
-    handled so until it does, and repeats within a second change no exit code.
+    The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is remembered; a second one ends the process at once. All ranks agree
+    on the step: `agreed` is collective, and on GPUs, where agreeing costs time, the ranks do it only every 10 steps.
+    The hours begin with `start_clock`. ends_process: whether the process ends with a run that is stopped: then the
+    signals stay handled so until it does, and repeats within a second change no exit code.
     """
 
     def __init__(

@@ -318,5 +318,5 @@ def test_a_commit_says_whether_the_code_was_changed(
     status: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {"ls-files": "", "rev-parse": "abc\n", "status": status}
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: SimpleNamespace(stdout=said[command[3]]))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: SimpleNamespace(stdout=said[command[5]]))
     assert environment.git_commit() == expected

@@ -47,7 +47,7 @@ def workers_of(launcher: int) -> list[int]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("hang_up_is_minded")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_asks_for_a_requeue(number, image_folder, tmp_path, whole):
     run_dir = tmp_path / "run"
     with running("-m", "dali_vit", *command(image_folder, tmp_path)) as process:

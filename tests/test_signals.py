@@ -108,7 +108,7 @@ def test_the_launcher_passes_on_each_signal_that_ends_it(nohup, monkeypatch) -> 
     monkeypatch.setattr(launcher, "main", given.append)
     assert launch.launch_once(2, ["-m", "a"]) == 0
     (signals,) = (word.partition("=")[2] for word in given[0] if word.startswith("--signals-to-handle="))
-    assert signals.split(",") == ["SIGTERM", "SIGINT", "SIGQUIT", *([] if nohup else ["SIGHUP"])]
+    assert signals.split(",") == ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", *([] if nohup else ["SIGHUP"])]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("3", "3")])
