@@ -17,7 +17,7 @@ def init_arguments(rank: int, world_size: int, timeout: timedelta) -> dict[str, 
     """Arguments of init_process_group by which the processes of this attempt meet no others; none without torchrun.
 
     torchrun keeps its store over --max-restarts. What processes that have died wrote there, addresses of gloo and keys
-    of NCCL, would be taken for the new ones', which then wait for the dead (torch 2.11 to 2.15).
+    of NCCL, would be taken for the new ones', which then wait for the dead (seen with torch 2.15).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}

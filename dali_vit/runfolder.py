@@ -71,6 +71,9 @@ def write_run_files(config: Config, *, anew: bool = False) -> None:
     anew: the run begins from scratch, so the files that an earlier run logged in this folder are renamed.
     """
     check_writable(config)  # now, as else it would show only after hours
+    metrics = config.run_dir / "metrics.jsonl"
+    if not anew and metrics.exists() and not os.access(metrics, os.W_OK):  # else another user's files were replaced
+        raise UserError(f"{metrics}: cannot be written ({os.strerror(errno.EACCES)}); mend that and start again")
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         if anew:
@@ -89,9 +92,6 @@ def open_folder(config: Config, start: int, evaluation_due: bool) -> MetricLog:
 
     evaluation_due: whether it begins by the evaluation of that step. UserError for a folder that cannot be written to.
     """
-    metrics = config.run_dir / "metrics.jsonl"
-    if start and metrics.exists() and not os.access(metrics, os.W_OK):  # before another user's files are replaced
-        raise UserError(f"{metrics}: cannot be written ({os.strerror(errno.EACCES)}); mend that and start again")
     write_run_files(config, anew=start == 0)
     return MetricLog(config.run_dir, start, now=lambda: current(config), evaluation_due=evaluation_due)
 
