@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,9 +70,11 @@ class Stop:
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         handled = [n for n in _SIGNALS if n != signal.SIGHUP or not hang_up_is_ignored()]
+        if signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL:  # it has a meaning of its own here
+            handled.remove(signal.SIGUSR1)
         before = {number: signal.signal(number, lambda *_: None) for number in handled}
         descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
+        threading.Thread(target=self._listen, args=(receiver, handled), name="signals", daemon=True).start()
         try:
             yield
         finally:
@@ -84,10 +86,10 @@ class Stop:
                     signal.signal(number, handler)
                 sender.close()
 
-    def _listen(self, receiver: socket.socket) -> None:
+    def _listen(self, receiver: socket.socket, handled: Collection[int]) -> None:
         with receiver:
             while received := receiver.recv(1):
-                if received[0] not in _SIGNALS:
+                if received[0] not in handled:
                     continue
                 # A terminal and a launcher may both pass on one Ctrl-C: repeats within a second count as one.
                 if self._signal is not None and time.monotonic() - self._first > 1:
