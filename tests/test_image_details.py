@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import mmap
 import os
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from botocore.exceptions import ClientError
-from nvidia.dali import pipeline_def
 from PIL import Image
 
 from dali_vit import big_vision, doctor, inference, remote
@@ -25,12 +23,10 @@ from dali_vit.distributed import Group
 from dali_vit.model import create_model
 from dali_vit.quarantine import _one_field
 from dali_vit.undecodable import saying_why
-from pipelines import bad_samples, crop, probe, randaugment
-from pipelines.bad_samples import BadSamples, DecodeError
-from pipelines.crop import Decoder
-from pipelines.readers import EvalSource, FileList, read
+from pipelines import bad_samples, randaugment
+from pipelines.bad_samples import DecodeError
+from pipelines.readers import FileList
 from pipelines.shards import ShardList
-from tests.bad_images import with_bad, write
 from tests.conftest import TINY, run, write_image_folder
 from tests.test_checkpoint import save
 
@@ -138,27 +134,6 @@ def test_an_empty_sample_may_lie_at_the_end_of_its_shard_or_be_all_of_it(tmp_pat
         columns = np.zeros(1, np.int32), np.array([length]), np.zeros(1, np.int64), np.zeros(1, np.int64)
         (payload,) = ShardList((str(shard),), names, *columns).payload(np.array([0]))
         assert (payload.dtype, payload.shape) == (np.uint8, (0,))
-
-
-def test_what_a_gpu_could_not_decode_is_not_tried_on_the_cpu_again(tmp_path: Path) -> None:
-    files = write(tmp_path, with_bad(6, {1: b"\xff\xd8\xff\xe0" + bytes(300)}))
-    on_cpu = functools.partial(probe.decode_pipeline, decoder=Decoder(), device_id=None, num_threads=1)
-
-    def on_gpu(samples: Any, order: Any) -> Any:
-        @pipeline_def(batch_size=order.batch_size, num_threads=1, device_id=None)
-        def graph() -> Any:
-            contents, labels = read(EvalSource(samples, order))
-            return crop.image_size(contents), labels
-
-        return graph()
-
-    bad = BadSamples(files, on_gpu, [], 0.5, on_cpu)
-    indices = np.arange(6)
-    assert bad.find(indices, failed=True)
-    assert bad.indices == (1,)
-    last_bytes = np.stack([np.frombuffer(Path(files.path(i)).read_bytes()[-8:], np.uint8) for i in range(6)])
-    assert bad.cut_short(indices, last_bytes).tolist() == []
-    assert not bad.find(np.array([1]), failed=False)
 
 
 @pytest.mark.parametrize(("device_id", "devices"), [(None, [None]), (0, [None, 0])])
