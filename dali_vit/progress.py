@@ -71,15 +71,16 @@ class Progress:
         if self._writer is None:
             return
         batch_size = self._config.optim.batch_size
-        scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm}
+        epoch = done * batch_size / len(self._dataset.split("train"))
+        # In TensorBoard runs of different batch sizes can be compared by epoch alone.
+        scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm, "train/epoch": epoch}
         scalars |= speed(
             count, seconds, waited, batch_size=batch_size, train_flops=self._train_flops, group=self._group
         )
         scalars |= {"train/skipped_steps": self.window.skipped, "data/bad_samples": len(self._bad_samples)}
         self._writer.scalars(done, scalars)
-        epoch_steps = len(self._dataset.split("train")) / batch_size
         left = self._time_left.after(done)
-        log.info("%s", report.progress_line(done, self._total, done / epoch_steps, scalars, left))
+        log.info("%s", report.progress_line(done, self._total, epoch, scalars, left))
         self._starving.check(count, seconds, waited)
 
     def _check_skipped(self, steps: range) -> None:

@@ -54,6 +54,7 @@ def test_what_a_run_says_of_its_steps(
 
     lines = [line for line in read_metrics(config.run_dir) if "train/loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["train/epoch"] for line in lines] == pytest.approx([step / 6.75 for step in range(1, 13)])
     for line in lines:
         rate = line["perf/images_per_sec"]
         assert line["perf/step_ms"] == pytest.approx(1e3 * 8 / rate)
