@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dali_vit.config import UserError
 from dali_vit.files import cache_folder, file_sha256, flush, replacing
 from dali_vit.manifest import MANIFEST, read_manifest
-from pipelines.words import one_line
+from pipelines.words import one_line, why_not_imported
 
 __all__ = ["fetch", "is_remote"]
 
@@ -72,7 +72,7 @@ class _Store:
             from botocore.exceptions import BotoCoreError, ClientError
             from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError, S3ValidationError
         except ImportError as error:
-            raise UserError(f"{uri}: {error.name} is not installed: pip install boto3") from error
+            raise UserError(f"{uri}: object stores take boto3, and {why_not_imported('boto3', error)}") from error
         scheme, _, rest = uri.partition("://")
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = rest.partition("/")

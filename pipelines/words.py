@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["counted", "one_line", "some"]
+__all__ = ["counted", "one_line", "some", "why_not_imported"]
 
 
 def some(names: Iterable[str]) -> str:
@@ -21,3 +21,10 @@ def counted(count: int, one: str, several: str = "") -> str:
 def one_line(error: object) -> str:
     """What an error says, on one line; its type's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def why_not_imported(package: str, error: ImportError) -> str:
+    """That a package is not installed, with the remedy; of one that is, what it misses, such as a newer NumPy."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"it is not installed: pip install {package}"
+    return f"it cannot be imported: {one_line(error)}"

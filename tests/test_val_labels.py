@@ -1,6 +1,5 @@
 """prepare: where the classes of ILSVRC's validation images come from; test_prepare_flat_val tests Kaggle's."""
 
-import sys
 import tarfile
 
 import pytest
@@ -62,10 +61,3 @@ def test_a_damaged_devkit_is_named(tmp_path, damage):
         meta.unlink() if damage == "no table" else meta.write_bytes(changes[damage])
     arguments = PrepareArguments(root, tmp_path / "set")
     prepare_fails(arguments, "ILSVRC2012_devkit_t12", "is not ILSVRC2012's devkit", "download it again")
-
-
-def test_without_scipy_the_devkits_remedy_is_named(tmp_path, monkeypatch):
-    root = datasets.write_ilsvrc(tmp_path / "source", IMAGES)
-    datasets.write_devkit(root, IMAGES)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    prepare_fails(PrepareArguments(root, tmp_path / "set"), "pip install scipy", "--val-labels")

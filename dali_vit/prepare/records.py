@@ -22,7 +22,7 @@ from dali_vit.manifest import made_up_name
 from dali_vit.prepare.receipts import read_receipt, write_receipt
 from dali_vit.prepare.sources import Row, Source, byte_ranges, safe_name
 from dali_vit.prepare.tfrecord import num_records, read_tfrecord
-from pipelines.words import some
+from pipelines.words import some, why_not_imported
 
 __all__ = ["open_parquet", "open_tfrecords"]
 
@@ -254,8 +254,8 @@ def _check_parquet(paths: list[Path]) -> None:
     """UserError for a file that is no parquet, or has other columns than those of images and labels."""
     try:
         from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError("parquet needs pyarrow: pip install pyarrow") from None
+    except ImportError as error:
+        raise UserError(f"{paths[0]}: parquet takes pyarrow, and {why_not_imported('pyarrow', error)}") from error
     for path in paths:
         with open(path, "rb") as file:
             if file.read(len(_LFS)) == _LFS:

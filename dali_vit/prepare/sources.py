@@ -27,7 +27,7 @@ from dali_vit.listing import folder_name, kind_of_archives, left_out, other_val,
 from dali_vit.prepare.tars import images_of_tar, images_of_tars_in_tar
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
-from pipelines.words import some
+from pipelines.words import some, why_not_imported
 
 __all__ = [
     "Format",
@@ -325,11 +325,11 @@ def _read_synsets(meta: bytes) -> dict[int, str]:
     """WordNet id of each ILSVRC2012_ID, from meta.mat."""
     try:
         from scipy.io import loadmat
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "the devkit's meta.mat is a MATLAB file: pip install scipy, "
-            "or give --val-labels a text file with the class of each validation image"
-        ) from None
+            f"the devkit's meta.mat is a MATLAB file, which takes scipy, and {why_not_imported('scipy', error)};"
+            " or give --val-labels a text file with the class of each validation image"
+        ) from error
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
