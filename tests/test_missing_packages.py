@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 
 from dali_vit.config import UserError
-from dali_vit.prepare import prepare
+from dali_vit.prepare import PrepareArguments, prepare
 from dali_vit.remote import fetch
 from tests import datasets
-from tests.datasets import IMAGES, PrepareArguments, prepare_fails, write_source
-
-
-def hide(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+from tests.datasets import IMAGES, prepare_fails, write_source
 
 
 @pytest.fixture(params=["missing", "unfit"])
@@ -25,7 +20,8 @@ def without(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     """Makes imports of a package fail from then on; returns what is to be said of it."""
 
     def make(package: str) -> str:
-        hide(package, monkeypatch)
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
         if request.param == "missing":
 
             class Finder:

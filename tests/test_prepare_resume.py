@@ -103,7 +103,8 @@ def test_stopped_before_any_file_operation_and_started_again_it_ends_in_the_same
         advice = "No space left on device; mend that and run the command again: it goes on where it stopped"
         places = {line.removesuffix(f": {advice}") for line in lines} - {f"preparing {tmp_path / 'set'}"}
         # Making a folder says which one it was, from Python 3.13 on.
-        assert places <= {str(tmp_path / "set.partial"), str(tmp_path / "set.partial" / ".state")}
+        folders = {str(tmp_path / "set.partial"), str(tmp_path / "set.partial" / ".state")}
+        assert places <= (folders if sys.version_info >= (3, 13) else set())
 
 
 def test_a_finished_set_is_left_alone_and_no_other_put_in_its_place(tmp_path):
