@@ -69,19 +69,26 @@ def test_output_and_gradients_are_torchs_in_float64(
     assert (bias_gradient - right.sum((0, 1))).abs().max() <= tolerance * largest * (images * tokens) ** 0.5
 
 
-@pytest.mark.parametrize("shift", [-300.0, 300.0])
-def test_no_size_of_the_products_overflows(shift: float) -> None:
-    """All products of queries and keys are 1,200 below 0, or above; those with keys past the last one are 0."""
-    qkv = draw(1, 50, 48, seed=0, dtype=torch.float32)
-    qkv[..., :16] = 1.0
-    qkv[..., 16:32] += shift
+@pytest.mark.parametrize("key", [-70.0, 70.0])
+def test_no_size_of_the_products_overflows(key: float) -> None:
+    """All scaled products of queries and keys are about 1,225 below 0, or above; those with keys past the last are 0.
+
+    The products are sums of multiples of 1/256, exact in float32 in whatever order a processor's library adds them up:
+    an error of a product would be that of its exponential. The first column of queries and of keys makes them large;
+    its gradients are sums of terms that cancel.
+    """
+    qkv = (16 * draw(1, 50, 48, seed=0, dtype=torch.float32)).round() / 16
+    qkv[..., 0], qkv[..., 16] = 70.0, key
     qkv.requires_grad_()
     upstream = draw(1, 50, 16, seed=1, dtype=torch.float32)
     (gradient,) = torch.autograd.grad(PackedAttention.apply(qkv, torch.zeros(48), 1), qkv, upstream)
     exact = qkv.detach().double().requires_grad_()
     (right,) = torch.autograd.grad(attend(exact, 1), exact, upstream.double())
-    # A product of 1,200 has only four digits behind the point in float32.
-    assert (gradient - right).abs().max() <= 1e-3 * right.abs().max()
+    assert gradient.isfinite().all()
+    others = [column for column in range(48) if column not in (0, 16)]
+    error = (gradient - right)[..., others].abs().max() / right[..., others].abs().max()
+    # Scaled to logarithms of base 2 the products are 1,770, with less than four digits behind the point in float32.
+    assert error <= 1e-4
 
 
 def test_a_model_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
