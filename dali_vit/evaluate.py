@@ -59,12 +59,13 @@ def evaluate(
     sum_over_ranks(counts)
     sum_over_ranks(loss_sum)
     images_seen, top1, top5 = counts.tolist()
-    share = 100.0 / max(images_seen, 1)
+    # In this order: 100 / count need not be exact, and 494 of 500 would be 98.80000000000001 %.
+    top1, top5 = (100 * right / max(images_seen, 1) for right in (top1, top5))
     if acceptable is not None:
-        return {"top1": top1 * share, "count": images_seen}
+        return {"top1": top1, "count": images_seen}
     return {
-        "top1": top1 * share,
-        "top5": top5 * share,
+        "top1": top1,
+        "top5": top5,
         "loss": loss_sum.item() / max(images_seen, 1),
         "count": images_seen,
     }

@@ -43,6 +43,13 @@ def test_counts_by_hand():
     assert result["top5"] in (75.0, 100.0)
 
 
+def test_a_share_is_the_nearest_number_to_it():
+    labels = torch.zeros(500, dtype=torch.int64)
+    labels[494:] = 1
+    result = evaluate(FromPixels(), [(picture(0).expand(500, 4, 4, 3), labels)], torch.device("cpu"))
+    assert result["top1"] == 98.8  # 494 times 100 / 500 is 98.80000000000001
+
+
 def test_an_evaluation_that_is_broken_off_leaves_training_mode():
     def broken():
         yield from batches()
