@@ -76,8 +76,8 @@ def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
         path = value if equals else next(arguments, "")
         if not path or path.startswith("--"):
             raise UserError(f"{FLAG}: names no file; {_MEANT}")
-        if os.path.isfile(of_run := at_home(Path(path)) / "config.yaml"):
-            path = str(of_run)
+        if os.path.isdir(folder := at_home(Path(path))):
+            path = str(folder / "config.yaml")
     return path, rest
 
 

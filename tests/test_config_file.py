@@ -103,6 +103,9 @@ def test_another_file_is_named(text: str | None, message: str, tmp_path: Path) -
     with pytest.raises(UserError) as raised:
         expand(["--config", str(file)])
     assert str(raised.value).startswith(f"--config {file}: {message}")
+    if text is None:
+        with pytest.raises(UserError, match=f"^--config {file}: {message}"):  # of a run's folder that lacks it
+            expand(["--config", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
