@@ -145,13 +145,14 @@ def measure(shape: Shape, device: torch.device, names: list[str]) -> tuple[dict[
                 with sdpa_kernel(BACKENDS[name]):
                     times[name] = _milliseconds(_torchs, shape, device)
                 continue
-            from dali_vit.packed_attention import MOST_TOKENS, fits
+            from dali_vit.packed_attention import HEAD_WIDTHS, MOST_TOKENS, fits
 
             if fits(shape.tokens, shape.head_width):
                 _check_packed(shape, device)
                 times[name] = _milliseconds(_packed, shape, device)
             elif names == [name]:
-                faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of at most 64"
+                widths = "{}, {} or {}".format(*HEAD_WIDTHS)
+                faults[name] = f"it is for at most {MOST_TOKENS} tokens, and heads of {widths}"
         except Exception as error:  # kernels not built for this chip or these sizes; anything that Triton may raise
             faults[name] = on_one_line(error)
             log.debug("attention %s: %s", name, faults[name])

@@ -72,7 +72,7 @@ class DataConfig:
     minival: float = 0.01
     """Share of the training images held out for decisions; the same images on every machine."""
     max_bad_share: float = operational(0.01)
-    """Largest share of train or val that may be undecodable and is left out; above 0 one image always may be."""
+    """Largest share of train, minival or val that may be undecodable, and is left out; above 0 one image always may."""
     crop: Literal["tensorflow", "torchvision"] = "tensorflow"
     """Sampling of the Inception crop, of 5 % of the area or more: TensorFlow's (the paper's) or torchvision's."""
     antialias: bool = True

@@ -19,7 +19,7 @@ from dali_vit.config import UserError
 from dali_vit.listing import FORMATS
 from pipelines import probe
 from pipelines.bad_samples import DecodeError
-from pipelines.crop import MAX_PIXELS, Decoder
+from pipelines.crop import Decoder
 from pipelines.eval import MAX_ASPECT_RATIO
 from pipelines.words import one_line
 
@@ -113,7 +113,7 @@ def inspect_header(data: bytes, name: str, max_pixels: float) -> tuple[list[tupl
         kind = "JPEG" if image.format == "MPO" else image.format
         if kind not in FORMATS.values():
             return [("not an image", f"{kind}, which DALI does not decode")], False
-        if image.width * image.height > min(max_pixels, MAX_PIXELS):
+        if image.width * image.height > max_pixels:
             return [("too large", f"{image.width} x {image.height} pixels")], False
         problems = [("CMYK", f"{kind} of {image.mode}")] if image.mode == "CMYK" else []
         if image.mode == "F":  # DALI takes what is above 1 for white

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import warnings
 from collections import Counter
@@ -32,6 +31,7 @@ from dali_vit.prepare.sources import read_sample
 from dali_vit.quarantine import LIST, check_quarantine, move_aside
 from dali_vit.structure import load_with_faults, val_without_images
 from dali_vit.validation import MAX_THREADS, check_range
+from pipelines.crop import MAX_PIXELS
 from pipelines.readers import FileList
 from pipelines.shards import ImageList, ShardList
 from pipelines.words import one_line
@@ -56,7 +56,8 @@ class VerifyArguments:
     quarantine: Path | None = None
     """Image folders: move images that would hurt training into this folder, and list them in quarantined.tsv there."""
     max_megapixels: float = 100.0
-    """Images of more megapixels are reported as too large, and not decoded."""
+    """Images of more megapixels are reported as too large, and not decoded; at most 178.9, as training leaves out what
+    is larger."""
     workers: int | None = None
     """Threads; default: one for each core that the process may use."""
     json: bool = False
@@ -98,8 +99,11 @@ class Report:
 
 def verify(arguments: VerifyArguments) -> Report:
     """Carries out `dali-vit verify` and logs a summary; UserError for a set that cannot be listed."""
-    if not 0 < arguments.max_megapixels < math.inf:
-        raise UserError(f"--max-megapixels {arguments.max_megapixels:g}: must be above 0 and finite")
+    if not 0 < arguments.max_megapixels <= MAX_PIXELS / 1e6:
+        raise UserError(
+            f"--max-megapixels {arguments.max_megapixels:g}: must be above 0 and at most {MAX_PIXELS // 10**5 / 10:g},"
+            " as larger images are decoded by none of the commands"
+        )
     if arguments.workers is not None:
         check_range("--workers", arguments.workers, 1, MAX_THREADS)
     dataset, refused = load_with_faults(arguments.path)

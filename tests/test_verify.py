@@ -322,8 +322,9 @@ def test_mistakes_are_named_with_their_remedy(tmp_path):
     for changed, word in [
         (replace(arguments, path=tmp_path / "absent"), "absent: no such folder"),
         (replace(arguments, max_megapixels=0), "--max-megapixels 0: must be above 0"),
-        (replace(arguments, max_megapixels=float("nan")), "--max-megapixels nan: must be above 0 and finite"),
-        (replace(arguments, max_megapixels=float("inf")), "--max-megapixels inf: must be above 0 and finite"),
+        (replace(arguments, max_megapixels=float("nan")), "--max-megapixels nan: must be above 0 and at most 178.9"),
+        (replace(arguments, max_megapixels=500), "--max-megapixels 500: must be above 0 and at most 178.9"),
+        (replace(arguments, max_megapixels=float("inf")), "--max-megapixels inf: must be above 0 and at most 178.9"),
         (replace(arguments, workers=0), "--workers 0: must be from 1 to 1,024"),
         (replace(arguments, workers=10**9), "--workers 1000000000: must be from 1 to 1,024"),
         (replace(arguments, quarantine=root / "train" / "bad"), "lies in train/ of the set"),

@@ -2,9 +2,9 @@
 """Writes JPEGs like ImageNet's, to measure input pipelines where ImageNet itself is not at hand.
 
 Sizes, bytes (about 110 KB on average) and spectrum follow ImageNet's: 1/f textures, occluding edges and sensor
-noise; baseline JPEG, 4:2:0. The layout is `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, as `dali-vit --data`
-takes it. An image depends on --seed and its number alone, not on how many are written or by how many workers;
-the same command again goes on where the last one stopped.
+noise; baseline JPEG, 4:2:0. The layout is `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, as
+`dali-vit train --data` takes it. An image depends on --seed and its number alone, not on how many are written or by how
+many workers; the same command again goes on where the last one stopped.
 """
 
 from __future__ import annotations
